@@ -1,0 +1,34 @@
+# Two commands: `make run` and `make test`. Both start from a fresh clone; the virtual environment is made once.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: run test check lock clean
+
+run: $(VENV)/installed  ## the whole pipeline, then MLflow, then a table of variants
+	drank run
+
+test: check  ## linters, types, tests
+	python -m pytest
+
+check: $(VENV)/installed
+	ruff format --check .
+	ruff check .
+	mypy
+
+# torch comes first and alone: resolved together with the rest, pip may take a build for another accelerator.
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(VENV)/bin/pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+lock: $(VENV)/installed  ## versions only: builds of torch differ from machine to machine, so no hashes and no URLs
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip freeze --exclude-editable --exclude drank | sed 's/+cpu//' > requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

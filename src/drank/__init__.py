@@ -1,0 +1,24 @@
+"""drank: truncated SVD of a language model's linear layers, with a rank chosen for every layer.
+
+The method on one page (docs/method.md derives it; the letters are the code's names):
+
+    y = W x                 W (out, in): a targeted linear layer
+    H = E[x xᵀ]             input covariance over calibration tokens               covariance.py
+    G = E[g gᵀ]             output-gradient covariance (G = I where not used)
+    Z = G^½ W H^½ = U S Vᵀ  dropping singular values costs the sum of their squares  spectrum.py
+    R = exp(-Σ p log p)     effective rank, p = S² / ΣS²                             spectrum.py
+    min Σ_u f_u(k_u)        ranks k_u within a parameter budget                      allocation.py
+    W_k = A_k B_k           the rank-k slice of cached factors                       compression.py
+
+``import drank`` imports nothing heavy: it asks to be called when transformers' loader is first imported, and
+then registers the format, so that plain ``from_pretrained`` loads a compressed folder.
+"""
+
+from importlib import import_module
+
+from wrapt import register_post_import_hook
+
+__version__ = "0.1.0"
+
+# Imported, not called by name: where the plug-in is what imports transformers, it is half-way through here.
+register_post_import_hook(lambda _: import_module("drank.language_model.plugin"), "transformers.quantizers.auto")

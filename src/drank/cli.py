@@ -1,0 +1,121 @@
+"""The command ``drank``. Commands import what they need when they are called, so that ``--help`` is quick."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from drank.workflow.stage import quieten_libraries, run_stage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from drank.workflow.tracking import Tracked
+
+Row = dict[str, str]
+Root = Annotated[
+    Path, typer.Option(help="The folder that holds dvc.yaml and params.yaml.", file_okay=False, exists=True)
+]
+
+commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class CommandError(ValueError):
+    """A program that a command runs has failed; it has said why on the terminal itself."""
+
+
+def app() -> None:
+    """The console script. A user's error ends as it does in a stage: in one message and exit status 1."""
+    # run_stage makes a command line of one function; ours has several, and reads the arguments itself.
+    arguments, sys.argv[1:] = sys.argv[1:], []
+    quieten_libraries()
+    run_stage(lambda: commands(arguments))
+
+
+@commands.callback()
+def describe() -> None:
+    """Compress a language model by truncated SVD, and compare the variants of params.yaml."""
+
+
+@commands.command()
+def run(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Stages to reproduce, as in dvc repro; all of them.")
+    ] = None,
+    root: Root = Path(),
+) -> None:
+    """Reproduce the pipeline, log it to MLflow and show the table of variants."""
+    from rich.console import Console
+
+    from drank.workflow.tracking import track as project
+
+    reproduce(root, targets or [])
+    tracked = project(root)
+    # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table_of_variants(read_summary(root / "results/summary.csv")))
+    report(tracked)
+
+
+@commands.command()
+def track(root: Root = Path()) -> None:
+    """Log to MLflow what `dvc repro` left, restored variants included; the same state is never logged twice."""
+    from drank.workflow.tracking import track as project
+
+    report(project(root))
+
+
+def reproduce(root: Path, targets: list[str]) -> None:
+    """Run ``dvc repro`` in ``root``, with the Python that runs us as the ``python`` of its stages.
+
+    Raises:
+        CommandError: DVC or a stage failed.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    command = [sys.executable, "-m", "dvc", "repro", *targets]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PATH": path})
+    if done.returncode != 0:
+        raise CommandError(f"dvc repro ended with exit status {done.returncode}; nothing was logged to MLflow")
+
+
+def report(tracked: "Tracked") -> None:
+    """Say on standard output what was logged and where to look at it."""
+    from drank.workflow.tracking import where_to_look
+
+    typer.echo(f"MLflow runs created: {', '.join(tracked.created) or 'none'}")
+    typer.echo(f"already there: {', '.join(tracked.existing) or 'none'}")
+    typer.echo(where_to_look(tracked))
+
+
+def read_summary(path: Path) -> list[Row]:
+    """Rows of results/summary.csv, a variant each, dense ones first."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_of_variants(rows: list[Row]) -> "Table":
+    """Sizes, token perplexities with their ratio to the first dense variant's, and accuracies."""
+    from rich.table import Table
+
+    perplexities, accuracies = (
+        [c for c in rows[0] if c.startswith(f"{kind}/")] for kind in ("token_perplexity", "acc")
+    )
+    dense = next((row for row in rows if row["preset"] == "dense"), None)
+    table = Table()
+    table.add_column("variant")
+    for heading in ("kept ratio", "megabytes", *perplexities, *accuracies):
+        table.add_column(heading.replace("/", "\n").replace("_", " "), justify="right")
+    for row in rows:
+        sizes = [f"{float(row['kept_ratio']):.3f}", f"{int(row['bytes']) / 1e6:.1f}"]
+        figures = [_perplexity(row[column], dense[column] if dense else None) for column in perplexities]
+        table.add_row(row["variant"], *sizes, *figures, *(f"{float(row[column]):.3f}" for column in accuracies))
+    return table
+
+
+def _perplexity(value: str, dense: str | None) -> str:
+    ratio = f" (x{float(value) / float(dense):.2f})" if dense else ""
+    return f"{float(value):.2f}{ratio}"

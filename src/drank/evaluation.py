@@ -1,0 +1,184 @@
+"""Figures of a language model: token perplexity as the literature defines it, and lm-eval's tasks.
+
+Takes a loaded model; knows nothing of how it was compressed. Every function leaves the model as it was.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+MAX_LENGTH = 2048  # tokens lm-eval shows the model at once, fewer if the model has fewer positions
+
+
+def _metric(name: str, aggregation: str, higher_is_better: bool) -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}
+
+
+ROLLING: dict[str, Any] = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [
+        _metric("bits_per_byte", "bits_per_byte", False),
+        _metric("word_perplexity", "weighted_perplexity", False),
+    ],
+}
+LAST_WORD: dict[str, Any] = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{context}}",
+    "doc_to_target": "{{' ' + target}}",
+    "metric_list": [_metric("acc", "mean", True), _metric("perplexity", "perplexity", False)],
+}
+NEXT_SENTENCE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{context}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
+}
+
+
+class EvaluationError(ValueError):
+    """A task is unknown, or a figure does not exist; the message says which and why."""
+
+
+class NotFiniteLossError(EvaluationError):
+    """The loss is NaN or infinite: the model is numerically broken. No mean over the rest is reported."""
+
+
+def token_perplexity(
+    model: nn.Module,
+    windows: Int64[Tensor, "n_windows window_length"],
+    batch_windows: int,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> tuple[float, list[float]]:
+    r"""Token perplexity, and the nats of each window behind it.
+
+    .. math:: \mathrm{PPL} = \exp\Bigl(-\frac1N \sum_w \sum_{t \ge 2} \log p(x_{w,t} \mid x_{w,<t})\Bigr),
+        \qquad N = n_\mathrm{windows} (\mathrm{window\_length} - 1)
+
+    The size of the vocabulary for a model that gives every token the same probability. No window sees another.
+    Logits are taken to float32 before the log-softmax; nats are summed in float32 within a window and in
+    float64 across windows. ``progress`` wraps the batches (tqdm).
+
+    Raises:
+        NotFiniteLossError: a window's loss is not finite; the message names the first such window.
+    """
+    nats: list[float] = []
+    with torch.inference_mode():
+        for batch in progress(windows.split(batch_windows)):
+            logits = model(batch.to(_device(model)), use_cache=False).logits
+            # One window at a time: in float32, a batch of logits over a large vocabulary takes gigabytes.
+            for window, scores in zip(batch, logits, strict=True):
+                nats.append(_window_nats(scores, window, len(nats)))
+    return _exp(sum(nats) / (len(windows) * (windows.shape[1] - 1))), nats
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model; those that several modules share (tied embeddings) count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_tasks(
+    model: nn.Module, tokenizer: Any, tasks_folder: Path, tasks: Sequence[str], batch_size: int
+) -> dict[str, float]:
+    """lm-eval's figures by flat name: ``acc/last_word``, ``bits_per_byte/news``, ``acc_stderr/last_word``...
+
+    A task whose items are in ``tasks_folder`` (``<task>.jsonl``) is ours and needs no network; any other name
+    is one of lm-eval's own. The suffix ``_rolling`` is dropped, so that a text has one name in all its figures.
+    An accuracy p of n items has the standard error sqrt(p (1 - p) / n).
+
+    Raises:
+        EvaluationError: a task is neither ours nor lm-eval's, or a figure is not finite.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        return {}
+    ours = {task for task in tasks if (tasks_folder / f"{task}.jsonl").is_file()}
+    manager = TaskManager(include_defaults=not ours.issuperset(tasks))
+    _check_known(set(tasks) - ours, manager.all_tasks, tasks_folder)
+    # With its logits cache, windows of a repetitive text can be given each other's logits within a batch.
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)),
+        logits_cache=False,
+    )
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[_task(tasks_folder, task) if task in ours else task for task in tasks],
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    return _flat(results["results"], results["n-samples"])
+
+
+def _window_nats(scores: Tensor, window: Tensor, index: int) -> float:
+    targets = window[1:].to(scores.device)
+    nats = F.cross_entropy(scores[:-1].float(), targets, reduction="sum").item()
+    if not math.isfinite(nats):
+        raise NotFiniteLossError(
+            f"window {index}: the loss is {nats}; the model's weights or activations overflow or are NaN. "
+            f"Load it in a wider dtype, or look at how it was compressed"
+        )
+    return nats
+
+
+def _exp(nats_per_token: float) -> float:
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        raise NotFiniteLossError(f"{nats_per_token:g} nats a token: the perplexity is beyond float64") from None
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_known(names: set[str], known: Iterable[str], tasks_folder: Path) -> None:
+    if unknown := sorted(names.difference(known)):
+        ours = sorted(path.stem for path in tasks_folder.glob("*.jsonl"))
+        raise EvaluationError(
+            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one of those in "
+            f"{tasks_folder} ({', '.join(ours) or 'there are none'})"
+        )
+
+
+def _task(tasks_folder: Path, name: str) -> dict[str, Any]:
+    """lm-eval's description of one of our tasks; its items come from memory, so no path is in it."""
+    from datasets import Dataset
+
+    with (tasks_folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+        items = Dataset.from_list([json.loads(line) for line in lines])
+    kind = {"last_word": LAST_WORD, "next_sentence": NEXT_SENTENCE}.get(name, ROLLING)
+    return {"task": name, "test_split": "test", "custom_dataset": lambda **_: {"test": items}, **kind}
+
+
+def _flat(results: dict[str, dict], counts: dict[str, dict]) -> dict[str, float]:
+    figures = {}
+    for task, row in sorted(results.items()):
+        name = task.removesuffix("_rolling")
+        for key, value in sorted(row.items()):
+            metric, _, kind = key.partition(",")
+            if not kind or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise EvaluationError(f"{task}: {metric} is {value}; look at token perplexity first")
+            label = metric if kind == "none" else f"{metric},{kind}"
+            figures[f"{label}/{name}"] = float(value)
+            if metric.startswith("acc") and not metric.endswith("_stderr"):
+                n_items = counts[task]["effective"]
+                figures[f"{label}_stderr/{name}"] = math.sqrt(value * (1 - value) / n_items)
+    return dict(sorted(figures.items()))

@@ -1,0 +1,181 @@
+r"""The integer program under every allocation: one option a unit, least total cost within a budget.
+
+.. math:: \min \sum_u c_u(j_u) \quad\text{s.t.}\quad \sum_u w_u(j_u) \le B
+
+a multiple-choice knapsack with option costs c (any unit, the same in all units of the model) and integer weights w
+(parameters). Numbers only: no tensors, no models.
+
+The lower convex hull of each unit's (weight, cost) points gives the linear relaxation exactly, and with it a bound: no
+solution costs less. The relaxation, rounded down and filled up, gives a first solution. Between the two SciPy's HiGHS
+searches, over those options alone that could still beat the first solution (reduced cost below the gap), so the integer
+program is small however many ranks there are.
+
+Reference: Kellerer, Pferschy, Pisinger, Knapsack Problems (2004), ch. 11.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+
+class InfeasibleBudgetError(ValueError):
+    """The cheapest choice of every unit costs more than the budget; the message names the nearest feasible value."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one unit offers: option j weighs weights[j] parameters and costs costs[j]."""
+
+    weights: NDArray[np.int64]
+    costs: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """choices[u] indexes the options of unit u; bound <= optimum <= cost, and gap = (cost - bound) / |cost|."""
+
+    choices: list[int]
+    weight: int
+    cost: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        return max(0.0, self.cost - self.bound) / abs(self.cost) if self.cost else 0.0
+
+
+def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, nodes: int = 10_000) -> Solution:
+    """Least-cost choice of one option a unit within the budget, with a certified bound.
+
+    Args:
+        units: what each unit offers; any order of options.
+        budget: in parameters.
+        relative_gap: HiGHS is not started, or stops, once cost and bound are this close.
+        nodes: limit of the search, in nodes rather than seconds, so that a busy machine finds the same ranks; what the
+            search then has is returned with its honest bound.
+
+    Raises:
+        InfeasibleBudgetError: even the lightest options do not fit.
+    """
+    lightest = sum(int(u.weights.min()) for u in units)
+    if lightest > budget:
+        raise InfeasibleBudgetError(
+            f"a budget of {budget} parameters is below the least possible {lightest}; raise size_ratio"
+        )
+    hulls = [_lower_hull(u) for u in units]
+    choices, multiplier = _relax(units, hulls, budget)
+    choices = _fill(units, choices, budget)
+    bound = _dual(units, multiplier, budget)
+    solution = _solution(units, choices, bound)
+    if solution.gap <= relative_gap:
+        return solution
+    return _search(units, solution, multiplier, budget, relative_gap, nodes)
+
+
+def _lower_hull(unit: Options) -> list[int]:
+    """Options on the lower convex hull, by weight; along it the cost falls, at ever smaller rates."""
+    hull: list[int] = []
+    for j in np.lexsort((unit.costs, unit.weights)).tolist():
+        if hull and unit.costs[j] >= unit.costs[hull[-1]]:
+            continue
+        while len(hull) > 1 and _rate(unit, hull[-1], j) >= _rate(unit, hull[-2], hull[-1]):
+            hull.pop()
+        if hull and unit.weights[j] == unit.weights[hull[-1]]:
+            hull.pop()
+        hull.append(j)
+    return hull
+
+
+def _rate(unit: Options, i: int, j: int) -> float:
+    """Cost saved a parameter from option i to the heavier option j."""
+    weight = unit.weights[j] - unit.weights[i]
+    return float((unit.costs[i] - unit.costs[j]) / weight) if weight else np.inf
+
+
+def _relax(units: Sequence[Options], hulls: list[list[int]], budget: int) -> tuple[list[int], float]:
+    """Optimum of the linear relaxation, rounded down, and its multiplier: cost a parameter where the budget ran out."""
+    steps = sorted((-_rate(units[u], i, j), u, i, j) for u, hull in enumerate(hulls) for i, j in pairwise(hull))
+    choices = [hull[0] for hull in hulls]
+    left = budget - sum(int(unit.weights[c]) for unit, c in zip(units, choices, strict=True))
+    for rate, u, i, j in steps:
+        step = int(units[u].weights[j] - units[u].weights[i])
+        if step > left:
+            return choices, -rate
+        choices[u] = j
+        left -= step
+    return choices, 0.0
+
+
+def _fill(units: Sequence[Options], choices: list[int], budget: int) -> list[int]:
+    """Spend what is left: the unit and option that save most among all that fit, until none does."""
+    choices = list(choices)
+    left = budget - sum(int(u.weights[c]) for u, c in zip(units, choices, strict=True))
+    while True:
+        best_saving, best = 0.0, None
+        for u, unit in enumerate(units):
+            fits = unit.weights <= unit.weights[choices[u]] + left
+            j = int(np.argmin(np.where(fits, unit.costs, np.inf)))
+            saving = float(unit.costs[choices[u]] - unit.costs[j])
+            if saving > best_saving:
+                best_saving, best = saving, (u, j)
+        if best is None:
+            return choices
+        u, j = best
+        left -= int(units[u].weights[j] - units[u].weights[choices[u]])
+        choices[u] = j
+
+
+def _dual(units: Sequence[Options], multiplier: float, budget: int) -> float:
+    """Lagrangian bound: min over options of cost + multiplier * weight, summed, less multiplier * budget."""
+    return float(sum((u.costs + multiplier * u.weights).min() for u in units) - multiplier * budget)
+
+
+def _solution(units: Sequence[Options], choices: list[int], bound: float) -> Solution:
+    weight = sum(int(u.weights[c]) for u, c in zip(units, choices, strict=True))
+    cost = float(sum(u.costs[c] for u, c in zip(units, choices, strict=True)))
+    return Solution(choices, weight, cost, min(bound, cost))
+
+
+def _search(
+    units: Sequence[Options],
+    first: Solution,
+    multiplier: float,
+    budget: int,
+    relative_gap: float,
+    nodes: int,
+) -> Solution:
+    """HiGHS over the options whose reduced cost is below the gap of the first solution; the others cannot be better."""
+    gap = first.cost - first.bound
+    kept: list[tuple[int, int]] = []
+    for u, unit in enumerate(units):
+        reduced = unit.costs + multiplier * unit.weights
+        allowed = np.flatnonzero(reduced - reduced.min() <= gap * (1 + 1e-9))
+        kept += [(u, int(j)) for j in {*allowed.tolist(), first.choices[u]}]
+    kept.sort()
+    costs = np.array([units[u].costs[j] for u, j in kept])
+    weights = np.array([units[u].weights[j] for u, j in kept], dtype=float)
+    one_each = csr_array((np.ones(len(kept)), ([u for u, _ in kept], range(len(kept)))), shape=(len(units), len(kept)))
+    scale = max(abs(first.cost), np.finfo(float).tiny)
+    result = milp(
+        costs / scale,
+        integrality=np.ones(len(kept), dtype=int),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(weights[None] / budget, ub=1), LinearConstraint(one_each, 1, 1)],
+        options={"mip_rel_gap": relative_gap, "node_limit": nodes},
+    )
+    bound = first.bound if result.mip_dual_bound is None else max(first.bound, result.mip_dual_bound * scale)
+    if result.x is None:
+        return _solution(units, first.choices, bound)
+    choices = list(first.choices)
+    for (u, j), taken in zip(kept, result.x, strict=True):
+        if taken > 0.5:
+            choices[u] = j
+    found = _solution(units, choices, bound)
+    if found.weight > budget or found.cost > first.cost:  # HiGHS holds constraints to 1e-6 only
+        return _solution(units, first.choices, first.bound)
+    return found

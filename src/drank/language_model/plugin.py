@@ -1,0 +1,374 @@
+"""The compressed model as a plain Hugging Face folder: transformers' quantizer `drank`.
+
+``config.json`` of a compressed folder says, under ``quantization_config``::
+
+    {"quant_method": "drank", "format_version": 1, "modules": {dotted name: spec}, "provenance": {...}}
+    spec: {"form": "factors" | "pivot" | "dense", "rank": r, "out_features": n, "in_features": n, "basis": name}
+
+`out_features` and `in_features` are the sizes in the compressed model, at most those of the architecture:
+removed MLP channels make them smaller. `rank` is absent for dense. `basis` names the module whose basis a
+`factors` module shares. Tensors: see modules.py; a shared basis is stored once, under its owner. Keys that this
+version does not know, of the whole or of a spec, are kept when the model is saved again.
+
+Importing this module registers the format; ``import drank`` arranges for that once transformers is there.
+Without it ``from_pretrained`` stops with mismatched shapes, because every compressed module has a `weight` of
+another shape than the dense one: rank < in_features (factors) and rank < out_features (pivot) see to that, for
+Conv1D's transposed weight too.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+# The submodules and not the package: this module is also imported half-way through transformers.quantizers.
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from drank import __version__
+from drank.language_model.linears import ROLES
+from drank.language_model.modules import FactorLinear, PivotLinear
+
+METHOD = "drank"
+FORMAT_VERSION = 1
+FORMS = ("factors", "pivot", "dense")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FormatError(ValueError):
+    """A quantization_config that is malformed, too new, or unfit for the model; the message names it."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One module of the format, checked in itself."""
+
+    form: Literal["factors", "pivot", "dense"]
+    out_features: int
+    in_features: int
+    rank: int
+    basis: str | None
+
+
+def swap_modules(model: Model, specs: Mapping[str, Mapping[str, Any]]) -> Model:
+    """Replace the modules named in specs by the forms they are stored in, in place.
+
+    New modules have dtype and device of the old ones. Their bias is the old one where the output size is
+    unchanged; everything else is uninitialised, to be loaded or filled (PivotLinear's order is the identity).
+    `dense` with unchanged sizes leaves the module alone. Modules that share a basis have one Parameter, which
+    save_pretrained and from_pretrained are told of. An error leaves the model as it was.
+
+    Raises:
+        FormatError: a malformed spec, or one that does not fit the model.
+    """
+    parsed = {_name_in(model, name): spec for name, spec in _parse_specs(specs).items()}
+    for name, spec in parsed.items():
+        _check_fit(model, name, spec)
+    for name, spec in parsed.items():
+        model.set_submodule(name, _replacement(model.get_submodule(name), spec))
+    _share_bases(model, {name: _name_in(model, spec.basis) for name, spec in parsed.items() if spec.basis})
+    return model
+
+
+def attach(model: Model, specs: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Any]) -> Model:
+    """Make an in-memory model, whose modules were swapped and filled, saveable by plain save_pretrained.
+
+    Args:
+        specs: those given to swap_modules.
+        provenance: what made this model; JSON values, kept in config.json as they are.
+
+    Raises:
+        FormatError: a module is not what its spec says.
+    """
+    for name, spec in _parse_specs(specs).items():
+        _check_swapped(model.get_submodule(_name_in(model, name)), name, spec)
+    quantizer = DrankQuantizer(DrankConfig(modules=specs, provenance=provenance), pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, METHOD  # type: ignore[assignment]
+    return quantizer.postprocess_model(model)
+
+
+class DrankConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed folder.
+
+    Raises:
+        FormatError: a format_version that this version of drank does not read, or a malformed spec.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Any] | None = None,
+        format_version: Any = FORMAT_VERSION,
+        provenance: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            raise FormatError(
+                f"quantization_config.format_version is {format_version!r}; drank {__version__} reads 1 to "
+                f"{FORMAT_VERSION}: upgrade with 'pip install --upgrade drank'"
+            )
+        _parse_specs(modules or {})
+        self.__dict__.update(unknown)
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.modules = {name: dict(spec) for name, spec in (modules or {}).items()}
+        self.provenance = dict(provenance or {})
+
+
+class DrankQuantizer(HfQuantizer):
+    """Builds the compressed modules before their weights are loaded, and turns them back into dense ones."""
+
+    # Refuses from_pretrained(dense folder, quantization_config=DrankConfig(...)): loading is not compressing.
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        specs = self.quantization_config.modules
+        swap_modules(model, specs)
+        _check_complete(model, [_name_in(model, name) for name in specs], checkpoint_files or [])
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Plain modules of the architecture's sizes; exact up to rounding to the dtype of the model.
+
+        Removed channels come back as zeros at the end: an MLP is a sum over its channels in any order, so zero
+        ones add nothing. `dtype` is ignored: transformers passes the config's, which may differ from the
+        weights' own.
+        """
+        with torch.device("meta"):
+            original = type(model)(copy.deepcopy(model.config))
+        names = [_name_in(model, name) for name in self.quantization_config.modules]
+        for name in names:
+            model.set_submodule(name, _dense(name, model.get_submodule(name), original.get_submodule(name)))
+        bases = {f"{name}.basis" for name in names}
+        model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
+        model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Lets transformers.Trainer fine-tune the factors."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register(_transformers: ModuleType | None = None) -> None:
+    """Make transformers know the format; more than once does no harm."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(DrankConfig)
+        register_quantizer(METHOD)(DrankQuantizer)
+
+
+def _parse_specs(specs: Mapping[str, Any]) -> dict[str, Spec]:
+    parsed = {name: _parse(name, spec) for name, spec in specs.items()}
+    for name, spec in parsed.items():
+        if spec.basis is not None:
+            _check_basis(name, spec, parsed.get(spec.basis))
+    return parsed
+
+
+def _parse(name: str, spec: Any) -> Spec:
+    if not isinstance(spec, Mapping):
+        raise FormatError(f"{name}: its spec is {spec!r}; it must be a mapping with form, out_features, in_features")
+    form = spec.get("form")
+    if form not in FORMS:
+        raise FormatError(f"{name}: form is {form!r}; known are {', '.join(FORMS)}")
+    n_out, n_in = _positive(name, spec, "out_features"), _positive(name, spec, "in_features")
+    basis = spec.get("basis")
+    if form != "factors" and basis is not None:
+        raise FormatError(f"{name}: only the form 'factors' has a basis to share, not {form!r}")
+    if form == "dense":
+        return Spec(form, n_out, n_in, min(n_out, n_in), None)
+    rank, most = _positive(name, spec, "rank"), n_in - 1 if form == "factors" else min(n_in, n_out - 1)
+    if rank > most:
+        raise FormatError(
+            f"{name}: rank {rank} is more than {most}, the largest for {n_out} x {n_in} in form {form!r}; "
+            "store it as 'dense'"
+        )
+    return Spec(form, n_out, n_in, rank, None if basis == name else basis)
+
+
+def _positive(name: str, spec: Mapping[str, Any], key: str) -> int:
+    value = spec.get(key)
+    if type(value) is not int or value < 1:
+        raise FormatError(f"{name}: {key} is {value!r}; it must be an integer of at least 1")
+    return value
+
+
+def _check_basis(name: str, spec: Spec, owner: Spec | None) -> None:
+    if owner is None:
+        raise FormatError(f"{name}: the owner of its basis, {spec.basis}, is not among the compressed modules")
+    if owner.form != "factors" or owner.basis is not None:
+        raise FormatError(f"{name}: {spec.basis} has no basis of its own to share")
+    if (owner.rank, owner.in_features) != (spec.rank, spec.in_features):
+        raise FormatError(
+            f"{name}: rank {spec.rank} and in_features {spec.in_features} differ from those of the "
+            f"owner of its basis, {spec.basis}: {owner.rank} and {owner.in_features}"
+        )
+
+
+def _name_in(model: nn.Module, name: str) -> str:
+    """The module's name in this model: specs written for a model with a head also fit the bare decoder, and
+    vice versa."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    raise FormatError(f"{name} is not in this {type(model).__name__}: is config.json that of another model?")
+
+
+def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise FormatError(f"{name} is {type(module).__name__}; only nn.Linear and Conv1D can be compressed")
+    ties = getattr(model, "all_tied_weights_keys", {})
+    if f"{name}.weight" in {*ties.keys(), *ties.values()}:
+        raise FormatError(f"{name}: its weight is also that of another module (tied), so it cannot be compressed alone")
+    n_out, n_in = _sizes(module)
+    if spec.out_features > n_out or spec.in_features > n_in:
+        raise FormatError(
+            f"{name}: {spec.out_features} x {spec.in_features} (out x in) is larger than the architecture's "
+            f"{n_out} x {n_in}"
+        )
+
+
+def _check_swapped(module: Any, name: str, spec: Spec) -> None:
+    expected = {"factors": FactorLinear, "pivot": PivotLinear, "dense": nn.Linear | Conv1D}[spec.form]
+    sizes = (spec.out_features, spec.in_features)
+    fits = isinstance(module, expected) and _sizes(module) == sizes
+    if not fits or (spec.form != "dense" and module.rank != spec.rank):
+        raise FormatError(
+            f"{name} is {module}, not {spec.form!r} of rank {spec.rank}, {sizes[0]} x {sizes[1]} (out x in): "
+            "call swap_modules with the same specs first"
+        )
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear of any form."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+def _replacement(old: Any, spec: Spec) -> nn.Module:
+    if spec.form == "dense" and (spec.out_features, spec.in_features) == _sizes(old):
+        return old
+    new = _empty(old, spec)
+    if old.bias is not None and spec.out_features == _sizes(old)[0]:
+        new.bias = old.bias
+    return new
+
+
+def _empty(old: Any, spec: Spec) -> nn.Module:
+    sizes, bias = (spec.in_features, spec.out_features), old.bias is not None
+    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    if spec.form == "factors":
+        return FactorLinear(*sizes, spec.rank, bias, **place)
+    if spec.form == "pivot":
+        return PivotLinear(*sizes, spec.rank, bias, **place)
+    with torch.device("meta"):
+        new = Conv1D(*reversed(sizes)) if isinstance(old, Conv1D) else nn.Linear(*sizes, bias)
+    return _materialised(new, **place)
+
+
+def _materialised(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return module.to(dtype).to_empty(device=device)
+
+
+def _share_bases(model: Any, owners: Mapping[str, str]) -> None:
+    if not owners:
+        return
+    for name, owner in owners.items():
+        model.get_submodule(name).basis = model.get_submodule(owner).basis
+    ties = {f"{name}.basis": f"{owner}.basis" for name, owner in owners.items()}
+    # Semi-private, but the only way: from_pretrained ties what the first lists, save_pretrained drops what the
+    # second lists, whose keys and values are regular expressions.
+    model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+    exact = {_exactly(key): _exactly(value) for key, value in ties.items()}
+    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **exact}
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"
+
+
+def _without(mapping: Mapping[str, str], keys: set[str]) -> dict[str, str]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def _check_complete(model: Any, names: Iterable[str], checkpoint_files: Iterable[str | Path]) -> None:
+    """A tensor that a folder lacks would stay uninitialised: transformers only reports it, and goes on."""
+    files = [file for file in checkpoint_files if str(file).endswith(".safetensors")]
+    if not files:
+        return
+    prefix = f"{model.base_model_prefix}."
+    stored = {key.removeprefix(prefix) for file in files for key in safe_open(file, "pt").keys()}  # noqa: SIM118
+    needed = {f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()}
+    missing = sorted(
+        key for key in needed - model.all_tied_weights_keys.keys() if key.removeprefix(prefix) not in stored
+    )
+    if missing:
+        raise FormatError(
+            f"{missing[0]} ({len(missing)} such) is in no weight file: the folder is incomplete, copy it again"
+        )
+
+
+@torch.no_grad()
+def _dense(name: str, module: Any, original: Any) -> nn.Module:
+    """The module as the architecture has it: `original` is its skeleton on the meta device."""
+    if isinstance(module, type(original)) and _sizes(module) == _sizes(original):
+        return module
+    weight, bias = _dense_weight(module), module.bias
+    n_out, n_in = _sizes(original)
+    # A fused gate and up projection is split in the middle: each half gets its own zeros.
+    parts = 2 if ROLES.get(name.rsplit(".", 1)[-1]) == "gate_up" else 1
+    weight = _padded(F.pad(weight, (0, n_in - weight.shape[1])), n_out, parts)
+    new: Any = _materialised(original, weight.device, weight.dtype)
+    new.weight.copy_(weight.T if isinstance(new, Conv1D) else weight)
+    if bias is not None:
+        new.bias.copy_(_padded(bias, n_out, parts))
+    return new
+
+
+def _dense_weight(module: Any) -> Tensor:
+    if isinstance(module, Conv1D):
+        return module.weight.T
+    return module.dense_weight() if isinstance(module, FactorLinear | PivotLinear) else module.weight
+
+
+def _padded(rows: Tensor, n: int, parts: int) -> Tensor:
+    blocks = rows.unflatten(0, (parts, -1))
+    full = blocks.new_zeros(parts, n // parts, *rows.shape[1:])
+    full[:, : blocks.shape[1]] = blocks
+    return full.flatten(0, 1)
+
+
+register()

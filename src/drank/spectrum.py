@@ -1,0 +1,110 @@
+r"""Whitened spectra and the factors that slicing needs. Knows tensors only: no files, no models.
+
+With y = W x, H = E[x xᵀ] and G the output metric, the loss of replacing W by W - D is \|G^½ D H^½\|_F^2. Hence
+Z = G^½ W H^½ = U S Vᵀ, and keeping k components costs Σ_{i>k} s_i² (Eckart-Young). See docs/method.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from drank.covariance import NotFiniteError
+
+# Eigenvalues of Z Zᵀ below this share of the largest one are rounding noise of a float64 eigendecomposition.
+NOISE = 1e-13
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of Z and rank-one components of W in the same order.
+
+    W_k = output_vectors[:k].T @ input_vectors[:k] is the best rank-k approximation in the metric.
+
+    Attributes:
+        singular_values: (r,) float64, descending, r <= min(out, in); the unit is that of the metric.
+        output_vectors: (r, out) float32.
+        input_vectors: (r, in) float32; rows i of both have the same norm.
+        n_discarded: directions of Z dropped as numerically zero; min(out, in) - r.
+    """
+
+    singular_values: Float[Tensor, " r"]
+    output_vectors: Float[Tensor, "r out"]
+    input_vectors: Float[Tensor, "r in"]
+    n_discarded: int
+
+
+def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Symmetric square root of a positive semidefinite matrix (float64); negative rounding is read as zero."""
+    eigenvalues, vectors = torch.linalg.eigh(covariance.double())
+    return (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
+
+
+def whitened_spectrum(
+    weight: Float[Tensor, "out in"], input_covariance: Float[Tensor, "in in"] | None = None
+) -> Spectrum:
+    r"""Spectrum of Z = W H^½ and the components of W, without inverse or Cholesky, so any H will do.
+
+    With Z Zᵀ = U S² Uᵀ (out, out): W_k = U_k (U_kᵀ W). With Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i: left vectors
+    W a_i, right vectors (Wᵀ W a_i) / s_i². The smaller of the two eigenproblems is solved, in float64: squaring Z loses
+    singular values below 1e-8 of the largest, which cost less than 1e-16 of the total.
+
+    H = None is the identity (plain SVD).
+
+    Raises:
+        NotFiniteError: W or H holds NaN or infinity.
+    """
+    W = _finite(weight, "weight").double()
+    n_out, n_in = W.shape
+    H = None if input_covariance is None else _finite(input_covariance, "input covariance").double()
+    if n_out <= n_in:
+        energies, U = _descending_eigh(W @ (W.T if H is None else H @ W.T))
+        left = U
+        right = U.T @ W
+    else:
+        root = torch.eye(n_in, dtype=torch.float64) if H is None else square_root(H)
+        gram = W.T @ W
+        energies, V = _descending_eigh(root @ gram @ root)
+        a = root @ V
+        left = W @ a
+        right = (gram @ a / energies.clamp_min(torch.finfo(torch.float64).tiny)).T
+    kept = max(1, int((energies > NOISE * energies[0]).sum()))  # a zero matrix keeps one zero component
+    left, right = left[:, :kept].T, right[:kept]
+    tiny = torch.finfo(torch.float64).tiny
+    scale = ((right.norm(dim=1) + tiny) / (left.norm(dim=1) + tiny)).sqrt()[:, None]
+    return Spectrum(
+        singular_values=energies[:kept].sqrt(),
+        output_vectors=(left * scale).float().contiguous(),
+        input_vectors=(right / scale).float().contiguous(),
+        n_discarded=min(n_out, n_in) - kept,
+    )
+
+
+def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
+    r"""Number of directions a spectrum really uses: the exponential of its entropy.
+
+    .. math:: R = \exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad p_i = \sigma_i^2 / \sum_j \sigma_j^2
+
+    1 for a rank-one matrix, k for a flat spectrum, unchanged by rescaling. Zero singular values add nothing; the
+    spectrum of a zero matrix has none and R = 1 by convention (a rank below one cannot be stored).
+
+    Reference: D-Rank (arXiv:2509.25622), Eq. 1-2; λ_i = σ_i², as in the paper.
+    """
+    energies = singular_values.double() ** 2
+    if energies.sum() == 0:
+        return 1.0
+    p = energies / energies.sum()
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _finite(matrix: Tensor, what: str) -> Tensor:
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise NotFiniteError(f"{bad} of {matrix.numel()} entries of the {what} are NaN or infinite")
+    return matrix

@@ -1,0 +1,1 @@
+"""What drank knows of files: parameters, sources, atomic writes, MLflow. No numerics here."""

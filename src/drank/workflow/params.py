@@ -1,0 +1,167 @@
+"""params.yaml as frozen objects that refuse unknown keys and impossible values.
+
+Every knob is described in params.yaml itself; this module holds the types and the rules. A stage reads one section
+and passes plain arguments on: no object of this module reaches a numerical function.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+SourceName = Annotated[str, StringConstraints(pattern=r"^(pypi|hub|local):.+$")]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ParamsError(ValueError):
+    """params.yaml is wrong; the message names the key, the value and the rule."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSource(Section):
+    source: SourceName
+    sha256: Sha256 | None = None
+    member: str | None = None
+
+
+class TextSource(Section):
+    source: SourceName
+    sha256: Sha256 | None = None
+    member: str | None = None
+    column: str = "text"
+    split: str | None = None
+
+
+class Sampling(Section):
+    seed: Annotated[int, Field(ge=0)]
+    calibration_text: Name
+    n_windows: Count
+    window_length: Annotated[int, Field(ge=2)]
+    held_out_share: Annotated[float, Field(gt=0, lt=1)]
+    n_test_windows: Count
+    n_task_items: Count
+
+
+class Covariance(Section):
+    batch_windows: Count
+    threads: Count
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
+
+
+class Spectrum(Section):
+    metric: Literal["none", "input"]
+    units: Literal["matrix"]
+
+
+class Preset(Section):
+    spectrum: Name
+    allocation: Literal["dense", "uniform", "effective_rank"]
+    storage: Literal["factors"]
+    beta: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_effective_rank(self) -> "Preset":
+        if self.beta is not None and self.allocation != "effective_rank":
+            raise ValueError(
+                f"beta = {self.beta} means something to allocation 'effective_rank' only, not to '{self.allocation}'"
+            )
+        return self
+
+
+class Variant(Section):
+    preset: Name
+    spectrum: Name
+    size_ratio: Share
+
+
+class Evaluation(Section):
+    batch_windows: Count
+    threads: Count
+    tasks: tuple[str, ...]
+
+
+class Params(Section):
+    """All of params.yaml, cross-checked: every name that one section uses exists in the section it points to."""
+
+    model: ModelSource
+    text: dict[Name, TextSource]
+    sampling: Sampling
+    covariance: Covariance
+    spectrum: dict[Name, Spectrum]
+    presets: dict[Name, Preset]
+    variants: dict[Name, Variant]
+    evaluation: Evaluation
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Params":
+        _known("sampling.calibration_text", self.sampling.calibration_text, self.text, "text")
+        for name, preset in self.presets.items():
+            _known(f"presets.{name}.spectrum", preset.spectrum, self.spectrum, "spectrum")
+        for name, variant in self.variants.items():
+            _known(f"variants.{name}.preset", variant.preset, self.presets, "presets")
+            expected = self.presets[variant.preset].spectrum
+            if variant.spectrum != expected:
+                raise ValueError(
+                    f"variants.{name}.spectrum = {variant.spectrum!r}, but preset {variant.preset!r} slices the "
+                    f"factors of spectrum {expected!r}: write 'spectrum: {expected}'"
+                )
+        return self
+
+    def variant(self, name: str) -> tuple[Variant, Preset]:
+        """The variant of that name and its preset.
+
+        Raises:
+            ParamsError: params.yaml has no such variant.
+        """
+        if name not in self.variants:
+            raise ParamsError(f"no variant {name!r} in params.yaml; it has: {', '.join(self.variants)}")
+        return self.variants[name], self.presets[self.variants[name].preset]
+
+
+def _known(key: str, value: str, names: dict, section: str) -> None:
+    if value not in names:
+        raise ValueError(
+            f"{key} = {value!r} is not in section '{section}'; known there: {', '.join(names) or 'nothing'}"
+        )
+
+
+def read_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ParamsError: unreadable YAML, an unknown key, a value outside its rule, a name that points nowhere.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: not found; run from the folder that holds params.yaml") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path}: not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ParamsError(f"{path}: expected one section a step, found {type(document).__name__}")
+    try:
+        return Params.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        lines = [_explain(path, detail) for detail in error.errors()]
+        raise ParamsError("\n".join(lines)) from None
+
+
+def _explain(path: Path, detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "(cross-check)"
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key '{key}' (value {detail['input']!r}); is it misspelt, or in the wrong section?"
+    if detail["type"] == "missing":
+        return f"{path}: '{key}' is missing"
+    if key == "(cross-check)" or detail["type"] == "value_error":
+        return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
+    return f"{path}: '{key}' = {detail['input']!r}: {detail['msg']}"

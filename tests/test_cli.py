@@ -1,0 +1,164 @@
+"""The command `drank`: what it runs, what it prints, how it ends; and MLproject, which calls it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.projects.utils import load_project
+from rich.console import Console
+
+from drank.cli import table_of_variants
+from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
+
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def command(root: Path, *arguments: str, activated: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment, by default from outside: its folder is not on the path."""
+    hidden = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "DVC_ROOT", "PYTEST_CURRENT_TEST")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment |= {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
+    if activated:
+        environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    program = [str(BIN / arguments[0]), *arguments[1:]]
+    return subprocess.run(program, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def states(root: Path):
+    """Names of the runs under every pipeline run, newest first, by hash of the lock."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("drank").experiment_id])
+    found = {
+        run.info.run_id: (run.data.tags["dvc.lock_sha256"], set()) for run in runs if run.info.run_name not in VARIANTS
+    }
+    for run in runs:
+        if run.info.run_name in VARIANTS:
+            found[run.data.tags["mlflow.parentRunId"]][1].add(run.info.run_name)
+    return [(lock, names) for lock, names in found.values()]
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, empty_store):
+    write_project(tmp_path / "project")
+    shutil.copy(empty_store, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def test_run_reproduces_logs_and_shows_the_variants(project, tmp_path):
+    done = command(tmp_path, "drank", "run", "--root", "project")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "evaluation@d-rank-80" in executed(done.stdout)
+    assert states(project) == [(lock_sha256(project), set(VARIANTS))]
+    (row,) = (line for line in done.stdout.splitlines() if "d-rank-80" in line and "x1.25" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "d-rank-80",
+        "0.800",
+        "2.0",
+        "25.00 (x1.25)",
+        "0.250",
+    ]
+    assert f"mlflow ui --backend-store-uri sqlite:///{project / 'mlflow.db'}" in done.stdout
+
+
+def test_run_reproduces_the_targets_alone_and_says_what_is_missing_for_the_rest(project):
+    done = command(project, "drank", "run", "allocation@dense")
+    assert executed(done.stdout) == ["sampling", "covariance", "allocation@dense"]
+    assert done.returncode == 1
+    assert "error: dvc.lock: no stage has written results/summary.csv yet; run `dvc repro`\n" in done.stderr
+
+
+def test_a_stage_that_fails_fails_the_command(project):
+    (project / "step.py").write_text("raise SystemExit('the stage said why')")
+    done = command(project, "drank", "run")
+    assert done.returncode == 1
+    assert "the stage said why" in done.stderr
+    assert "error: dvc repro ended with exit status 255; nothing was logged to MLflow\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["track"], 1, "error: dvc.lock: not found; run `dvc repro`, which writes it\n"),
+        (["track", "--root", "nowhere"], 2, "nowhere"),
+        (["trakc"], 2, "No such command"),
+    ],
+)
+def test_an_error_of_the_user_is_a_message_and_a_status(tmp_path, arguments, status, message):
+    done = command(tmp_path, "drank", *arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_the_commands_and_loads_nothing_heavy():
+    program = (
+        "import sys; sys.argv = ['drank', '--help']; from drank.cli import app\ntry: app()\nexcept SystemExit: pass\n"
+    )
+    program += "print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"run", "track"} <= set(done.stdout.split())
+    assert not {"torch", "transformers", "mlflow", "pandas", "numpy", "dvc"} & set(done.stdout.split())
+
+
+ROWS = [
+    {"variant": "plain", "preset": "dense", "kept_ratio": "1.0", "bytes": "269060552", "token_perplexity/news": "20.0"},
+    {
+        "variant": "small",
+        "preset": "d-rank",
+        "kept_ratio": "0.79999",
+        "bytes": "1500000",
+        "token_perplexity/news": "35.5",
+    },
+]
+
+
+def rendered(rows) -> str:
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table_of_variants(rows))
+    return capture.get()
+
+
+def test_the_table_compares_perplexities_with_the_dense_variant():
+    text = rendered(ROWS)
+    assert "269.1" in text
+    assert "20.00 (x1.00)" in text
+    assert "35.50 (x1.77)" in text  # 35.5 / 20 = 1.775, and binary fractions round half to even
+    assert "0.800" in text
+
+
+def test_without_a_dense_variant_there_is_nothing_to_compare_with():
+    assert "35.50 " in rendered(ROWS[1:])
+    assert "(x" not in rendered(ROWS[1:])
+
+
+def test_mlproject_offers_the_pipeline_and_a_variant_at_another_ratio():
+    project = load_project(str(REPOSITORY))
+    assert (project.name, set(project._entry_points)) == ("drank", {"main", "ratio"})
+    assert project.get_entry_point("main").compute_command({}, None) == "drank run"
+    ratio = project.get_entry_point("ratio")
+    expected = "dvc exp run -S variants.d-rank-80.size_ratio=0.7 && drank track"
+    assert ratio.compute_command({}, None) == expected
+    assert (REPOSITORY / project.env_config_path).is_file()
+
+
+def test_mlflow_run_changes_a_ratio_and_logs_the_new_state(project):
+    for name in ("MLproject", "python_env.yaml"):
+        shutil.copy(REPOSITORY / name, project)
+    arguments = ("--env-manager", "local", "-e", "ratio", "-P", "size_ratio=0.6")
+    done = command(project, "mlflow", "run", ".", *arguments, activated=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert states(project) == [(lock_sha256(project), set(VARIANTS))]
+    assert "0.6" in (project / "results/d-rank-80.json").read_text()

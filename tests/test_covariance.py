@@ -1,0 +1,52 @@
+"""The streamed second moment against the one-shot product, by hand, and on bad activations."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drank.covariance import NotFiniteError, SecondMoment
+
+
+def test_two_rows_by_hand():
+    moment = SecondMoment(2)
+    moment.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    assert moment.mean().tolist() == [[5.0, 1.0], [1.0, 2.0]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 99))
+def test_streaming_equals_one_shot_whatever_the_batching(batches, size, seed):
+    x = torch.randn(sum(batches), size, generator=torch.Generator().manual_seed(seed))
+    moment = SecondMoment(size)
+    for part in x.split(batches):
+        moment.add(part)
+    torch.testing.assert_close(moment.mean(), x.double().T @ x.double() / len(x), rtol=1e-6, atol=1e-6)
+
+
+def test_result_is_symmetric_and_positive_semidefinite(generator):
+    moment = SecondMoment(40)
+    moment.add(torch.randn(8, 40, generator=generator).bfloat16())
+    H = moment.mean()
+    assert torch.equal(H, H.T)
+    assert torch.linalg.eigvalsh(H).min() > -1e-6
+
+
+def test_bfloat16_rows_lose_nothing_in_the_product():
+    x = torch.randn(64, 8).bfloat16()
+    moment = SecondMoment(8)
+    moment.add(x)
+    torch.testing.assert_close(moment.mean(), x.double().T @ x.double() / 64, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_activations_that_are_not_finite_are_refused(bad):
+    moment = SecondMoment(3)
+    moment.add(torch.tensor([[0.0, bad, 1.0]]))
+    with pytest.raises(NotFiniteError, match="channels hold NaN or infinity"):
+        moment.mean()
+
+
+def test_no_token_is_refused():
+    with pytest.raises(ValueError, match="no token was seen"):
+        SecondMoment(3).mean()

@@ -1,0 +1,276 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from stages.evaluation import main as stage
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drank.evaluation import (
+    EvaluationError,
+    NotFiniteLossError,
+    count_parameters,
+    run_tasks,
+    token_perplexity,
+)
+from drank.workflow.files import write_json, write_tensors
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+LAST_WORD = [
+    {"context": "the cat sat on the", "target": "mat"},
+    {"context": "a dog ran to its", "target": "door"},
+    {"context": "we eat bread with", "target": "butter"},
+]
+NEXT_SENTENCE = [
+    {"context": "It rained.", "choices": ["We got wet.", "Two is even.", "Cows moo.", "No."], "label": 0},
+    {
+        "context": "He sang.",
+        "choices": ["A tax rose by a tenth.", "They clapped.", "Red.", "Ice melts."],
+        "label": 1,
+    },
+    {
+        "context": "I fell.",
+        "choices": ["Bees fly.", "The sum is nine.", "It hurt.", "Paint dries slowly."],
+        "label": 2,
+    },
+    {
+        "context": "She won.",
+        "choices": ["Salt.", "Rocks sink in water.", "Up.", "The crowd cheered."],
+        "label": 3,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    """Weights large enough that every token of the context matters to every prediction."""
+    config = {
+        "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+        "initializer_range": 0.5, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+
+
+class Unigram(torch.nn.Module):
+    """The same distribution over the vocabulary after every context."""
+
+    def __init__(self, *probabilities: float) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, ids, use_cache):
+        return type("Output", (), {"logits": self.logits.expand(*ids.shape, -1)})
+
+
+def write_tasks(folder: Path, **tasks: list[dict]) -> Path:
+    for name, items in tasks.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+# --- token perplexity -----------------------------------------------------------------------------------------
+
+
+def test_perplexity_of_a_unigram_model_by_hand():
+    perplexity, nats = token_perplexity(Unigram(3 / 4, 1 / 4), torch.tensor([[0, 0, 1], [1, 0, 0]]), 2)
+    assert nats == pytest.approx([math.log(4 / 3) + math.log(4), 2 * math.log(4 / 3)])
+    assert perplexity == pytest.approx((256 / 27) ** 0.25)
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary():
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert token_perplexity(model, torch.randint(258, (3, 9)), 2)[0] == pytest.approx(258)
+
+
+@pytest.mark.parametrize("batch_windows", [1, 2, 5, 8])
+def test_perplexity_is_the_exponential_of_the_mean_loss_whatever_the_batching(batch_windows):
+    model, windows = tiny_llama(), torch.randint(258, (5, 12))
+    with torch.inference_mode():
+        losses = [model(window[None], labels=window[None]).loss for window in windows]
+    perplexity, nats = token_perplexity(model, windows, batch_windows)
+    assert nats == pytest.approx([11 * float(loss) for loss in losses], rel=1e-5)
+    assert perplexity == pytest.approx(math.exp(sum(nats) / 55), rel=1e-12)
+
+
+def test_a_model_in_bfloat16_is_summed_in_float32():
+    model, windows = tiny_llama().bfloat16(), torch.randint(258, (2, 12))
+    with torch.inference_mode():
+        scores = model(windows).logits[:, :-1].double().log_softmax(-1)
+    expected = -scores.gather(-1, windows[:, 1:, None]).sum().item()
+    assert sum(token_perplexity(model, windows, 2)[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_progress_wrapper_sees_every_batch():
+    seen = []
+
+    def bar(batches):
+        for batch in batches:
+            seen.append(len(batch))
+            yield batch
+
+    token_perplexity(Unigram(0.5, 0.5), torch.zeros(5, 4, dtype=torch.int64), 2, bar)
+    assert seen == [2, 2, 1]
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_its_window():
+    model, windows = tiny_llama(), torch.arange(4).repeat_interleave(6).view(4, 6)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2] = math.nan
+    with pytest.raises(NotFiniteLossError, match=r"^window 2: the loss is nan"):
+        token_perplexity(model, windows, 3)
+
+
+def test_a_perplexity_beyond_float64_is_refused():
+    with pytest.raises(NotFiniteLossError, match=r"^1000 nats a token: the perplexity is beyond float64"):
+        token_perplexity(certain(1000.0), torch.ones(1, 3, dtype=torch.int64), 1)
+
+
+def certain(nats: float) -> Unigram:
+    model = Unigram(0.5, 0.5)
+    with torch.no_grad():
+        model.logits.copy_(torch.tensor([0.0, -nats]))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_count_once(tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    attention, mlp, norms = 16 * 16 * 2 + 16 * 8 * 2, 3 * 16 * 24, 2 * 16
+    assert count_parameters(model) == 2 * (attention + mlp + norms) + 16 + 258 * 16 * (1 if tied else 2)
+
+
+# --- lm-eval's tasks ------------------------------------------------------------------------------------------
+
+
+def rolling_nats(model, tokenizer, text: str) -> float:
+    """Windows of the model's length side by side, the last one filled up to the left with context."""
+    ids, length = tokenizer.encode(text, add_special_tokens=False), model.config.max_position_embeddings
+    inputs, nats = [tokenizer.bos_token_id, *ids], 0.0
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        logits = model(torch.tensor([inputs[max(0, end - length) : end]])).logits[0, start - end :]
+        nats += F.cross_entropy(logits, torch.tensor(ids[start:end]), reduction="sum").item()
+    return nats
+
+
+REPETITIVE = ["ab" * 90, "the end " * 30]  # the last window of each begins like an earlier one
+NATURAL = ["Once upon a time, there was a village by the sea.", "Short."]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+@pytest.mark.parametrize("texts", [REPETITIVE, NATURAL], ids=["repetitive", "natural"])
+def test_rolling_perplexity_is_that_of_a_direct_computation(tmp_path, tokenizer, texts, batch_size):
+    model = tiny_llama()
+    folder = write_tasks(tmp_path, tale_rolling=[{"text": text} for text in texts])
+    with torch.inference_mode():
+        nats = sum(rolling_nats(model, tokenizer, text) for text in texts)
+    figures = run_tasks(model, tokenizer, folder, ["tale_rolling"], batch_size)
+    assert set(figures) == {"bits_per_byte/tale", "word_perplexity/tale"}
+    n_bytes, n_words = sum(map(len, texts)), sum(len(text.split(" ")) for text in texts)
+    assert figures["bits_per_byte/tale"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+    assert figures["word_perplexity/tale"] == pytest.approx(math.exp(nats / n_words), rel=1e-4)
+
+
+def continuation_nats(model, tokenizer, context: str, continuation: str) -> tuple[float, bool]:
+    start, ids = len(tokenizer.encode(context)), tokenizer.encode(context + continuation)
+    logits, targets = model(torch.tensor([ids])).logits[0, start - 1 : -1], torch.tensor(ids[start:])
+    return F.cross_entropy(logits, targets, reduction="sum").item(), bool((logits.argmax(-1) == targets).all())
+
+
+def test_choices_and_last_words_are_scored_as_by_hand(tmp_path, tokenizer):
+    model = tiny_llama(max_position_embeddings=64)
+    folder = write_tasks(tmp_path, last_word=LAST_WORD, next_sentence=NEXT_SENTENCE)
+    with torch.inference_mode():
+        words = [continuation_nats(model, tokenizer, row["context"], f" {row['target']}") for row in LAST_WORD]
+        right, right_by_length = [], []
+        for row in NEXT_SENTENCE:
+            nats = [continuation_nats(model, tokenizer, row["context"], f" {c}")[0] for c in row["choices"]]
+            per_letter = [n / len(c) for n, c in zip(nats, row["choices"], strict=True)]
+            right.append(nats.index(min(nats)) == row["label"])
+            right_by_length.append(per_letter.index(min(per_letter)) == row["label"])
+    figures = run_tasks(model, tokenizer, folder, ["last_word", "next_sentence"], batch_size=2)
+    p, q, greedy = sum(right) / 4, sum(right_by_length) / 4, sum(hit for _, hit in words) / 3
+    assert figures == pytest.approx(
+        {
+            "acc/last_word": greedy,
+            "acc/next_sentence": p,
+            "acc_norm/next_sentence": q,
+            "acc_norm_stderr/next_sentence": math.sqrt(q * (1 - q) / 4),
+            "acc_stderr/last_word": math.sqrt(greedy * (1 - greedy) / 3),
+            "acc_stderr/next_sentence": math.sqrt(p * (1 - p) / 4),
+            "perplexity/last_word": math.exp(sum(n for n, _ in words) / 3),
+        },
+        rel=1e-5,
+    )
+    assert list(figures) == sorted(figures)
+    assert all(type(value) is float for value in figures.values())
+
+
+def test_a_model_that_knows_nothing_pays_the_same_for_every_letter_of_a_last_word(tmp_path, tokenizer):
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    figures = run_tasks(model, tokenizer, write_tasks(tmp_path, last_word=LAST_WORD), ["last_word"], 2)
+    letters = sum(len(f" {row['target']}") for row in LAST_WORD)
+    assert figures["perplexity/last_word"] == pytest.approx(258 ** (letters / 3))
+
+
+def test_no_tasks_give_no_figures(tmp_path, tokenizer):
+    assert run_tasks(tiny_llama(), tokenizer, tmp_path, [], 2) == {}
+
+
+def test_an_unknown_task_is_refused_with_the_names_that_are_known(tmp_path, tokenizer):
+    folder = write_tasks(tmp_path, last_word=LAST_WORD)
+    with pytest.raises(EvaluationError, match=r"tasks: lst_word: not a task of lm-eval.*\(last_word\)"):
+        run_tasks(tiny_llama(), tokenizer, folder, ["last_word", "lst_word"], 2)
+
+
+def test_a_broken_model_has_no_figures(tmp_path, tokenizer):
+    model = tiny_llama()
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    folder = write_tasks(tmp_path, tale_rolling=[{"text": "Once upon a time."}])
+    with pytest.raises(EvaluationError, match=r"tale_rolling: bits_per_byte is nan; look at"):
+        run_tasks(model, tokenizer, folder, ["tale_rolling"], 2)
+
+
+# --- the stage ------------------------------------------------------------------------------------------------
+
+
+def test_the_stage_writes_one_flat_record_and_the_same_bytes_again(tmp_path, tokenizer):
+    params = yaml.safe_load(PARAMS.read_text())
+    params["evaluation"]["tasks"] = ["news_rolling", "last_word"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "data/models/dense")
+    tokenizer.save_pretrained(tmp_path / "data/models/dense")
+    write_json(tmp_path / "data/allocation/dense.json", {"kept_ratio": 1.0, "targeted_parameters": 3840})
+    tests = {name: torch.randint(258, (2, 8)) for name in ("news", "commons")}
+    write_tensors(tmp_path / "data/sampling/test.safetensors", tests)
+    (tmp_path / "data/sampling/tasks").mkdir()
+    write_tasks(tmp_path / "data/sampling/tasks", news_rolling=[{"text": NATURAL[0]}], last_word=LAST_WORD)
+
+    stage("dense", tmp_path)
+    content = (tmp_path / "results/dense.json").read_bytes()
+    results = json.loads(content)
+    assert results["variant"] == results["preset"] == "dense"
+    assert results["size_ratio"] == results["kept_ratio"] == 1.0
+    assert results["parameters"] == count_parameters(tiny_llama())
+    assert results["bytes"] > 2 * results["parameters"]
+    assert results["protocol"]["test_windows"] == {"commons": [2, 8], "news": [2, 8]}
+    assert {"token_perplexity/news", "token_perplexity/commons", "bits_per_byte/news", "acc/last_word"} < set(results)
+    stage("dense", tmp_path)
+    assert (tmp_path / "results/dense.json").read_bytes() == content

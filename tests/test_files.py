@@ -1,0 +1,221 @@
+"""Files: whole or not at all, equal bytes for equal content, errors that name the file."""
+
+import hashlib
+import json
+import math
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drank.workflow.files import (
+    FileError,
+    file_sha256,
+    folder_sha256,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    scratch_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+documents = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+).filter(lambda value: "\\ud" not in json.dumps(value))  # lone surrogates are not text
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_json_is_sorted_indented_and_ends_in_a_newline(tmp_path):
+    write_json(tmp_path / "deep" / "er" / "a.json", {"b": [1, "é"], "a": None})
+    assert (tmp_path / "deep/er/a.json").read_text() == '{\n  "a": null,\n  "b": [\n    1,\n    "é"\n  ]\n}\n'
+
+
+@given(documents)
+def test_json_comes_back_as_it_was(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": {"b": [1.0, math.nan]}}, r"not written: 'a\.b\[1\]' is nan"),
+        ({"loss": math.inf}, "'loss' is inf"),
+        ((-math.inf,), r"'\[0\]' is -inf"),
+    ],
+)
+def test_json_refuses_what_is_not_finite_and_leaves_the_old_file(tmp_path, value, message):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(FileError, match=message):
+        write_json(path, value)
+    assert read_json(path) == 1
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_text_keeps_its_line_ends_and_gets_a_readable_mode(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "a\r\nb\u2028c\n")
+    assert path.read_bytes() == "a\r\nb\u2028c\n".encode()
+    assert mode(path) == 0o644
+
+
+def test_a_text_that_cannot_be_encoded_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_writing_over_a_link_replaces_the_link_and_not_the_file_it_points_to(tmp_path):
+    cached = tmp_path / "cached"
+    cached.write_text("cached")
+    (tmp_path / "out").symlink_to(cached)
+    write_text(tmp_path / "out", "new")
+    assert cached.read_text() == "cached"
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_tensors_come_back_with_shape_and_dtype_also_from_a_slice(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "slice": whole[:, 1:3],
+        "transposed": whole.T,
+        "half": whole.bfloat16(),
+        "order": torch.tensor([2, 0]),
+    }
+    write_tensors(tmp_path / "a.safetensors", tensors, {"about": "{}"})
+    back = read_tensors(tmp_path / "a.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
+    assert mode(tmp_path / "a.safetensors") == 0o644
+
+
+def test_equal_tensors_give_equal_bytes_in_any_order_and_process(tmp_path):
+    program = (
+        "import sys, torch, pathlib; from drank.workflow.files import write_tensors\n"
+        "t = {'a': torch.arange(6.), 'b': torch.ones(2, 2), 'c': torch.arange(3)}\n"
+        "write_tensors(pathlib.Path(sys.argv[1]), {k: t[k] for k in sys.argv[2]}, {'about': 'x'})"
+    )
+    for order in ("abc", "cba"):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / order), order], check=True)
+    assert (tmp_path / "abc").read_bytes() == (tmp_path / "cba").read_bytes()
+
+
+def test_two_metadata_keys_are_refused_because_their_order_is_random(tmp_path):
+    with pytest.raises(FileError, match=r"2 metadata keys \(a, b\).*one JSON string"):
+        write_tensors(tmp_path / "a", {"x": torch.zeros(1)}, {"a": "1", "b": "2"})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe\x00 neither", b"\x08" + bytes(20)])
+def test_a_missing_or_damaged_file_is_named(tmp_path, read, content):
+    path = tmp_path / "broken.file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileError, match=r"broken\.file: " + ("not found" if content is None else "damaged")):
+        read(path)
+
+
+def test_truncated_tensors_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FileError, match="damaged"):
+        read_tensors(path)
+
+
+def test_hashes_are_what_sha256sum_prints(tmp_path):
+    (tmp_path / "b").write_bytes(b"abc")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "c").write_bytes(b"")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert file_sha256(tmp_path / "b") == abc
+    assert folder_sha256(tmp_path) == hashlib.sha256(f"{empty}  a/c\n{abc}  b\n".encode()).hexdigest()
+
+
+def test_a_folders_hash_sees_content_and_names_but_not_modes(tmp_path):
+    (tmp_path / "a").write_text("1")
+    first = folder_sha256(tmp_path)
+    (tmp_path / "a").chmod(0o600)
+    assert folder_sha256(tmp_path) == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert folder_sha256(tmp_path) != first
+
+
+def fill(destination: Path, *texts: str) -> None:
+    with replacing_folder(destination) as folder:
+        for text in texts:
+            (folder / text).write_text(text)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    fill(tmp_path / "up" / "out", "old")
+    fill(tmp_path / "up" / "out", "new")
+    assert names(tmp_path) == ["up", "up/out", "up/out/new"]
+
+
+def test_a_folder_gets_readable_modes_all_the_way_down(tmp_path):
+    with replacing_folder(tmp_path / "out") as folder:
+        (folder / "sub").mkdir(mode=0o700)
+        (folder / "sub" / "private").write_text("")
+        (folder / "sub" / "private").chmod(0o600)
+    assert mode(tmp_path / "out" / "sub" / "private") == 0o644
+    assert mode(tmp_path / "out" / "sub") == mode(tmp_path / "out") == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_folder_and_no_litter(tmp_path, error):
+    def half() -> None:
+        with replacing_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("")
+            raise error
+
+    fill(tmp_path / "out", "old")
+    with pytest.raises(error):
+        half()
+    assert names(tmp_path) == ["out", "out/old"]
+
+
+def test_what_a_killed_run_left_is_not_taken_over(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "stale").write_text("")
+    fill(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out", "out/new"]
+
+
+def test_a_run_killed_between_the_two_renames_is_repaired(tmp_path):
+    fill(tmp_path / ".out.old", "old")
+    with pytest.raises(KeyError), replacing_folder(tmp_path / "out"):
+        raise KeyError
+    assert names(tmp_path) == ["out", "out/old"]
+
+
+def test_a_scratch_folder_starts_empty_and_goes_away(tmp_path):
+    (tmp_path / "s").write_text("a file in its place")
+    with scratch_folder(tmp_path / "s") as folder:
+        assert names(folder) == []
+        (folder / "x").write_text("")
+    assert names(tmp_path) == []

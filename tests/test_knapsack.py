@@ -1,0 +1,92 @@
+"""The integer program against brute force, its bound against SciPy's linear relaxation, and its limits."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from drank.knapsack import InfeasibleBudgetError, Options, solve
+
+options = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 100, allow_subnormal=False)), min_size=1, max_size=5).map(
+    lambda rows: Options(np.array([w for w, _ in rows]), np.array([c for _, c in rows]))
+)
+
+
+def brute_force(units, budget):
+    picks = product(*(range(len(u.weights)) for u in units))
+    costs = [
+        sum(u.costs[j] for u, j in zip(units, pick, strict=True))
+        for pick in picks
+        if sum(u.weights[j] for u, j in zip(units, pick, strict=True)) <= budget
+    ]
+    return min(costs, default=None)
+
+
+def relaxation(units, budget):
+    rows = [(u, j) for u, unit in enumerate(units) for j in range(len(unit.weights))]
+    result = linprog(
+        [units[u].costs[j] for u, j in rows],
+        A_ub=[[units[u].weights[j] for u, j in rows]],
+        b_ub=[budget],
+        A_eq=[[float(u == v) for u, _ in rows] for v in range(len(units))],
+        b_eq=np.ones(len(units)),
+        bounds=(0, 1),
+    )
+    return result.fun
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(options, min_size=1, max_size=4), st.integers(1, 80))
+def test_optimum_equals_brute_force(units, budget):
+    expected = brute_force(units, budget)
+    if expected is None:
+        with pytest.raises(InfeasibleBudgetError):
+            solve(units, budget)
+        return
+    solution = solve(units, budget, relative_gap=1e-9)
+    assert solution.weight <= budget
+    assert solution.cost == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert solution.bound <= solution.cost
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(options, min_size=1, max_size=4), st.integers(30, 120))
+def test_bound_is_at_least_the_linear_relaxation_and_never_above_the_cost(units, budget):
+    if sum(u.weights.min() for u in units) > budget:
+        return
+    solution = solve(units, budget)
+    assert relaxation(units, budget) <= solution.bound + 1e-6
+    assert solution.bound <= solution.cost + 1e-12
+
+
+def test_by_hand():
+    units = [
+        Options(np.array([1, 2, 3]), np.array([9.0, 4.0, 3.0])),
+        Options(np.array([1, 5]), np.array([6.0, 0.0])),
+    ]
+    solution = solve(units, 7)
+    assert (solution.choices, solution.weight, solution.cost) == ([1, 1], 7, 4.0)
+
+
+def test_a_dominated_option_is_never_taken():
+    unit = Options(np.array([4, 2, 3]), np.array([1.0, 1.0, 5.0]))
+    assert solve([unit], 10).choices == [1]
+
+
+def test_large_instances_close_the_gap():
+    rng = np.random.default_rng(0)
+    units = []
+    for _ in range(60):
+        ranks = np.arange(1, 400)
+        units.append(Options(ranks * int(rng.integers(700, 2100)), rng.uniform(1, 300) / ranks))
+    solution = solve(units, 8_000_000)
+    assert solution.gap <= 1e-4
+    assert 8_000_000 - solution.weight < 2100
+
+
+def test_a_budget_below_the_lightest_options_names_the_nearest():
+    with pytest.raises(InfeasibleBudgetError, match="least possible 7"):
+        solve([Options(np.array([3]), np.zeros(1)), Options(np.array([4]), np.zeros(1))], 6)

@@ -1,0 +1,91 @@
+"""params.yaml: the shipped file is valid, and every mistake is named with its key, its value and the rule."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drank.workflow.params import ParamsError, read_params
+
+SHIPPED = Path(__file__).parent.parent / "params.yaml"
+
+
+def changed(tmp_path, key, value):
+    """The shipped params.yaml with one value set; key is a dotted path, value None removes it."""
+    document = yaml.safe_load(SHIPPED.read_text())
+    *parents, last = key.split("/")
+    section = document
+    for parent in parents:
+        section = section[parent]
+    if value is None:
+        del section[last]
+    else:
+        section[last] = value
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_the_shipped_file_is_valid():
+    params = read_params(SHIPPED)
+    variant, preset = params.variant("d-rank-80")
+    assert (variant.size_ratio, preset.allocation) == (0.8, "effective_rank")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sampling/n_window", 3, "unknown key 'sampling.n_window' .value 3."),
+        ("variants/d-rank-80/ratio", 0.8, "unknown key 'variants.d-rank-80.ratio'"),
+        ("variants/d-rank-80/size_ratio", 0, "'variants.d-rank-80.size_ratio' = 0.* greater than 0"),
+        (
+            "variants/d-rank-80/size_ratio",
+            1.2,
+            "'variants.d-rank-80.size_ratio' = 1.2.* less than or equal to 1",
+        ),
+        ("variants/d-rank-80/size_ratio", float("nan"), "size_ratio"),
+        (
+            "variants/d-rank-80/preset",
+            "d-rnk",
+            "variants.d-rank-80.preset = 'd-rnk' is not in section 'presets'",
+        ),
+        ("variants/d-rank-80/spectrum", "none", "write 'spectrum: input'"),
+        ("variants/..", {"preset": "dense", "spectrum": "input", "size_ratio": 1.0}, "variants"),
+        ("presets/svd-llm/beta", 0.2, "beta = 0.2 means something to allocation 'effective_rank' only"),
+        ("presets/d-rank/beta", 1.0, "'presets.d-rank.beta' = 1.0.* less than 1"),
+        ("presets/d-rank/spectrum", "kfca", "presets.d-rank.spectrum = 'kfca' is not in section 'spectrum'"),
+        ("presets/d-rank/allocation", "efective_rank", "presets.d-rank.allocation"),
+        ("sampling/n_windows", 0, "'sampling.n_windows' = 0.* greater than or equal to 1"),
+        ("sampling/n_windows", "many", "'sampling.n_windows' = 'many'"),
+        ("sampling/held_out_share", 1.0, "held_out_share"),
+        ("sampling/calibration_text", "nwes", "sampling.calibration_text = 'nwes' is not in section 'text'"),
+        ("model/source", "SmolLM2", "model.source"),
+        ("model/sha256", "bcc8", "model.sha256"),
+        ("model", None, "'model' is missing"),
+        ("variants", None, "'variants' is missing"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, key, value, message):
+    with pytest.raises(ParamsError, match=message):
+        read_params(changed(tmp_path, key, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not YAML"), ("- 1", "one section a step, found list"), ("", "found NoneType")],
+)
+def test_files_that_hold_no_parameters_are_named(tmp_path, text, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError, match=message):
+        read_params(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ParamsError, match="not found; run from the folder"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_an_unknown_variant_is_named_with_those_there_are():
+    with pytest.raises(ParamsError, match="no variant 'd-rnk-80' .* d-rank-80"):
+        read_params(SHIPPED).variant("d-rnk-80")

@@ -1,0 +1,200 @@
+"""The pipeline under real DVC on a tiny real model: what runs again and what does not, same bytes, dvc.yaml as text."""
+
+import ast
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from drank.workflow.files import read_json, read_rows, read_tensors
+from tests import tiny
+
+REPOSITORY = Path(__file__).parent.parent
+STAGES = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+
+
+def run(root, *command, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def repro(root, *arguments):
+    """Stages that dvc repro really executed."""
+    lines = run(root, sys.executable, "-m", "dvc", "repro", *arguments).stdout.splitlines()
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+
+def set_ratio(root, variant, ratio):
+    document = yaml.safe_load((root / "params.yaml").read_text())
+    document["variants"][variant]["size_ratio"] = ratio
+    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def digests(root):
+    files = [
+        f for d in ("data", "results") for f in (root / d).rglob("*") if f.is_file() and "downloads" not in f.parts
+    ]
+    return {f.relative_to(root).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A clone in small: our dvc.yaml, stages and package, a tiny model and texts, everything reproduced once."""
+    root = tmp_path_factory.mktemp("project")
+    tiny.project(root)
+    shutil.copy(REPOSITORY / "dvc.yaml", root)
+    shutil.copy(REPOSITORY / ".dvcignore", root)
+    for folder in ("stages", "src"):
+        shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    run(root, "git", "init", "-q")
+    run(root, sys.executable, "-m", "dvc", "init", "-q")
+    assert len(repro(root)) == 14  # raw, sampling, covariance, spectrum, report, and three a variant
+    return root
+
+
+def test_everything_is_there_and_up_to_date(project):
+    assert repro(project) == []
+    table = (project / "results/summary.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table] == ["variant", "dense", "svd-llm-80", "d-rank-80"]
+    assert {f.name for f in (project / "results/figures").iterdir()} == {
+        "perplexity.png",
+        "ranks.png",
+        "spectra-input.png",
+    }
+
+
+def test_a_new_ratio_runs_that_variant_alone_and_the_old_one_runs_nothing(project):
+    before = digests(project)
+    set_ratio(project, "d-rank-80", 0.6)
+    assert repro(project) == ["allocation@d-rank-80", "compression@d-rank-80", "evaluation@d-rank-80", "report"]
+    changed = {name for name, digest in digests(project).items() if before.get(name) != digest}
+    assert changed == {
+        "data/allocation/d-rank-80.csv",
+        "data/allocation/d-rank-80.json",
+        "data/evaluation/d-rank-80.json",
+        "data/models/d-rank-80/allocation.json",
+        "data/models/d-rank-80/config.json",
+        "data/models/d-rank-80/model.safetensors",
+        "results/d-rank-80.json",
+        "results/summary.csv",
+        "results/figures/perplexity.png",
+        "results/figures/ranks.png",
+        "results/report.html",
+    }
+    set_ratio(project, "d-rank-80", 0.8)
+    assert repro(project) == []
+    assert digests(project) == before
+
+
+def test_every_stage_run_again_writes_the_same_bytes(project):
+    before = digests(project)
+    assert len(repro(project, "--force", "--no-run-cache")) == 14
+    assert digests(project) == before
+
+
+def test_the_saved_model_is_the_allocated_slice_of_the_cached_factors(project):
+    allocation = read_json(project / "data/allocation/d-rank-80.json")
+    assert allocation["price"] <= allocation["budget"] == int(0.8 * allocation["targeted_parameters"])
+    weights = read_tensors(project / "data/models/d-rank-80/model.safetensors")
+    factored = [unit for unit in allocation["units"] if unit["form"] == "factors"]
+    assert factored
+    for unit in factored:
+        factors = project / "data/spectrum/input/factors" / f"{unit['name']}.safetensors"
+        left, right = read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
+        assert torch.equal(weights[f"{unit['name']}.weight"], left.T.bfloat16())
+        assert torch.equal(weights[f"{unit['name']}.basis"], right.bfloat16())
+
+
+def test_the_dense_variant_is_the_model_itself(project):
+    ids = torch.arange(20)[None]
+    source, dense = (
+        AutoModelForCausalLM.from_pretrained(project / folder) for folder in ("source/model", "data/models/dense")
+    )
+    assert torch.equal(source(ids).logits, dense(ids).logits)
+    assert read_json(project / "results/dense.json")["kept_ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "message"),
+    [
+        (("n_windows: 8", "n_window: 8"), "sampling", "unknown key 'sampling.n_window'"),
+        (("size_ratio: 0.8", "size_ratio: 1.2"), "allocation@svd-llm-80", "less than or equal to 1"),
+        (("size_ratio: 0.8", "size_ratio: 0.001"), "allocation@svd-llm-80", "less than one rank"),
+        (("- re:.*", "- no_such_proj"), "covariance", "no linear layer matches"),
+        (("window_length: 64", "window_length: 200000"), "sampling", "200000"),
+        (("local:source/model", "hub:some/model"), "raw", "some/model"),
+        (("local:source/news.jsonl", "local:source/nwes.jsonl"), "raw", "nwes.jsonl"),
+    ],
+)
+def test_mistakes_end_in_one_clear_message_and_leave_nothing_behind(project, change, stage, message):
+    before, params = digests(project), (project / "params.yaml").read_text()
+    assert change[0] in params
+    (project / "params.yaml").write_text(params.replace(*change, 1))
+    step, _, variant = stage.partition("@")
+    done = run(project, sys.executable, "-m", f"stages.{step}", *([variant] if variant else []), check=False)
+    (project / "params.yaml").write_text(params)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert digests(project) == before
+
+
+def test_activations_that_are_not_finite_are_refused_by_name(project, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(project, root, ignore=shutil.ignore_patterns(".dvc", ".git", "models"))
+    model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(root / "data/raw/model")
+    before = digests(root)
+    done = run(root, sys.executable, "-m", "stages.covariance", check=False)
+    assert done.returncode == 1
+    assert "error: activations entering model.layers.1.mlp.down_proj" in done.stderr
+    assert digests(root) == before
+
+
+def imports(path, seen=None):
+    """Files of the repository that a module imports at its top or in its functions, and what those import in turn."""
+    seen = set() if seen is None else seen
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            for base in (REPOSITORY / "src", REPOSITORY):
+                file = base / Path(*name.split(".")).with_suffix(".py")
+                if name and file.is_file() and file not in seen:
+                    seen.add(file)
+                    imports(file, seen)
+    return seen
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_deps_of_a_stage_are_its_script_and_all_that_it_imports(name):
+    stage = STAGES[name].get("do", STAGES[name])
+    script = REPOSITORY / "stages" / f"{name}.py"
+    needed = {file.relative_to(REPOSITORY).as_posix() for file in {script, *imports(script)}}
+    declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
+    assert declared == needed
+    assert stage["cmd"].startswith(f"python -m stages.{name}")
+
+
+def test_imports_run_one_way():
+    numerics = ("covariance", "spectrum", "knapsack", "allocation", "pivot")
+    for name in numerics:
+        inside = {file.stem for file in imports(REPOSITORY / f"src/drank/{name}.py")}
+        assert inside <= {"covariance", "knapsack"}, f"{name} imports {inside}"
+    for path in (REPOSITORY / "src/drank").rglob("*.py"):
+        text = path.read_text()
+        assert path.name == "tracking.py" or "import mlflow" not in text, path
+        assert "workflow" in path.parts or path.name == "cli.py" or "drank.workflow" not in text, path

@@ -1,0 +1,439 @@
+"""The format: plain save_pretrained and from_pretrained on random models of six architectures, and all it
+refuses."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from drank.language_model.modules import FactorLinear, PivotLinear
+from drank.language_model.plugin import DrankConfig, DrankQuantizer, FormatError, attach, register, swap_modules
+
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 48,
+}
+GPT2 = {"n_embd": 16, "n_inner": 32, "n_layer": 2, "n_head": 2, "vocab_size": 48, "n_positions": 32}
+OPT = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+LLAMA_NAMES = (
+    "model.layers.{}.self_attn.q_proj",
+    "self_attn.o_proj",
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+)
+
+# model_type, config, then: two modules that share a basis ({} is the layer), one in pivot form, and in the
+# first layer the inputs and the output of an MLP that has lost channels.
+ARCHITECTURES = {
+    "llama": ("llama", LLAMA, *LLAMA_NAMES),
+    "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}, *LLAMA_NAMES),
+    "qwen2": ("qwen2", {**LLAMA, "num_key_value_heads": 1}, *LLAMA_NAMES),
+    "gpt2": ("gpt2", GPT2, "transformer.h.{}.attn.c_attn", "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"),
+    "opt": (
+        "opt",
+        {**OPT, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+        "model.decoder.layers.{}.self_attn.q_proj",
+        "self_attn.out_proj",
+        ("fc1",),
+        "fc2",
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        LLAMA,
+        "gpt_neox.layers.{}.attention.query_key_value",
+        "attention.dense",
+        ("mlp.dense_h_to_4h",),
+        "mlp.dense_4h_to_h",
+    ),
+    "phi3": (
+        "phi3",
+        {**LLAMA, "pad_token_id": 0},
+        "model.layers.{}.self_attn.qkv_proj",
+        "self_attn.o_proj",
+        ("mlp.gate_up_proj",),
+        "mlp.down_proj",
+    ),
+}
+CHANNELS = 22
+Q = "model.layers.{}.self_attn.q_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def dense_model(architecture, dtype=torch.float32):
+    torch.manual_seed(0)
+    model_type, options, *_ = ARCHITECTURES[architecture]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=dtype).eval()
+
+
+def spec(model, name, form, rank=None, out_features=None, in_features=None, **more):
+    module = model.get_submodule(name)
+    n_out, n_in = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    ranked = {} if rank is None else {"rank": rank}
+    return {
+        "form": form,
+        **ranked,
+        "out_features": out_features or n_out,
+        "in_features": in_features or n_in,
+        **more,
+    }
+
+
+def all_forms(model, architecture):
+    """Specs with every form: a shared basis, an unshared one and a pivot form with fewer rows, a dense with
+    fewer columns."""
+    _, _, shared, pivot, ups, down = ARCHITECTURES[architecture]
+    owner, other = shared.format(0), shared.format(1)
+    first, second = (name.removesuffix(shared.split("{}.")[1]) for name in (owner, other))
+    channels = 2 * CHANNELS if ups == ("mlp.gate_up_proj",) else CHANNELS
+    forms = {first + up: form for up, form in zip(ups, ("pivot", "factors"), strict=False)}
+    return {
+        owner: spec(model, owner, "factors", 3),
+        other: spec(model, other, "factors", 3, basis=owner),
+        second + pivot: spec(model, second + pivot, "pivot", 5),
+        **{name: spec(model, name, form, 4, out_features=channels) for name, form in forms.items()},
+        first + down: spec(model, first + down, "dense", in_features=CHANNELS),
+    }
+
+
+def compressed(architecture, specs=None, dtype=torch.float32):
+    model = dense_model(architecture, dtype)
+    specs = specs or all_forms(model, architecture)
+    swap_modules(model, specs)
+    with torch.no_grad():
+        for name in specs:
+            module = model.get_submodule(name)
+            for parameter in module.parameters():
+                parameter.normal_(std=0.3)
+            if isinstance(module, PivotLinear):
+                module.order.copy_(torch.randperm(module.out_features))
+    return attach(model, specs, {"variant": "d-rank-80", "ratios": [0.8]})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 26).view(2, 12)).logits
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def edit_config(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def python(code, *args):
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def saved(request, tmp_path_factory):
+    """(architecture, in-memory compressed model, its folder)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = compressed(request.param)
+    model.save_pretrained(folder)
+    return request.param, model, folder
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """(in-memory compressed llama, its folder), to be spoilt"""
+    model = compressed("llama")
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_reloaded_model_is_the_one_saved_to_the_last_bit(saved):
+    _, model, folder = saved
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert not any(info.values())
+    reloaded.tie_weights()
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_saving_again_gives_the_same_bytes(saved, tmp_path):
+    _, _, folder = saved
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    assert files(tmp_path) == files(folder)
+
+
+def test_shared_basis_is_one_tensor_on_disk_and_one_parameter_in_memory(saved):
+    architecture, model, folder = saved
+    owner, other = (ARCHITECTURES[architecture][2].format(layer) for layer in (0, 1))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert f"{owner}.basis" in file.keys()  # noqa: SIM118
+        assert f"{other}.basis" not in file.keys()  # noqa: SIM118
+    for candidate in (model, AutoModelForCausalLM.from_pretrained(folder), copy.deepcopy(model)):
+        assert candidate.get_submodule(other).basis is candidate.get_submodule(owner).basis
+
+
+def test_removed_channels_make_smaller_matrices(saved):
+    architecture, _, folder = saved
+    shared, _, ups, down = ARCHITECTURES[architecture][2:]
+    layer = shared.split("{}")[0] + "0."
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    smaller = reloaded.get_submodule(layer + down)
+    assert type(smaller) is (Conv1D if architecture == "gpt2" else nn.Linear)
+    assert CHANNELS in smaller.weight.shape
+    assert reloaded.get_submodule(layer + ups[0]).out_features % CHANNELS == 0
+
+
+def test_dequantised_model_is_a_plain_one_with_the_same_logits(saved, tmp_path):
+    architecture, model, folder = saved
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain.dequantize()
+    plain.save_pretrained(tmp_path)
+    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert {type(m) for m in reloaded.modules()} == {type(m) for m in dense_model(architecture).modules()}
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=0, atol=1e-5)
+
+
+def test_generates_what_the_saved_model_generates(saved):
+    _, model, folder = saved
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(reloaded.generate(**prompt, **options), model.generate(**prompt, **options))
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
+def test_bfloat16_and_shards_survive_the_round_trip(architecture, tmp_path):
+    model = compressed(architecture, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}
+    assert {m.order.dtype for m in reloaded.modules() if isinstance(m, PivotLinear)} == {torch.int32}
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_device_map_gives_the_same_model(llama):
+    model, folder = llama
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")), logits(model))
+
+
+def test_the_bare_decoder_loads_from_the_same_folder(llama):
+    model, folder = llama
+    bare = AutoModel.from_pretrained(folder)
+    ids = torch.arange(8)[None]
+    assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_the_factors_can_be_trained(llama):
+    _, folder = llama
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_qat_trainable
+
+
+def test_bias_is_carried_over_where_the_output_size_is_unchanged():
+    model = dense_model("qwen2")
+    name = Q.format(0)
+    bias = nn.init.normal_(model.get_submodule(name).bias)
+    swap_modules(model, {name: spec(model, name, "factors", 3)})
+    assert isinstance(model.get_submodule(name), FactorLinear)
+    assert model.get_submodule(name).bias is bias
+
+
+def test_dense_with_unchanged_sizes_leaves_the_module_alone():
+    model = dense_model("llama")
+    module = model.get_submodule(DOWN)
+    swap_modules(model, {DOWN: spec(model, DOWN, "dense")})
+    assert model.get_submodule(DOWN) is module
+
+
+def test_keys_of_later_versions_survive_a_round_trip(llama, tmp_path_factory):
+    _, folder = llama
+    again = tmp_path_factory.mktemp("again")
+
+    def add(config):
+        config["license"] = {"name": "x"}
+        config["modules"][DOWN]["note"] = [1, 2]
+
+    edit_config(folder, add)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(again)
+    config = json.loads((again / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert config["license"] == {"name": "x"}
+    assert config["modules"][DOWN]["note"] == [1, 2]
+    assert config["provenance"] == {"variant": "d-rank-80", "ratios": [0.8]}
+    assert (config["quant_method"], config["format_version"]) == ("drank", 1)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, version):
+    _, folder = llama
+    edit_config(folder, lambda config: config.update(format_version=version))
+    with pytest.raises(FormatError, match=rf"format_version is {version!r}.* reads 1 to 1: upgrade with 'pip install"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["basis", "weight", "order", "coefficients"])
+def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
+    _, folder = llama
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith(f"_proj.{key}"))
+    del tensors[lost]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=rf"{lost} \(1 such\) is in no weight file: the folder is incomplete"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+FINE = {"form": "factors", "rank": 3, "out_features": 16, "in_features": 16}
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({Q.format(0): 3}, "layers.0.self_attn.q_proj: its spec is 3; it must be a mapping"),
+        (
+            {Q.format(0): {**FINE, "form": "sparse"}},
+            "q_proj: form is 'sparse'; known are factors, pivot, dense",
+        ),
+        ({Q.format(0): {**FINE, "form": None}}, "q_proj: form is None"),
+        ({Q.format(0): {**FINE, "rank": 0}}, "q_proj: rank is 0; it must be an integer of at least 1"),
+        ({Q.format(0): {**FINE, "rank": 3.0}}, r"q_proj: rank is 3\.0"),
+        ({Q.format(0): {**FINE, "rank": True}}, "q_proj: rank is True"),
+        ({Q.format(0): {**FINE, "rank": None}}, "q_proj: rank is None"),
+        (
+            {Q.format(0): {**FINE, "rank": 16}},
+            "q_proj: rank 16 is more than 15, .* 16 x 16 in form 'factors'; store",
+        ),
+        ({Q.format(0): {**FINE, "rank": 16, "form": "pivot"}}, "rank 16 is more than 15, .* in form 'pivot'"),
+        ({Q.format(0): {**FINE, "in_features": 0}}, "q_proj: in_features is 0"),
+        ({Q.format(0): {**FINE, "out_features": 17}}, r"q_proj: 17 x 16 \(out x in\) is larger .* 16 x 16"),
+        (
+            {"model.layers.7.self_attn.q_proj": FINE},
+            "layers.7.self_attn.q_proj is not in this LlamaForCausalLM",
+        ),
+        ({"model.layers.0.self_attn": FINE}, "self_attn is LlamaAttention; only nn.Linear and Conv1D"),
+        ({"model.embed_tokens": FINE}, "embed_tokens is Embedding"),
+        (
+            {"lm_head": {**FINE, "out_features": 48}},
+            r"lm_head: its weight is also that of another module \(tied\)",
+        ),
+        ({Q.format(1): {**FINE, "basis": Q.format(0)}}, "q_proj: the owner of its basis, .*0.* is not among"),
+        (
+            {Q.format(0): {**FINE, "form": "pivot"}, Q.format(1): {**FINE, "basis": Q.format(0)}},
+            "layers.1.*: .*layers.0.* has no basis of its own",
+        ),
+        (
+            {Q.format(0): {**FINE, "rank": 4}, Q.format(1): {**FINE, "basis": Q.format(0)}},
+            "layers.1.*: rank 3 and in_features 16 differ .*layers.0.*: 4 and 16",
+        ),
+        (
+            {Q.format(0): FINE, Q.format(1): {**FINE, "form": "pivot", "basis": Q.format(0)}},
+            "layers.1.*: only the form 'factors' has a basis",
+        ),
+    ],
+)
+def test_specs_that_are_malformed_or_do_not_fit_are_refused_and_change_nothing(specs, message):
+    model = dense_model("llama-tied")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(FormatError, match=message):
+        swap_modules(model, {DOWN: spec(model, DOWN, "factors", 4), **specs})
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_malformed_spec_in_a_folder_is_refused_by_name(llama):
+    _, folder = llama
+    edit_config(folder, lambda config: config["modules"][DOWN].update(form="sparse"))
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.down_proj: form is 'sparse'"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_swapping_twice_is_refused():
+    model = dense_model("llama")
+    specs = {DOWN: spec(model, DOWN, "factors", 4)}
+    swap_modules(model, specs)
+    with pytest.raises(FormatError, match=r"down_proj is FactorLinear; only nn\.Linear"):
+        swap_modules(model, specs)
+
+
+@pytest.mark.parametrize(("form", "rank"), [("factors", 4), ("pivot", 5), ("dense", None)])
+def test_a_model_that_is_not_what_its_specs_say_cannot_be_attached(form, rank):
+    model = dense_model("llama")
+    swap_modules(model, {DOWN: spec(model, DOWN, "pivot", 4)})
+    specs = {DOWN: {"form": form, "out_features": 16, "in_features": 32} | ({"rank": rank} if rank else {})}
+    with pytest.raises(FormatError, match=rf"down_proj is PivotLinear.*, not '{form}' .*: call swap_modules"):
+        attach(model, specs, {})
+
+
+def test_loading_a_dense_folder_does_not_compress_it(tmp_path):
+    dense_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=DrankConfig())
+
+
+def test_registering_again_does_no_harm():
+    register()
+    register()
+    assert AUTO_QUANTIZER_MAPPING["drank"] is DrankQuantizer
+
+
+LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
+
+
+def test_without_drank_loading_fails_and_importing_it_then_is_enough(tmp_path):
+    for architecture in ("llama", "gpt2"):
+        model = dense_model(architecture)
+        for form in ("factors", "pivot", "dense"):
+            specs = all_forms(model, architecture).items()
+            chosen = {name: s for name, s in specs if s["form"] == form and "basis" not in s}
+            compressed(architecture, chosen).save_pretrained(tmp_path / f"{architecture}-{form}")
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "for folder in sys.argv[1:]:\n"
+        f"    try: {LOAD}\n"
+        "    except RuntimeError as error: assert 'ignore_mismatched_sizes' in str(error), error\n"
+        "    else: raise SystemExit(f'{folder} was loaded without drank')\n"
+        "import drank\n"
+        f"for folder in sys.argv[1:]: {LOAD}\n"
+    )
+    result = python(code, *sorted(tmp_path.iterdir()))
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_drank_first_is_light_and_enough(llama):
+    _, folder = llama
+    code = (
+        "import sys, drank\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'import drank is heavy'\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "folder = sys.argv[1]\n"
+        f"{LOAD}\n"
+    )
+    result = python(code, folder)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_plugin_itself_may_be_what_imports_transformers():
+    code = (
+        "import drank.language_model.plugin\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'drank' in AUTO_QUANTIZER_MAPPING\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,288 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from stages.sampling import main as stage
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from drank.sampling import (
+    CONTEXT_WORDS,
+    N_CHOICES,
+    PASSAGE_WORDS,
+    ROLLING_CHARACTERS,
+    ROLLING_DOCUMENT,
+    SamplingError,
+    begin_token,
+    clean,
+    consecutive_windows,
+    draw_windows,
+    last_word_items,
+    next_sentence_items,
+    rolling_items,
+    shuffled,
+    split_documents,
+    token_stream,
+)
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+SUBJECTS = ("harvest", "minister", "river", "orchestra", "engineer", "library", "garden", "captain", "market")
+VERBS = ("follows", "measures", "describes", "remembers", "repairs", "visits", "paints", "counts")
+
+
+def document(index: int, n_sentences: int = 6) -> str:
+    pick = [(index * 7 + 3 * k, index + 5 * k) for k in range(n_sentences)]
+    return " ".join(
+        f"The {SUBJECTS[a % 9]} of town {index} {VERBS[b % 8]} the {SUBJECTS[(a + b) % 9]} in year {k} again."
+        for k, (a, b) in enumerate(pick)
+    )
+
+
+DOCUMENTS = [document(index) for index in range(30)]
+
+
+def byte_tokenizer(uses_begin: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that names a begin token, and puts it before every text or does not."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(DOCUMENTS, trainer)
+    if uses_begin:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+# --- documents ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damaged", "repaired"),
+    [
+        ("â€œyesâ€\x9d, Â£5", "“yes”, £5"),
+        ("cafÃ© Â· FiancÃ©e", "café · Fiancée"),
+        ("£5, café, Ã, 北京", "£5, café, Ã, 北京"),
+        ("Beyonc\ufffd\ufffd said", "Beyonc said"),
+        ("one\u00a0two Â\u00a0three", "one two  three"),
+        ("  def f():\r\n    pass\r", "def f():\n    pass"),
+    ],
+)
+def test_a_damaged_document_is_repaired(damaged, repaired):
+    assert clean([damaged]) == [repaired]
+
+
+def test_empty_documents_are_dropped_and_of_equal_ones_the_first_is_kept():
+    assert clean(["b", " ", "a", "b\u00a0", "", "\ufffd"]) == ["b", "a"]
+
+
+@given(st.lists(st.text(alphabet=st.characters(max_codepoint=127), max_size=30), max_size=8))
+def test_cleaning_ascii_twice_changes_nothing_more(documents):
+    once = clean(documents)
+    assert clean(once) == once
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=0xA1, max_codepoint=0x2FFF, exclude_categories=["Cs"]), min_size=1))
+def test_text_read_once_with_the_wrong_encoding_is_read_back(text):
+    wrong = "".join(
+        bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
+        for byte in text.encode("utf-8")
+    )
+    assert clean(["x" + wrong + "x"]) == ["x" + text + "x"]
+
+
+@given(n=st.integers(2, 200), share=st.floats(0.05, 0.95), seed=st.integers(0, 2**32))
+def test_a_split_is_a_partition_of_the_asked_size(n, share, seed):
+    documents = [str(index) for index in range(n)]
+    if not 0 < round(share * n) < n:
+        with pytest.raises(SamplingError):
+            split_documents(documents, share, seed)
+        return
+    calibrated, held_out = split_documents(documents, share, seed)
+    assert sorted(calibrated + held_out) == sorted(documents)
+    assert len(held_out) == round(share * n)
+    assert split_documents(documents, share, seed) == (calibrated, held_out)
+
+
+def test_another_seed_gives_another_order():
+    assert shuffled(DOCUMENTS, 0) != shuffled(DOCUMENTS, 1)
+
+
+# --- token windows --------------------------------------------------------------------------------------------
+
+
+def test_a_begin_token_counts_only_where_the_tokenizer_uses_it():
+    named_only, used = byte_tokenizer(uses_begin=False), byte_tokenizer(uses_begin=True)
+    assert named_only.bos_token_id == used.bos_token_id == 0
+    assert begin_token(named_only) is None
+    assert begin_token(used) == 0
+
+
+@pytest.mark.parametrize("uses_begin", [False, True])
+def test_the_token_stream_decodes_to_the_joined_documents_without_special_tokens(uses_begin):
+    tokenizer = byte_tokenizer(uses_begin)
+    stream = token_stream(DOCUMENTS[:3], tokenizer)
+    assert stream.dtype == torch.int64
+    assert tokenizer.decode(stream) == "\n\n".join(DOCUMENTS[:3])
+
+
+@given(
+    n_tokens=st.integers(8, 60),
+    n_windows=st.integers(1, 9),
+    seed=st.integers(0, 2**32),
+    begin=st.sampled_from([None, 777]),
+)
+def test_drawn_windows_are_pieces_of_the_stream_and_exactly_as_many_as_asked(n_tokens, n_windows, seed, begin):
+    windows = draw_windows(torch.arange(n_tokens), n_windows, 8, seed, begin)
+    assert windows.shape == (n_windows, 8)
+    body = windows if begin is None else windows[:, 1:]
+    assert torch.equal(body, body[:, :1] + torch.arange(body.shape[1]))
+    assert body.min() >= 0
+    assert body.max() < n_tokens
+    assert begin is None or (windows[:, 0] == begin).all()
+    assert torch.equal(windows, draw_windows(torch.arange(n_tokens), n_windows, 8, seed, begin))
+
+
+def test_every_offset_can_be_drawn_the_first_and_the_last_included():
+    starts = draw_windows(torch.arange(10), 200, 8, seed=0, begin_token=None)[:, 0]
+    assert set(starts.tolist()) == {0, 1, 2}
+
+
+def test_a_stream_of_exactly_one_window_gives_that_window():
+    assert draw_windows(torch.arange(7), 2, 8, 0, begin_token=9).tolist() == [[9, 0, 1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_consecutive_windows_lie_side_by_side():
+    stream = torch.arange(10)
+    assert consecutive_windows(stream, 3, 3, None).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert consecutive_windows(stream, 2, 3, 99).tolist() == [[99, 0, 1], [99, 2, 3]]
+
+
+# --- task items -----------------------------------------------------------------------------------------------
+
+
+def test_a_last_word_is_what_the_passage_ends_with():
+    context = "Word " + " ".join(["word"] * 27) + " so he finally went"
+    text = f"One two three. {context} home. He asked Gov."
+    assert last_word_items([text], 1, seed=0) == [{"context": context, "target": "home"}]
+
+
+def test_last_word_items_are_distinct_passages_of_the_documents_within_the_asked_length():
+    items = last_word_items(DOCUMENTS, 40, seed=3)
+    assert len({json.dumps(item) for item in items}) == len(items) == 40
+    for item in items:
+        assert any(f"{item['context']} {item['target']}." in text for text in DOCUMENTS)
+        assert CONTEXT_WORDS <= len(item["context"].split()) < PASSAGE_WORDS
+    assert items == last_word_items(DOCUMENTS, 40, seed=3)
+    assert items != last_word_items(DOCUMENTS, 40, seed=4)
+
+
+def test_the_next_sentence_follows_in_its_document_and_the_others_come_from_three_other_documents():
+    items = next_sentence_items(DOCUMENTS, 50, seed=0)
+    assert len(items) == 50
+    for item in items:
+        home = [text for text in DOCUMENTS if item["context"] in text]
+        assert f"{item['context']} {item['choices'][item['label']]}" in home[0]
+        sources = [next(text for text in DOCUMENTS if choice in text) for choice in item["choices"]]
+        assert len(set(sources)) == len(item["choices"]) == N_CHOICES
+    assert items == next_sentence_items(DOCUMENTS, 50, seed=0)
+
+
+def test_the_true_sentence_is_found_in_every_place():
+    assert {item["label"] for item in next_sentence_items(DOCUMENTS, 50, seed=0)} == set(range(N_CHOICES))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 3 * ROLLING_DOCUMENT), min_size=1, max_size=40))
+def test_rolling_documents_are_whole_words_and_stay_within_both_bounds(lengths):
+    documents = [("lorem ipsum " * (length // 12 + 1))[:length].strip() or "x" for length in lengths]
+    texts = [item["text"] for item in rolling_items(documents)]
+    assert texts
+    assert sum(map(len, texts)) <= ROLLING_CHARACTERS
+    assert max(map(len, texts)) <= ROLLING_DOCUMENT
+    assert all(document.startswith(text) for document, text in zip(documents, texts, strict=False))
+    assert all(f"{document} ".startswith(f"{text} ") for document, text in zip(documents, texts, strict=False))
+
+
+def test_a_document_that_is_one_long_word_is_cut_inside_it():
+    assert [len(item["text"]) for item in rolling_items(["x" * 5000])] == [ROLLING_DOCUMENT]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: split_documents(["a", "b"], 0.1, 0), r"held_out_share = 0.1 holds out 0 of 2 documents"),
+        (lambda: split_documents(["a", "b"], 0.9, 0), r"holds out 2 of 2 documents"),
+        (lambda: draw_windows(torch.arange(7), 1, 8, 0, None), r"has 7 tokens and one window takes 8"),
+        (lambda: draw_windows(torch.arange(6), 1, 8, 0, 1), r"has 6 tokens and one window takes 7"),
+        (lambda: consecutive_windows(torch.arange(15), 2, 8, None), r"has 15 tokens and 2 windows take 16"),
+        (lambda: last_word_items(["Too short."], 1, 0), r"have 0 passages .* and 1 are asked for"),
+        (lambda: next_sentence_items(DOCUMENTS[:3], 1, 0), r"^3 held-out documents .* and 4 are needed"),
+        (
+            lambda: next_sentence_items(DOCUMENTS, 10_000, 0),
+            r"pairs of consecutive sentences and 10000 are asked",
+        ),
+    ],
+)
+def test_too_little_text_is_refused_with_both_numbers(call, message):
+    with pytest.raises(SamplingError, match=message):
+        call()
+
+
+# --- the stage ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A project folder with two small texts and a tokenizer, as the raw stage leaves them."""
+    params = yaml.safe_load(PARAMS.read_text())
+    params["sampling"] |= {
+        "n_windows": 5, "window_length": 16, "held_out_share": 0.4, "n_test_windows": 3, "n_task_items": 6,
+    }  # fmt: skip
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    byte_tokenizer(uses_begin=True).save_pretrained(tmp_path / "data/raw/model")
+    folder = tmp_path / "data/raw/text"
+    folder.mkdir()
+    for name, documents in (("news", [*DOCUMENTS, DOCUMENTS[0]]), ("commons", DOCUMENTS[::-1])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return tmp_path
+
+
+def test_the_stage_writes_windows_tasks_and_counts_and_the_same_bytes_again(root):
+    stage(root)
+    folder = root / "data/sampling"
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert sorted(files) == [
+        "calibration.safetensors", "summary.json", "tasks/commons_rolling.jsonl", "tasks/last_word.jsonl",
+        "tasks/news_rolling.jsonl", "tasks/next_sentence.jsonl", "test.safetensors",
+    ]  # fmt: skip
+    windows = load_file(folder / "calibration.safetensors")["windows"]
+    assert windows.shape == (5, 16)
+    assert (windows[:, 0] == 0).all()
+    assert {name: test.shape for name, test in load_file(folder / "test.safetensors").items()} == {
+        "news": (3, 16), "commons": (3, 16)
+    }  # fmt: skip
+    summary = json.loads(files["summary.json"])
+    assert summary["begin_token"] == 0
+    assert summary["texts"]["news"]["empty_or_repeated"] == 1
+    assert summary["texts"]["news"]["test_documents"] == 12
+    stage(root)
+    assert all((folder / name).read_bytes() == content for name, content in files.items())
+
+
+def test_nothing_of_the_calibrated_documents_is_in_a_task(root):
+    stage(root)
+    calibrated, _ = split_documents(DOCUMENTS, 0.4, seed=0)
+    for task in ("news_rolling", "last_word", "next_sentence"):
+        items = (root / f"data/sampling/tasks/{task}.jsonl").read_text()
+        assert not any(text.split(". ")[0] in items for text in calibrated)

