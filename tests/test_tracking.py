@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from drank.workflow import tracking
 from drank.workflow.files import read_json
+from drank.workflow.lock import LockError
 from drank.workflow.tracking import Tracked, TrackingError, track, where_to_look
 
 REPOSITORY = Path(__file__).parent.parent
@@ -478,7 +479,7 @@ def test_what_is_not_one_finished_state_is_refused_before_anything_is_logged(rep
     root = shutil.copytree(reproduced, tmp_path / "project", symlinks=True)
     damage, message = BAD_STATES[case]
     damage(root)
-    with pytest.raises(TrackingError, match=message):
+    with pytest.raises(LockError, match=message):
         track(root)
     assert not (root / "mlflow.db").exists()
 

@@ -5,27 +5,24 @@ one that was computed. The runs of a state are found by the hash of the lock's s
 the second time, and what a killed call left unfinished is made anew. This is the only module that imports mlflow.
 """
 
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import yaml
 from filelock import FileLock
 
 from drank import __version__
-from drank.workflow.files import read_json
-from drank.workflow.params import Params, read_params
+from drank.workflow.lock import State, Variant, outs_of, read_md5, read_state, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,11 +31,9 @@ if TYPE_CHECKING:
 EXPERIMENT = "drank"
 PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers")
 
-Stages = dict[str, dict[str, Any]]
-
 
 class TrackingError(ValueError):
-    """dvc.lock, params.yaml and the files they speak of are not one finished state, or MLflow's store is unusable."""
+    """MLflow's store cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +46,6 @@ class Tracked:
     existing: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A variant as dvc.lock has it: the stages it came through, and what they left that is worth comparing."""
-
-    name: str
-    stages: Stages
-    params: dict[str, str]
-    results: dict[str, Any]
-    allocation: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class State:
-    """A finished state of the lock, every file of it checked against its hash."""
-
-    root: Path
-    sha256: str
-    variants: tuple[Variant, ...]
-    texts: dict[str, dict[str, Any]]
-    calibration_text: str
-
-
 def track(root: Path) -> Tracked:
     """Log the state of ``root/dvc.lock`` to MLflow, unless it is there.
 
@@ -80,8 +53,8 @@ def track(root: Path) -> Tracked:
     experiment in a temporary folder points to its repository there), or else in ``root``.
 
     Raises:
-        TrackingError: no lock, a variant without results, parameters or files that changed since ``dvc repro``,
-            or a store that cannot be used.
+        LockError: no lock, a variant without results, parameters or files that changed since ``dvc repro``.
+        TrackingError: a store that cannot be used.
     """
     state = read_state(root)
     home = Path(os.environ.get("DVC_ROOT") or root).resolve()
@@ -101,161 +74,6 @@ def where_to_look(tracked: Tracked) -> str:
         store = shlex.quote(tracked.tracking_uri)
         return f"mlflow ui --backend-store-uri {store}\nthen http://127.0.0.1:5000, experiment {tracked.experiment}"
     return f"experiment {tracked.experiment} on the server that MLFLOW_TRACKING_URI names"
-
-
-# The state of the lock
-
-
-def read_state(root: Path) -> State:
-    """Read dvc.lock and the files it speaks of.
-
-    Raises:
-        TrackingError: as :func:`track`, but for the store.
-    """
-    lock = _read_lock(root / "dvc.lock")
-    params = read_params(root / "params.yaml")
-    _check_written(root, lock, "results/summary.csv")
-    _check_written(root, lock, "results/figures")
-    _check_written(root, lock, "data/sampling")
-    return State(
-        root=root,
-        sha256=_sha256(lock),
-        variants=tuple(_read_variant(root, lock, params, name) for name in params.variants),
-        texts=read_json(root / "data/sampling/summary.json")["texts"],
-        calibration_text=params.sampling.calibration_text,
-    )
-
-
-def _read_lock(path: Path) -> Stages:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TrackingError(f"{path}: not found; run `dvc repro`, which writes it") from None
-    except yaml.YAMLError as error:
-        raise TrackingError(f"{path}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
-    if not isinstance(document, dict) or not document.get("stages"):
-        raise TrackingError(f"{path}: holds no stages; run `dvc repro`")
-    return document["stages"]
-
-
-def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
-    results, allocation = f"results/{name}.json", f"data/allocation/{name}.json"
-    stages = _lineage(lock, _check_written(root, lock, results))
-    _check_written(root, lock, allocation)
-    _check_order(root, stages)
-    _check_params(root, stages)
-    return Variant(name, stages, _resolved(params, name), read_json(root / results), read_json(root / allocation))
-
-
-def _writer(stages: Stages, path: str) -> str | None:
-    """The stage that has this path, or a folder around it, among its outs."""
-    for stage, row in stages.items():
-        if any(PurePosixPath(path).is_relative_to(out["path"]) for out in row.get("outs", ())):
-            return stage
-    return None
-
-
-def _lineage(lock: Stages, stage: str) -> Stages:
-    """A stage and everything it depends on, in the lock's order."""
-    names, waiting = set(), [stage]
-    while waiting:
-        name = waiting.pop()
-        if name not in names:
-            names.add(name)
-            writers = (_writer(lock, dependency["path"]) for dependency in lock[name].get("deps", ()))
-            waiting += [writer for writer in writers if writer]
-    return {name: row for name, row in lock.items() if name in names}
-
-
-def _outs(stages: Stages) -> dict[str, str]:
-    return {out["path"]: out["md5"] for row in stages.values() for out in row.get("outs", ())}
-
-
-def _check_written(root: Path, lock: Stages, path: str) -> str:
-    """The stage that wrote this path, which is as that stage left it."""
-    stage = _writer(lock, path)
-    if stage is None:
-        raise TrackingError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
-    if not (root / path).exists():
-        raise TrackingError(f"{root / path}: not found, but {stage} wrote it; run `dvc repro`")
-    recorded, found = _outs(lock)[path], _dvc_md5(root / path)
-    if found != recorded:
-        raise TrackingError(
-            f"{root / path}: edited or stale: its md5 is {found}, but {stage} wrote {recorded}; run `dvc repro`"
-        )
-    return stage
-
-
-def _check_order(root: Path, stages: Stages) -> None:
-    """Refuse a lineage of which only the upper part was reproduced: its parameters are not those of its results."""
-    outs = _outs(stages)
-    for stage, row in stages.items():
-        for dependency in row.get("deps", ()):
-            path, read = dependency["path"], dependency["md5"]
-            if read != outs.get(path, read):
-                raise TrackingError(
-                    f"{root / 'dvc.lock'}: {stage} read a {path} of md5 {read}, but {_writer(stages, path)} has "
-                    f"written {outs[path]} since; run `dvc repro`"
-                )
-
-
-def _check_params(root: Path, stages: Stages) -> None:
-    path = root / "params.yaml"
-    now = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    for stage, row in stages.items():
-        sections = row.get("params", {}).get("params.yaml", {})
-        before = _flat(sections)
-        keys = before.keys() | {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
-        for key in sorted(keys):
-            if before.get(key) != now.get(key):
-                raise TrackingError(
-                    f"{path}: {key} is {now.get(key, 'missing')}, but {stage} ran with "
-                    f"{before.get(key, 'none')}; run `dvc repro`"
-                )
-
-
-def _resolved(params: Params, name: str) -> dict[str, str]:
-    """Everything that makes the variant, under keys that do not depend on its name, so that runs line up."""
-    variant, preset = params.variant(name)
-    sections = {
-        "variant": variant,
-        "preset": preset,
-        "spectrum": params.spectrum[variant.spectrum],
-        "covariance": params.covariance,
-        "sampling": params.sampling,
-        "evaluation": params.evaluation,
-        "model": params.model,
-        **{f"text.{text}": source for text, source in params.text.items()},
-    }
-    return _flat({key: section.model_dump(exclude_none=True) for key, section in sections.items()})
-
-
-def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """Values of a nested document as text, by dotted key.
-
-    As text, because YAML 1.1 and 1.2, of which DVC writes one and we read the other, disagree on whether 1e-05 is a
-    number.
-    """
-    if isinstance(value, Mapping):
-        rows = (_flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
-        return {dotted: text for row in rows for dotted, text in row.items()}
-    return {key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)}
-
-
-def _sha256(stages: Stages) -> str:
-    return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _dvc_md5(path: Path) -> str:
-    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths."""
-    if not path.is_dir():
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    rows = [{"md5": _dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
-    return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
-
-
-# MLflow
 
 
 def _open(uri: str) -> tuple["MlflowClient", str]:
@@ -353,10 +171,10 @@ def _log_variant(
         "drank.run": "variant",
         "drank.variant": variant.name,
         "drank.preset": variant.allocation["preset"],
-        "dvc.stages_sha256": _sha256(variant.stages),
+        "dvc.stages_sha256": sha256_of(variant.stages),
         "mlflow.parentRunId": parent,
         "mlflow.note.content": _describe_variant(variant),
-        **{f"dvc.out.{path}": md5 for path, md5 in _outs(variant.stages).items()},
+        **{f"dvc.out.{path}": md5 for path, md5 in outs_of(variant.stages).items()},
     }
     run_id = client.create_run(experiment_id, tags=tags, run_name=variant.name).info.run_id
     with _finishing(client, run_id):
@@ -396,7 +214,7 @@ def _datasets(state: State, variant: Variant) -> list["DatasetInput"]:
         DatasetInput(
             Dataset(
                 name=text,
-                digest=_read_md5(variant.stages, path).removesuffix(".dir"),
+                digest=read_md5(variant.stages, path).removesuffix(".dir"),
                 source_type="local",
                 source=json.dumps({"uri": path}),
                 profile=json.dumps(state.texts[text], sort_keys=True),
@@ -405,15 +223,6 @@ def _datasets(state: State, variant: Variant) -> list["DatasetInput"]:
         )
         for context, text, path in used
     ]
-
-
-def _read_md5(stages: Stages, path: str) -> str:
-    """DVC's hash of a path as a stage read it, or of the closest folder around it."""
-    read = {dependency["path"]: dependency["md5"] for row in stages.values() for dependency in row.get("deps", ())}
-    for candidate in (PurePosixPath(path), *PurePosixPath(path).parents):
-        if candidate.as_posix() in read:
-            return read[candidate.as_posix()]
-    raise TrackingError(f"dvc.lock: no stage of {', '.join(stages)} reads {path}; has dvc.yaml changed?")
 
 
 def _describe_state(state: State) -> str:

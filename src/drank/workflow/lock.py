@@ -1,0 +1,203 @@
+"""The state of dvc.lock: what was run with which parameters, and whether the files beside it are still those.
+
+Reads DVC's own record and nothing else: no stage runs, and MLflow is not needed. Every path that is returned was
+compared with the hash that the lock holds.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from drank.workflow.files import read_json
+from drank.workflow.params import Params, read_params
+
+Stages = dict[str, dict[str, Any]]
+
+
+class LockError(ValueError):
+    """dvc.lock, params.yaml and the files they speak of are not one finished state."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant as dvc.lock has it: the stages it came through, and what they left that is worth comparing."""
+
+    name: str
+    stages: Stages
+    params: dict[str, str]
+    results: dict[str, Any]
+    allocation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """A finished state of the lock, every file of it checked against its hash."""
+
+    root: Path
+    sha256: str
+    variants: tuple[Variant, ...]
+    texts: dict[str, dict[str, Any]]
+    calibration_text: str
+
+
+def read_state(root: Path) -> State:
+    """Read dvc.lock and the files it speaks of.
+
+    Raises:
+        LockError: no lock, a variant without results, parameters or files that changed since ``dvc repro``.
+    """
+    lock = _read_lock(root / "dvc.lock")
+    params = read_params(root / "params.yaml")
+    _check_written(root, lock, "results/summary.csv")
+    _check_written(root, lock, "results/figures")
+    _check_written(root, lock, "data/sampling")
+    return State(
+        root=root,
+        sha256=sha256_of(lock),
+        variants=tuple(_read_variant(root, lock, params, name) for name in params.variants),
+        texts=read_json(root / "data/sampling/summary.json")["texts"],
+        calibration_text=params.sampling.calibration_text,
+    )
+
+
+def _read_lock(path: Path) -> Stages:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LockError(f"{path}: not found; run `dvc repro`, which writes it") from None
+    except yaml.YAMLError as error:
+        raise LockError(f"{path}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
+    if not isinstance(document, dict) or not document.get("stages"):
+        raise LockError(f"{path}: holds no stages; run `dvc repro`")
+    return document["stages"]
+
+
+def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
+    results, allocation = f"results/{name}.json", f"data/allocation/{name}.json"
+    stages = lineage(lock, _check_written(root, lock, results))
+    _check_written(root, lock, allocation)
+    _check_order(root, stages)
+    _check_params(root, stages)
+    return Variant(name, stages, _resolved(params, name), read_json(root / results), read_json(root / allocation))
+
+
+def _writer(stages: Stages, path: str) -> str | None:
+    """The stage that has this path, or a folder around it, among its outs."""
+    for stage, row in stages.items():
+        if any(PurePosixPath(path).is_relative_to(out["path"]) for out in row.get("outs", ())):
+            return stage
+    return None
+
+
+def lineage(lock: Stages, stage: str) -> Stages:
+    """A stage and everything it depends on, in the lock's order."""
+    names, waiting = set(), [stage]
+    while waiting:
+        name = waiting.pop()
+        if name not in names:
+            names.add(name)
+            writers = (_writer(lock, dependency["path"]) for dependency in lock[name].get("deps", ()))
+            waiting += [writer for writer in writers if writer]
+    return {name: row for name, row in lock.items() if name in names}
+
+
+def outs_of(stages: Stages) -> dict[str, str]:
+    return {out["path"]: out["md5"] for row in stages.values() for out in row.get("outs", ())}
+
+
+def _check_written(root: Path, lock: Stages, path: str) -> str:
+    """The stage that wrote this path, which is as that stage left it."""
+    stage = _writer(lock, path)
+    if stage is None:
+        raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
+    if not (root / path).exists():
+        raise LockError(f"{root / path}: not found, but {stage} wrote it; run `dvc repro`")
+    recorded, found = outs_of(lock)[path], _dvc_md5(root / path)
+    if found != recorded:
+        raise LockError(
+            f"{root / path}: edited or stale: its md5 is {found}, but {stage} wrote {recorded}; run `dvc repro`"
+        )
+    return stage
+
+
+def _check_order(root: Path, stages: Stages) -> None:
+    """Refuse a lineage of which only the upper part was reproduced: its parameters are not those of its results."""
+    outs = outs_of(stages)
+    for stage, row in stages.items():
+        for dependency in row.get("deps", ()):
+            path, read = dependency["path"], dependency["md5"]
+            if read != outs.get(path, read):
+                raise LockError(
+                    f"{root / 'dvc.lock'}: {stage} read a {path} of md5 {read}, but {_writer(stages, path)} has "
+                    f"written {outs[path]} since; run `dvc repro`"
+                )
+
+
+def _check_params(root: Path, stages: Stages) -> None:
+    path = root / "params.yaml"
+    now = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    for stage, row in stages.items():
+        sections = row.get("params", {}).get("params.yaml", {})
+        before = _flat(sections)
+        keys = before.keys() | {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
+        for key in sorted(keys):
+            if before.get(key) != now.get(key):
+                raise LockError(
+                    f"{path}: {key} is {now.get(key, 'missing')}, but {stage} ran with "
+                    f"{before.get(key, 'none')}; run `dvc repro`"
+                )
+
+
+def _resolved(params: Params, name: str) -> dict[str, str]:
+    """Everything that makes the variant, under keys that do not depend on its name, so that runs line up."""
+    variant, preset = params.variant(name)
+    sections = {
+        "variant": variant,
+        "preset": preset,
+        "spectrum": params.spectrum[variant.spectrum],
+        "covariance": params.covariance,
+        "sampling": params.sampling,
+        "evaluation": params.evaluation,
+        "model": params.model,
+        **{f"text.{text}": source for text, source in params.text.items()},
+    }
+    return _flat({key: section.model_dump(exclude_none=True) for key, section in sections.items()})
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """Values of a nested document as text, by dotted key.
+
+    As text, because YAML 1.1 and 1.2, of which DVC writes one and we read the other, disagree on whether 1e-05 is a
+    number.
+    """
+    if isinstance(value, Mapping):
+        rows = (_flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
+        return {dotted: text for row in rows for dotted, text in row.items()}
+    return {key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)}
+
+
+def sha256_of(stages: Stages) -> str:
+    return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _dvc_md5(path: Path) -> str:
+    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths."""
+    if not path.is_dir():
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    rows = [{"md5": _dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def read_md5(stages: Stages, path: str) -> str:
+    """DVC's hash of a path as a stage read it, or of the closest folder around it."""
+    read = {dependency["path"]: dependency["md5"] for row in stages.values() for dependency in row.get("deps", ())}
+    for candidate in (PurePosixPath(path), *PurePosixPath(path).parents):
+        if candidate.as_posix() in read:
+            return read[candidate.as_posix()]
+    raise LockError(f"dvc.lock: no stage of {', '.join(stages)} reads {path}; has dvc.yaml changed?")
