@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drank.workflow.stage import quieten_libraries, run_stage
+from drank.workflow.stage import quieten_libraries, run_app
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,10 +30,8 @@ class CommandError(ValueError):
 
 def app() -> None:
     """The console script. A user's error ends as it does in a stage: in one message and exit status 1."""
-    # run_stage makes a command line of one function; ours has several, and reads the arguments itself.
-    arguments, sys.argv[1:] = sys.argv[1:], []
     quieten_libraries()
-    run_stage(lambda: commands(arguments))
+    run_app(commands)
 
 
 @commands.callback()

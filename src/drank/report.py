@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 Allocation = Mapping[str, Any]
@@ -44,8 +45,8 @@ def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
 
 
 def spectra(energies: Mapping[str, np.ndarray], kinds: Mapping[str, str], layers: Mapping[str, int]) -> Figure:
-    """Share of the energy beyond rank k against k / full rank, a panel a kind, a line a layer (dark: early)."""
-    names = sorted(set(kinds.values()))
+    """Share of the energy beyond rank k against k / full rank, a panel a kind, a line a layer (first dark, last bright)."""
+    names = list(dict.fromkeys(kinds.values()))
     figure = Figure(figsize=(2.3 * len(names), 3), layout="constrained")
     last = max(layers.values()) or 1
     for index, kind in enumerate(names):
@@ -53,7 +54,7 @@ def spectra(energies: Mapping[str, np.ndarray], kinds: Mapping[str, str], layers
         for unit in (u for u in energies if kinds[u] == kind):
             e = energies[unit]
             tail = np.append(e[::-1].cumsum()[::-1], 0.0) / max(float(e.sum()), np.finfo(float).tiny)
-            shade = (0.27, 0.0, 0.33, 1 - 0.8 * layers[unit] / last)
+            shade = colormaps["viridis"](layers[unit] / last)
             axes.semilogy(np.linspace(0, 1, len(tail)), tail.clip(1e-8), color=shade, linewidth=0.8)
         axes.set_title(kind, fontsize=9)
         axes.set_ylim(1e-6, 1.2)

@@ -14,10 +14,15 @@ def run_stage(main: Callable[..., None]) -> None:
     That is every ``ValueError`` class that drank itself defines (wrong parameters, an unreachable source, a
     damaged file). Any other exception is a bug, here or in a library, and keeps its traceback.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("drank").setLevel(logging.INFO)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line of several commands with the same promise as :func:`run_stage`."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("drank").setLevel(logging.INFO)
     try:
         app()
     except ValueError as error:
