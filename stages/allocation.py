@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from drank.allocation import Allocation, Unit, dense, effective_rank, loss, uniform
+from drank.allocation import Allocation, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
 from drank.workflow.files import file_sha256, read_json, read_tensors, write_json, write_text
 from drank.workflow.params import Preset, read_params
 from drank.workflow.stage import run_stage
@@ -41,9 +41,12 @@ def read_units(folder: Path) -> list[Unit]:
 def allocate(units: list[Unit], preset: Preset, size_ratio: float) -> Allocation:
     if preset.allocation == "dense":
         return dense(units)
+    menu = Menu(preset.storage, preset.floor, preset.multiple_of)
     if preset.allocation == "uniform":
-        return uniform(units, size_ratio)
-    return effective_rank(units, size_ratio, preset.beta or 0.0)
+        return uniform(units, size_ratio, menu)
+    if preset.allocation == "least_loss":
+        return least_loss(units, size_ratio, menu)
+    return effective_rank(units, size_ratio, preset.beta or 0.0, menu)
 
 
 def describe(units: list[Unit], allocation: Allocation) -> dict:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from drank.allocation import Unit, dense, effective_rank, largest_factored_rank, loss, rank_price, uniform
+from drank.allocation import Menu, Unit, dense, effective_rank, least_loss, loss, uniform
 from drank.knapsack import InfeasibleBudgetError
 
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "up_proj": "up"}
@@ -62,7 +62,7 @@ def closed_form(units, budget):
 def test_eq_7_is_followed_to_within_a_rank(effective_ranks):
     units = [unit(f"u{i}", r, (200, 300)) for i, r in enumerate(effective_ranks)]
     expected = closed_form(units, 0.3 * 60_000 * len(units))
-    if expected.max() > largest_factored_rank(units[0]) - 1 or expected.min() < 4:
+    if expected.max() > Menu().ranks(units[0])[-1] - 1 or expected.min() < 4:
         return
     got = np.array([effective_rank(units, 0.3, 0.0).choices[u.name].rank for u in units])
     assert np.abs(got - expected).max() <= 2
@@ -116,12 +116,12 @@ def test_budget_is_never_exceeded_and_spent_to_within_one_price_step(R, size_rat
     got = effective_rank(units, size_ratio, beta)
     full = got.price == got.targeted_parameters
     assert got.price <= got.budget
-    assert got.budget - got.price < max(rank_price(u, 1) for u in units) or full
+    assert got.budget - got.price < max(Menu().price(u, 1) for u in units) or full
     assert got.bound <= got.objective + 1e-9
     for u in units:
         choice = got.choices[u.name]
         assert 1 <= choice.rank <= u.full_rank
-        assert choice.price == (u.dense_price if choice.form == "dense" else rank_price(u, choice.rank))
+        assert choice.price == (u.dense_price if choice.form == "dense" else Menu().price(u, choice.rank))
         assert choice.price <= u.dense_price
 
 
@@ -192,3 +192,72 @@ def test_a_model_without_values_keeps_its_queries():
 def test_a_budget_below_rank_one_is_refused(rule):
     with pytest.raises(InfeasibleBudgetError, match="least possible"):
         rule([unit("a", 2.0), unit("b", 3.0)], 0.1)
+
+
+def spectrum_unit(name, energies, shape):
+    return Unit(name, "up_proj", "up", 0, *shape, energies=np.sort(np.array(energies))[::-1], effective_rank=1.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size_ratio", "rank"),
+    [((4096, 4096), 0.8, 2264), ((4096, 4096), 0.5, 1199), ((11008, 4096), 0.8, 2973), ((1024, 4096), 0.8, 771)],
+)
+def test_pivot_ranks_at_equal_size_are_those_of_the_literature(shape, size_ratio, rank):
+    u = spectrum_unit("u", np.ones(min(shape)), shape)
+    choice = uniform([u], size_ratio, Menu("pivot")).choices["u"]
+    assert (choice.rank, choice.form, choice.price) == (rank, "pivot", rank * (sum(shape) - rank))
+
+
+def test_a_square_pivot_unit_has_38_percent_more_rank_at_08():
+    u = spectrum_unit("u", np.ones(4096), (4096, 4096))
+    pivot, factors = (uniform([u], 0.8, Menu(storage)).choices["u"].rank for storage in ("pivot", "factors"))
+    assert pivot / factors == pytest.approx(1.38, abs=0.005)
+
+
+spectra = st.lists(st.lists(st.floats(0.01, 100), min_size=4, max_size=4), min_size=1, max_size=3)
+
+
+@given(spectra, st.floats(0.3, 0.99), st.sampled_from(["factors", "pivot"]))
+@settings(deadline=None, max_examples=80)
+def test_least_loss_equals_brute_force(rows, size_ratio, storage):
+    units = [spectrum_unit(f"u{i}", energies, (4, 7)) for i, energies in enumerate(rows)]
+    menu = Menu(storage)
+
+    def options(u):
+        tails = [(int(menu.price(u, int(k))), float(u.energies[k:].sum())) for k in menu.ranks(u)]
+        return [*tails, (28, 0.0)]
+
+    budget = int(size_ratio * 28 * len(units) + 1e-6)
+    costs = [
+        sum(cost for _, cost in pick)
+        for pick in product(*(options(u) for u in units))
+        if sum(price for price, _ in pick) <= budget
+    ]
+    if not costs:
+        with pytest.raises(InfeasibleBudgetError):
+            least_loss(units, size_ratio, menu)
+        return
+    got = least_loss(units, size_ratio, menu)
+    assert got.price <= budget
+    assert got.objective == pytest.approx(min(costs), rel=1e-4, abs=1e-9)
+    assert got.objective == pytest.approx(sum(loss(u, got.choices[u.name]) for u in units))
+
+
+@given(spectra, st.floats(0.01, 100))
+@settings(deadline=None, max_examples=40)
+def test_least_loss_ranks_do_not_depend_on_a_common_scale(rows, scale):
+    units, scaled = (
+        [spectrum_unit(f"u{i}", np.array(energies) * s, (4, 7)) for i, energies in enumerate(rows)] for s in (1, scale)
+    )
+    first, second = least_loss(units, 0.7), least_loss(scaled, 0.7)
+    assert second.objective == pytest.approx(first.objective * scale, rel=2e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivot"])
+@pytest.mark.parametrize("rule", [uniform, lambda u, r, m: effective_rank(u, r, 0.2, m), least_loss])
+def test_floors_and_multiples_are_obeyed_by_every_rule(rule, storage):
+    units = [spectrum_unit(f"u{i}", np.geomspace(1, 1e-6, 64), (64, 96)) for i in range(4)]
+    got = rule(units, 0.7, Menu(storage, floor=0.2, multiple_of=8))
+    for choice in got.choices.values():
+        assert choice.form == "dense" or (choice.rank % 8 == 0 and choice.rank >= 0.2 * 64)
+    assert got.price <= got.budget

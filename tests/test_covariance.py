@@ -47,6 +47,12 @@ def test_activations_that_are_not_finite_are_refused(bad):
         moment.mean()
 
 
+def test_mean_magnitude_by_hand():
+    moment = SecondMoment(2)
+    moment.add(torch.tensor([[1.0, -2.0], [-3.0, 0.0]]))
+    assert moment.mean_magnitude().tolist() == [2.0, 1.0]
+
+
 def test_no_token_is_refused():
     with pytest.raises(ValueError, match="no token was seen"):
         SecondMoment(3).mean()

@@ -1,9 +1,8 @@
-"""Finding linears, their roles and shared inputs on real small architectures; watching them without leaving a trace."""
+"""Finding linears, their roles and shared inputs on real small architectures."""
 
 import pytest
 import torch
 
-from drank.language_model.capture import run_windows, watching_inputs
 from drank.language_model.linears import NoTargetsError, find_linears, layer_index, shared_inputs
 from tests import tiny
 
@@ -68,28 +67,3 @@ def test_a_linear_that_no_token_reaches_is_named():
 )
 def test_layer_index_is_the_first_number(name, layer):
     assert layer_index(name) == layer
-
-
-def test_watched_inputs_do_not_depend_on_the_batching_and_hooks_are_gone_afterwards():
-    model = tiny.llama()
-    windows = torch.randint(0, 300, (5, 16))
-    modules = {"down": model.model.layers[0].mlp.down_proj}
-    seen = []
-    for batch in (1, 2, 5):
-        parts = []
-        with watching_inputs(modules, lambda _, x, parts=parts: parts.append(x)):
-            assert sum(run_windows(model, windows, batch)) == 5
-        seen.append(torch.cat(parts))
-        assert not modules["down"]._forward_pre_hooks
-    assert seen[0].shape == (80, 64)
-    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(seen[2], seen[0], rtol=1e-5, atol=1e-6)
-
-
-def test_hooks_are_gone_after_an_error_and_those_of_others_stay():
-    model = tiny.llama()
-    module = model.model.layers[0].mlp.down_proj
-    module.register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="stop"), watching_inputs({"x": module}, lambda *_: None):
-        raise RuntimeError("stop")
-    assert len(module._forward_pre_hooks) == 1

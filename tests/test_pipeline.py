@@ -58,18 +58,19 @@ def project(tmp_path_factory):
         shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     run(root, "git", "init", "-q")
     run(root, sys.executable, "-m", "dvc", "init", "-q")
-    assert len(repro(root)) == 14  # raw, sampling, covariance, spectrum, report, and three a variant
+    assert len(repro(root)) == 18  # raw, sampling, covariance, two spectra, report, three a variant
     return root
 
 
 def test_everything_is_there_and_up_to_date(project):
     assert repro(project) == []
     table = (project / "results/summary.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in table] == ["variant", "dense", "svd-llm-80", "d-rank-80"]
+    assert [row.split(",")[0] for row in table] == ["variant", "dense", "svd-llm-80", "d-rank-80", "kfac-80"]
     assert {f.name for f in (project / "results/figures").iterdir()} == {
         "perplexity.png",
         "ranks.png",
         "spectra-input.png",
+        "spectra-kfac.png",
     }
 
 
@@ -98,7 +99,7 @@ def test_a_new_ratio_runs_that_variant_alone_and_the_old_one_runs_nothing(projec
 
 def test_every_stage_run_again_writes_the_same_bytes(project):
     before = digests(project)
-    assert len(repro(project, "--force", "--no-run-cache")) == 14
+    assert len(repro(project, "--force", "--no-run-cache")) == 18
     assert digests(project) == before
 
 
@@ -113,6 +114,19 @@ def test_the_saved_model_is_the_allocated_slice_of_the_cached_factors(project):
         left, right = read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
         assert torch.equal(weights[f"{unit['name']}.weight"], left.T.bfloat16())
         assert torch.equal(weights[f"{unit['name']}.basis"], right.bfloat16())
+
+
+def test_pivot_units_rebuild_the_slice_of_the_cached_factors(project):
+    model = AutoModelForCausalLM.from_pretrained(project / "data/models/kfac-80")
+    allocation = read_json(project / "data/allocation/kfac-80.json")
+    assert allocation["price"] <= allocation["budget"]
+    pivots = [unit for unit in allocation["units"] if unit["form"] == "pivot"]
+    assert pivots
+    for unit in pivots:
+        factors = project / "data/spectrum/kfac/factors" / f"{unit['name']}.safetensors"
+        left, right = read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
+        rebuilt = model.get_submodule(unit["name"]).dense_weight().float()
+        assert torch.linalg.norm(rebuilt - left.T @ right) < 0.02 * torch.linalg.norm(left.T @ right)
 
 
 def test_the_dense_variant_is_the_model_itself(project):
@@ -159,6 +173,7 @@ def test_activations_that_are_not_finite_are_refused_by_name(project, tmp_path):
     before = digests(root)
     done = run(root, sys.executable, "-m", "stages.covariance", check=False)
     assert done.returncode == 1
+    assert "NaN or infinity" in done.stderr
     assert "error: activations entering model.layers.1.mlp.down_proj" in done.stderr
     assert digests(root) == before
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.covariance import NotFiniteError
-from drank.spectrum import effective_rank, square_root, whitened_spectrum
+from drank.spectrum import damped, effective_rank, square_root, whitened_spectrum
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
 
@@ -57,6 +57,35 @@ def test_dropped_energy_is_the_error_in_the_metric_and_svd_cannot_do_better(n_ou
     assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 10), st.data())
+def test_with_an_output_metric_dropped_energy_is_the_two_sided_error(n_out, n_in, rank, data):
+    seed = data.draw(st.integers(0, 999))
+    W = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
+    H, G = covariance(n_in, rank, seed), covariance(n_out, rank + 1, seed + 1)
+    spectrum = whitened_spectrum(W, H, G)
+    expected = torch.linalg.svdvals(square_root(G) @ W.double() @ square_root(H))
+    found = torch.zeros_like(expected)
+    found[: len(spectrum.singular_values)] = spectrum.singular_values
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6 * float(expected[0]))
+    k = data.draw(st.integers(0, len(spectrum.singular_values)))
+    D = W.double() - rebuilt(spectrum, k)
+    scale = float(torch.trace(G @ W.double() @ H @ W.double().T))
+    measured = float(torch.trace(G @ D @ H @ D.T))
+    assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
+
+
+def test_an_identity_output_metric_changes_nothing():
+    W, H = torch.randn(5, 9), covariance(9, 30)
+    plain, weighted = whitened_spectrum(W, H), whitened_spectrum(W, H, torch.eye(5))
+    torch.testing.assert_close(plain.singular_values, weighted.singular_values)
+    torch.testing.assert_close(rebuilt(plain, 3), rebuilt(weighted, 3))
+
+
+def test_damping_adds_a_share_of_the_mean_diagonal():
+    assert damped(torch.diag(torch.tensor([1.0, 3.0])), 0.5).tolist() == [[2.0, 0.0], [0.0, 4.0]]
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_singular_covariances_are_harmless(shape, rank):
@@ -100,7 +129,7 @@ def test_square_root_squares_back():
     ("weight", "H", "message"),
     [
         (torch.tensor([[float("nan"), 1.0]]), torch.eye(2), "1 of 2 entries of the weight"),
-        (torch.ones(1, 2), torch.full((2, 2), float("inf")), "4 of 4 entries of the input covariance"),
+        (torch.ones(1, 2), torch.full((2, 2), float("inf")), "4 of 4 entries of the input metric"),
     ],
 )
 def test_numbers_that_are_not_finite_are_refused(weight, H, message):

@@ -86,6 +86,7 @@ sampling:
 covariance:
   batch_windows: 4
   threads: 1
+  fisher: empirical
   targets:
     - re:.*
   ignore: []
@@ -93,6 +94,10 @@ spectrum:
   input:
     metric: input
     units: matrix
+  kfac:
+    metric: kfac
+    units: matrix
+    damping: 1.0e-4
 presets:
   dense:
     spectrum: input
@@ -107,6 +112,10 @@ presets:
     allocation: effective_rank
     storage: factors
     beta: 0.3
+  kfac:
+    spectrum: kfac
+    allocation: least_loss
+    storage: pivot
 variants:
   dense:
     preset: dense
@@ -119,6 +128,10 @@ variants:
   d-rank-80:
     preset: d-rank
     spectrum: input
+    size_ratio: 0.8
+  kfac-80:
+    preset: kfac
+    spectrum: kfac
     size_ratio: 0.8
 evaluation:
   batch_windows: 4

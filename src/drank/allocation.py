@@ -1,14 +1,17 @@
 r"""Ranks for every unit under one budget. Numbers only: no tensors, no files, no models.
 
-A rule gives each unit a cost f_u(k) and a price; the solver of ``knapsack`` finds integer ranks. Prices are parameters:
+A rule gives each unit a cost f_u(k), a storage gives it a price in parameters, and ``knapsack`` finds integer ranks.
 
-* ``factors``: k (out + in); the dense matrix is an option of its own at out * in, so that no unit ever costs more.
+* ``factors``: k (out + in). ``pivot``: k (out + in - k), k rows kept and the rest as combinations of them.
+* The dense matrix is an option of its own at out * in, so that no unit ever costs more.
 
-The rules are those of the literature (docs/method.md has the derivations):
+The rules (docs/method.md has the derivations):
 
 * ``uniform``: the same share in every unit (SVD-LLM): the largest k whose price is within size_ratio * out * in.
 * ``effective_rank``: D-Rank (arXiv:2509.25622) Eq. 7 a type, min Σ R_u / k_u, then queries and keys give a share β of
   their *parameters* to values (Eq. 9-12); what a capped unit cannot use goes back and is spent again.
+* ``least_loss``: min Σ_u Σ_{i>k_u} s_i², one budget for the whole model; meaningful where the energies of all units
+  have one unit, as those of the K-FAC metric have (nats).
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drank.knapsack import InfeasibleBudgetError, Options, solve
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Which ranks are offered, and what they cost to store.
+
+    Attributes:
+        storage: "factors" or "pivot".
+        floor: smallest rank offered, as a share of the full rank (at least 1).
+        multiple_of: ranks offered are multiples of it (8, 16 or 32 for fast kernels); the dense matrix always is.
+    """
+
+    storage: str = "factors"
+    floor: float = 0.0
+    multiple_of: int = 1
+
+    def price(self, unit: "Unit", rank: int | NDArray[np.int64]) -> int | NDArray[np.int64]:
+        """Parameters of this rank."""
+        saved = rank if self.storage == "pivot" else 0
+        return rank * (unit.out_features + unit.in_features - saved)
+
+    def ranks(self, unit: "Unit") -> NDArray[np.int64]:
+        """Ranks that cost less than the dense matrix, ascending; none for a matrix too thin to factor."""
+        lowest = max(1, int(np.ceil(self.floor * unit.full_rank)))
+        ranks = np.arange(1, min(len(unit.energies), unit.full_rank) + 1)
+        return ranks[(ranks >= lowest) & (ranks % self.multiple_of == 0) & (self.price(unit, ranks) < unit.dense_price)]
+
+
+DEFAULT = Menu()
 
 
 @dataclass(frozen=True)
@@ -80,16 +112,6 @@ class Allocation:
         return self.price / self.targeted_parameters
 
 
-def rank_price(unit: Unit, rank: int) -> int:
-    """Parameters of two factors of this rank: k (out + in)."""
-    return rank * (unit.out_features + unit.in_features)
-
-
-def largest_factored_rank(unit: Unit) -> int:
-    """Largest rank whose factors are smaller than the dense matrix (0 where there is none: a 1 x n matrix)."""
-    return min(len(unit.energies), (unit.dense_price - 1) // (unit.out_features + unit.in_features))
-
-
 def loss(unit: Unit, choice: Choice) -> float:
     """Energy dropped, Σ_{i>k} s_i², in the unit of the metric; 0 for a dense unit."""
     return 0.0 if choice.form == "dense" else float(unit.energies[choice.rank :].sum())
@@ -100,34 +122,36 @@ def dense(units: Sequence[Unit]) -> Allocation:
     return _allocation(units, {u.name: _dense_choice(u, 0.0) for u in units}, sum(u.dense_price for u in units), 0.0)
 
 
-def uniform(units: Sequence[Unit], size_ratio: float) -> Allocation:
-    """The same share in every unit: the largest rank whose factors cost at most size_ratio * out * in.
+def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
+    """The same share in every unit: the largest rank offered whose price is at most size_ratio * out * in.
 
     This is SVD-LLM's rule; rounding down in every unit leaves a little of the budget, as in the published tables. The
     objective is the number of parameters removed, and its bound what the budget asks for.
 
     Raises:
-        InfeasibleBudgetError: a unit cannot have even one rank within its share.
+        InfeasibleBudgetError: a unit cannot have even its smallest rank within its share.
     """
     choices = {}
     for unit in units:
-        rank = int(size_ratio * unit.dense_price / rank_price(unit, 1) + 1e-9)
-        if rank < 1:
-            raise InfeasibleBudgetError(
-                f"{unit.name}: size_ratio {size_ratio} of {unit.dense_price} parameters is less than one rank "
-                f"({rank_price(unit, 1)}); the least possible is {rank_price(unit, 1) / unit.dense_price:.4f}"
-            )
-        capped = min(rank, len(unit.energies), unit.full_rank)
-        if size_ratio >= 1 or rank_price(unit, rank) >= unit.dense_price:
+        ranks = menu.ranks(unit)
+        affordable = ranks[menu.price(unit, ranks) <= size_ratio * unit.dense_price + 1e-6]
+        if size_ratio >= 1:
             choices[unit.name] = _dense_choice(unit, 0.0)
+        elif len(affordable):
+            rank = int(affordable[-1])
+            price = int(menu.price(unit, rank))
+            choices[unit.name] = Choice(rank, menu.storage, price, float(unit.dense_price - price))
         else:
-            price = rank_price(unit, capped)
-            choices[unit.name] = Choice(capped, "factors", price, float(unit.dense_price - price))
+            least = int(menu.price(unit, int(ranks[0]))) if len(ranks) else unit.dense_price
+            raise InfeasibleBudgetError(
+                f"{unit.name}: size_ratio {size_ratio} of {unit.dense_price} parameters is less than its smallest rank "
+                f"costs ({least}); the least possible is {least / unit.dense_price:.4f}"
+            )
     budget = _budget(units, size_ratio)
-    return _allocation(units, choices, budget, float(sum(u.dense_price for u in units) - budget))
+    return _allocation(units, choices, budget, float(_dense_price(units) - budget))
 
 
-def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float) -> Allocation:
+def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu = DEFAULT) -> Allocation:
     r"""D-Rank: min Σ R_u / k_u within each type's budget (Eq. 7), then a share β of queries and keys goes to values.
 
     Within a type of equal prices ω the continuous optimum is k_u = B √(R_u/ω) / Σ_j √(R_j ω); the integer optimum with
@@ -152,13 +176,14 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float) -> All
         kind, is_value = members[0].kind, members[0].role == "value"
         gift = gifts.get(kind, 0.0)
         budget = size_ratio * _dense_price(members) - gift + (returned * gift / pool if gift else 0.0) + left
-        solution = solve([_effective_rank_options(u) for u in members], int(budget + 1e-6))
-        chosen = {u.name: _effective_rank_choice(u, j) for u, j in zip(members, solution.choices, strict=True)}
+        options = [_effective_rank_options(u, menu) for u in members]
+        solution = solve(options, int(budget + 1e-6))
+        chosen = _choices(members, menu, options, solution.choices)
         left = budget - solution.weight
         bound += solution.bound
         if is_value and pool:
             share = pool / sum(u.role == "value" for u in units) + left / len(members)
-            chosen = {u.name: _grown(u, chosen[u.name], share) for u in members}
+            chosen = {u.name: _grown(u, menu, chosen[u.name], share) for u in members}
             returned -= sum(c.price for c in chosen.values()) - solution.weight - left
             left = 0.0
             bound += sum(c.objective_share for c in chosen.values()) - solution.cost
@@ -166,25 +191,52 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float) -> All
     return _allocation(units, choices, _budget(units, size_ratio), bound)
 
 
-def _effective_rank_options(unit: Unit) -> Options:
-    ranks = np.arange(1, largest_factored_rank(unit) + 1)
-    return Options(
-        weights=np.append(ranks * rank_price(unit, 1), unit.dense_price).astype(np.int64),
-        costs=np.append(unit.effective_rank / ranks, unit.effective_rank / unit.full_rank),
-    )
+def least_loss(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
+    r"""Least total loss: min Σ_u Σ_{i>k_u} s_i² within one budget for the whole model; a dense unit loses nothing.
+
+    The energies of all units must have the same unit. Those of the K-FAC metric do: half their sum is the predicted
+    loss in nats a token (docs/method.md). With an input-only metric a global budget is worse than uniform ranks.
+
+    Raises:
+        InfeasibleBudgetError: the budget does not pay for the smallest rank everywhere.
+    """
+    budget = _budget(units, size_ratio)
+    options = [_options(u, menu, _tails(u, menu.ranks(u)), 0.0) for u in units]
+    solution = solve(options, budget)
+    return _allocation(units, _choices(units, menu, options, solution.choices), budget, solution.bound)
 
 
-def _effective_rank_choice(unit: Unit, option: int) -> Choice:
-    rank = option + 1
-    if rank > largest_factored_rank(unit):
-        return _dense_choice(unit, unit.effective_rank / unit.full_rank)
-    return Choice(rank, "factors", rank_price(unit, rank), unit.effective_rank / rank)
+def _tails(unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Energy beyond each rank."""
+    return np.append(unit.energies[::-1].cumsum()[::-1], 0.0)[ranks]
 
 
-def _grown(unit: Unit, choice: Choice, extra: float) -> Choice:
+def _effective_rank_options(unit: Unit, menu: Menu) -> Options:
+    return _options(unit, menu, unit.effective_rank / menu.ranks(unit), unit.effective_rank / unit.full_rank)
+
+
+def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float) -> Options:
+    """The ranks of the menu, and last the dense matrix."""
+    weights = np.append(menu.price(unit, menu.ranks(unit)), unit.dense_price)
+    return Options(weights.astype(np.int64), np.append(costs, dense_cost))
+
+
+def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: list[int]) -> dict[str, Choice]:
+    return {u.name: _chosen(u, menu, o, pick) for u, o, pick in zip(units, options, picks, strict=True)}
+
+
+def _chosen(unit: Unit, menu: Menu, options: Options, index: int) -> Choice:
+    ranks, cost = menu.ranks(unit), float(options.costs[index])
+    if index == len(ranks):
+        return _dense_choice(unit, cost)
+    return Choice(int(ranks[index]), menu.storage, int(options.weights[index]), cost)
+
+
+def _grown(unit: Unit, menu: Menu, choice: Choice, extra: float) -> Choice:
     """The choice that the price of this one and so many parameters more will buy."""
-    affordable = int((choice.price + extra + 1e-6) / rank_price(unit, 1))
-    return _effective_rank_choice(unit, min(affordable, largest_factored_rank(unit) + 1) - 1)
+    options = _effective_rank_options(unit, menu)
+    affordable = np.flatnonzero(options.weights <= choice.price + extra + 1e-6)
+    return _chosen(unit, menu, options, int(affordable[-1]))
 
 
 def _dense_choice(unit: Unit, objective_share: float) -> Choice:

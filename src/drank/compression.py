@@ -6,10 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drank.language_model.modules import FactorLinear
+from drank.language_model.modules import FactorLinear, PivotLinear
 from drank.language_model.plugin import attach, swap_modules
+from drank.pivot import pivot_rows
 
 Factors = tuple[Tensor, ...]
+
+# Coefficients of the pivot form are stored in bfloat16; rows chosen by pivoted QR keep them near 1. One of this size
+# would mean rows that nearly repeat each other, whose rounding errors it multiplies.
+LARGEST_COEFFICIENT = 64.0
+
+
+class UnsafePivotError(ValueError):
+    """A unit's rows are too nearly dependent to be stored in pivot form; the message says what to do instead."""
 
 
 def module_specs(units: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -46,9 +55,23 @@ def compress(
     swap_modules(model, specs)
     for name, spec in specs.items():
         output_vectors, input_vectors = read_factors(name, spec["rank"])
-        module = model.get_submodule(name)
-        if not isinstance(module, FactorLinear):
-            raise TypeError(f"{name}: form {spec['form']!r} was not replaced by a factored linear")
+        _fill(name, model.get_submodule(name), output_vectors, input_vectors)
+    return attach(model, specs, dict(provenance))
+
+
+def _fill(name: str, module: nn.Module, output_vectors: Tensor, input_vectors: Tensor) -> None:
+    if isinstance(module, FactorLinear):
         module.weight.copy_(output_vectors.T)
         module.basis.copy_(input_vectors)
-    return attach(model, specs, dict(provenance))
+        return
+    if not isinstance(module, PivotLinear):
+        raise TypeError(f"{name}: a {type(module).__name__} cannot hold factors")
+    form = pivot_rows(output_vectors.T, input_vectors)
+    if form.max_abs_coefficient > LARGEST_COEFFICIENT:
+        raise UnsafePivotError(
+            f"{name}: pivot coefficients reach {form.max_abs_coefficient:.3g}, above {LARGEST_COEFFICIENT:g}, and "
+            f"bfloat16 would lose the layer; use storage 'factors', or list it under covariance.ignore"
+        )
+    module.weight.copy_(form.kept)
+    module.coefficients.copy_(form.coefficients)
+    module.order.copy_(form.order)

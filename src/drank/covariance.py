@@ -1,4 +1,4 @@
-"""Input covariances H = E[x xᵀ], streamed. Knows tensors only: no files, no models.
+"""Covariances of inputs, H = E[x xᵀ], and of output gradients, G = E[g gᵀ], streamed. Knows tensors only.
 
 Precision: activations are bfloat16 or float32; products are formed and summed in float32 within a batch and in float64
 across batches. The float32 sum has a *componentwise* bound, |ΔH_ij| <= n ε Σ|x_i||x_j| with n the tokens of a
@@ -26,12 +26,14 @@ class SecondMoment:
 
     def __init__(self, size: int) -> None:
         self.total = torch.zeros(size, size, dtype=torch.float64)
+        self.magnitude = torch.zeros(size, dtype=torch.float64)
         self.n_tokens = 0
 
     def add(self, x: Float[Tensor, "tokens size"]) -> None:
         """Take in a batch of rows."""
         rows = x.float()
         self.total += rows.T @ rows
+        self.magnitude += rows.abs().sum(0)
         self.n_tokens += len(rows)
 
     def mean(self) -> Float[Tensor, "size size"]:
@@ -50,3 +52,7 @@ class SecondMoment:
                 f"{channels} of {len(self.total)} channels hold NaN or infinity; does the model overflow in this dtype?"
             )
         return (self.total + self.total.T) / (2 * self.n_tokens)
+
+    def mean_magnitude(self) -> Float[Tensor, " size"]:
+        """E|x_i|, float64: the activation magnitude by which ASVD scales channels."""
+        return self.magnitude / self.n_tokens

@@ -45,7 +45,7 @@ def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
 
 
 def spectra(energies: Mapping[str, np.ndarray], kinds: Mapping[str, str], layers: Mapping[str, int]) -> Figure:
-    """Share of the energy beyond rank k against k / full rank, a panel a kind, a line a layer (first dark, last bright)."""
+    """Share of the energy beyond rank k against k / full rank, a panel a kind, a line a layer (dark ones first)."""
     names = list(dict.fromkeys(kinds.values()))
     figure = Figure(figsize=(2.3 * len(names), 3), layout="constrained")
     last = max(layers.values()) or 1

@@ -1,6 +1,7 @@
 r"""Whitened spectra and the factors that slicing needs. Knows tensors only: no files, no models.
 
-With y = W x, H = E[x xᵀ] and G the output metric, the loss of replacing W by W - D is \|G^½ D H^½\|_F^2. Hence
+With y = W x, H = E[x xᵀ] and G = E[g gᵀ], the loss of replacing W by W - D is \|G^½ D H^½\|_F^2 (half of it in nats a
+token, where g is the gradient of the summed token loss). Hence
 Z = G^½ W H^½ = U S Vᵀ, and keeping k components costs Σ_{i>k} s_i² (Eckart-Young). See docs/method.md.
 """
 
@@ -41,44 +42,55 @@ def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
 
 
+def damped(covariance: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
+    """The covariance plus ``share`` of its mean diagonal on the diagonal: no direction is entirely free."""
+    return covariance + share * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+
+
 def whitened_spectrum(
-    weight: Float[Tensor, "out in"], input_covariance: Float[Tensor, "in in"] | None = None
+    weight: Float[Tensor, "out in"],
+    input_metric: Float[Tensor, "in in"] | None = None,
+    output_metric: Float[Tensor, "out out"] | None = None,
 ) -> Spectrum:
-    r"""Spectrum of Z = W H^½ and the components of W, without inverse or Cholesky, so any H will do.
+    r"""Spectrum of Z = G^½ W H^½ and the components of W, without inverse or Cholesky, so any H and G will do.
 
-    With Z Zᵀ = U S² Uᵀ (out, out): W_k = U_k (U_kᵀ W). With Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i: left vectors
-    W a_i, right vectors (Wᵀ W a_i) / s_i². The smaller of the two eigenproblems is solved, in float64: squaring Z loses
-    singular values below 1e-8 of the largest, which cost less than 1e-16 of the total.
-
-    H = None is the identity (plain SVD).
+    With Z Zᵀ = U S² Uᵀ (out, out) and c_i = G^½ u_i, component i of W is (W H Wᵀ c_i) (c_iᵀ W) / s_i². With
+    Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i, it is (W a_i) (a_iᵀ Wᵀ G W) / s_i². The smaller of the two eigenproblems
+    is solved, in float64: squaring Z loses singular values below 1e-8 of the largest, which cost less than 1e-16 of the
+    total. H or G = None is the identity (both: plain SVD).
 
     Raises:
-        NotFiniteError: W or H holds NaN or infinity.
+        NotFiniteError: W, H or G holds NaN or infinity.
     """
     W = _finite(weight, "weight").double()
-    n_out, n_in = W.shape
-    H = None if input_covariance is None else _finite(input_covariance, "input covariance").double()
-    if n_out <= n_in:
-        energies, U = _descending_eigh(W @ (W.T if H is None else H @ W.T))
-        left = U
-        right = U.T @ W
+    H = None if input_metric is None else _finite(input_metric, "input metric").double()
+    G = None if output_metric is None else _finite(output_metric, "output metric").double()
+    if len(W) <= W.shape[1]:
+        energies, right, left = _components(W.T, G, H)
     else:
-        root = torch.eye(n_in, dtype=torch.float64) if H is None else square_root(H)
-        gram = W.T @ W
-        energies, V = _descending_eigh(root @ gram @ root)
-        a = root @ V
-        left = W @ a
-        right = (gram @ a / energies.clamp_min(torch.finfo(torch.float64).tiny)).T
+        energies, left, right = _components(W, H, G)
     kept = max(1, int((energies > NOISE * energies[0]).sum()))  # a zero matrix keeps one zero component
-    left, right = left[:, :kept].T, right[:kept]
+    left, right = left[:kept], right[:kept]
     tiny = torch.finfo(torch.float64).tiny
     scale = ((right.norm(dim=1) + tiny) / (left.norm(dim=1) + tiny)).sqrt()[:, None]
     return Spectrum(
         singular_values=energies[:kept].sqrt(),
         output_vectors=(left * scale).float().contiguous(),
         input_vectors=(right / scale).float().contiguous(),
-        n_discarded=min(n_out, n_in) - kept,
+        n_discarded=min(W.shape) - kept,
     )
+
+
+def _components(W: Tensor, near: Tensor | None, far: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies, and the vectors of both sides as rows, from the eigenproblem on the side of W's columns.
+
+    near is the metric of the columns' side, far that of the rows'.
+    """
+    gram = W.T @ (W if far is None else far @ W)
+    root = None if near is None else square_root(near)
+    energies, V = _descending_eigh(gram if root is None else root @ gram @ root)
+    a = V if root is None else root @ V
+    return energies, (W @ a).T, (gram @ a / energies.clamp_min(torch.finfo(torch.float64).tiny)).T
 
 
 def effective_rank(singular_values: Float[Tensor, " k"]) -> float:

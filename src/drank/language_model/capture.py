@@ -1,6 +1,6 @@
-"""Run token windows through a model and hand the input of chosen modules to a callback.
+"""Run token windows through a model and hand what enters, or what comes back to, chosen modules to a callback.
 
-Knows nothing of covariances: what is done with the activations is the callback's business.
+Knows nothing of covariances: what is done with activations and gradients is the callback's business.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Callback = Callable[[str, Tensor], None]
 
 
 @contextmanager
-def watching_inputs(modules: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching_inputs(modules: Mapping[str, nn.Module], callback: Callback) -> Iterator[None]:
     """Inside the block, every forward pass calls callback(name, x) with x (tokens, in), the module's flattened input.
 
     Hooks of others are left alone, ours are gone afterwards, whatever happened inside.
@@ -21,7 +25,29 @@ def watching_inputs(modules: Mapping[str, nn.Module], callback: Callable[[str, T
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: callback(name, args[0].detach().flatten(0, -2))
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    with _removed_afterwards([m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]):
+        yield
+
+
+@contextmanager
+def watching_output_gradients(modules: Mapping[str, nn.Module], callback: Callback) -> Iterator[None]:
+    """Inside the block, every backward pass calls callback(name, g), g (tokens, out) the gradient of the output."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def on_gradient(gradient: Tensor) -> None:
+            callback(name, gradient.detach().flatten(0, -2))
+
+        def on_forward(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            output.register_hook(on_gradient)
+
+        return on_forward
+
+    with _removed_afterwards([m.register_forward_hook(hook(name)) for name, m in modules.items()]):
+        yield
+
+
+@contextmanager
+def _removed_afterwards(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -40,3 +66,30 @@ def run_windows(model: nn.Module, windows: Tensor, batch_windows: int) -> Iterat
     for batch in windows.split(batch_windows):
         decoder(input_ids=batch, use_cache=False)
         yield len(batch)
+
+
+def run_backward(model: nn.Module, windows: Tensor, batch_windows: int, sampled_labels: int | None) -> Iterator[int]:
+    """Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
+
+    Gradients flow from the embeddings' output on; no weight needs one, which saves a third of the backward pass.
+
+    Args:
+        sampled_labels: None takes the text's own next tokens (the empirical Fisher matrix); a seed draws every label
+            from the model's own prediction (the Fisher matrix proper, by one sample).
+    """
+    generator = None if sampled_labels is None else torch.Generator().manual_seed(sampled_labels)
+    embeddings: Any = getattr(model, "get_input_embeddings")()  # noqa: B009  mypy takes an attribute for a submodule
+    model.requires_grad_(False)
+    for batch in windows.split(batch_windows):
+        inputs = embeddings(batch).detach().requires_grad_(True)
+        logits = model(inputs_embeds=inputs, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        labels = batch[:, 1:].flatten() if generator is None else _draw(logits, generator)
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        yield len(batch)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label a row by the Gumbel trick, whose memory is that of the logits."""
+    with torch.no_grad():
+        uniform = torch.rand(logits.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
+        return (logits - uniform.log().neg().log()).argmax(-1)

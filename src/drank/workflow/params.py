@@ -54,20 +54,34 @@ class Sampling(Section):
 class Covariance(Section):
     batch_windows: Count
     threads: Count
+    fisher: Literal["none", "empirical", "sampled"]
+    fisher_seed: Annotated[int, Field(ge=0)] = 0
     targets: tuple[str, ...]
     ignore: tuple[str, ...] = ()
 
 
 class Spectrum(Section):
-    metric: Literal["none", "input"]
+    metric: Literal["none", "diagonal", "input", "kfac"]
     units: Literal["matrix"]
+    alpha: Annotated[float, Field(gt=0, le=2)] | None = None
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _alpha_belongs_to_diagonal(self) -> "Spectrum":
+        if (self.alpha is not None) != (self.metric == "diagonal"):
+            raise ValueError(
+                f"alpha = {self.alpha} with metric '{self.metric}': metric 'diagonal' needs it, no other takes it"
+            )
+        return self
 
 
 class Preset(Section):
     spectrum: Name
-    allocation: Literal["dense", "uniform", "effective_rank"]
-    storage: Literal["factors"]
+    allocation: Literal["dense", "uniform", "effective_rank", "least_loss"]
+    storage: Literal["factors", "pivot"]
     beta: Annotated[float, Field(ge=0, lt=1)] | None = None
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    multiple_of: Count = 1
 
     @model_validator(mode="after")
     def _beta_belongs_to_effective_rank(self) -> "Preset":
@@ -105,6 +119,12 @@ class Params(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> "Params":
         _known("sampling.calibration_text", self.sampling.calibration_text, self.text, "text")
+        needy = [name for name, spectrum in self.spectrum.items() if spectrum.metric == "kfac"]
+        if needy and self.covariance.fisher == "none":
+            raise ValueError(
+                f"spectrum.{needy[0]}.metric = 'kfac' needs output gradients, but covariance.fisher = 'none': "
+                f"write 'fisher: empirical' or 'fisher: sampled'"
+            )
         for name, preset in self.presets.items():
             _known(f"presets.{name}.spectrum", preset.spectrum, self.spectrum, "spectrum")
         for name, variant in self.variants.items():

@@ -1,0 +1,67 @@
+"""Watching activations and gradients: nothing is left behind, batching does not matter, gradients are autograd's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
+from tests import tiny
+
+
+def test_watched_inputs_do_not_depend_on_the_batching_and_hooks_are_gone_afterwards():
+    model = tiny.llama()
+    windows = torch.randint(0, 300, (5, 16))
+    modules = {"down": model.model.layers[0].mlp.down_proj}
+    seen = []
+    for batch in (1, 2, 5):
+        parts = []
+        with watching_inputs(modules, lambda _, x, parts=parts: parts.append(x)):
+            assert sum(run_windows(model, windows, batch)) == 5
+        seen.append(torch.cat(parts))
+        assert not modules["down"]._forward_pre_hooks
+    assert seen[0].shape == (80, 64)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen[2], seen[0], rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_are_gone_after_an_error_and_those_of_others_stay():
+    model = tiny.llama()
+    module = model.model.layers[0].mlp.down_proj
+    module.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="stop"), watching_inputs({"x": module}, lambda *_: None):
+        raise RuntimeError("stop")
+    assert len(module._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("batch_windows", [1, 2, 3])
+def test_output_gradients_give_the_weight_gradient_of_the_summed_loss(batch_windows):
+    model = tiny.llama()
+    windows = torch.randint(0, 300, (3, 12))
+    module = model.model.layers[1].mlp.up_proj
+    module.weight.requires_grad_(True)
+    loss = F.cross_entropy(model(windows).logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, module.weight)
+    inputs, gradients = [], []
+    with (
+        watching_inputs({"up": module}, lambda _, x: inputs.append(x)),
+        watching_output_gradients({"up": module}, lambda _, g: gradients.append(g)),
+    ):
+        assert sum(run_backward(model, windows, batch_windows, None)) == 3
+    assert not module._forward_hooks
+    torch.testing.assert_close(torch.cat(gradients).T @ torch.cat(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_labels_follow_the_models_own_prediction_and_their_seed():
+    model = tiny.llama()
+    windows = torch.randint(0, 300, (2, 12))
+    module = model.model.layers[0].self_attn.q_proj
+
+    def gradients(seed):
+        parts = []
+        with watching_output_gradients({"q": module}, lambda _, g: parts.append(g)):
+            list(run_backward(model, windows, 1, seed))
+        return torch.cat(parts)
+
+    assert torch.equal(gradients(0), gradients(0))
+    assert not torch.equal(gradients(0), gradients(1))
+    assert not torch.equal(gradients(0), gradients(None))
