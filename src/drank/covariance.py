@@ -1,10 +1,13 @@
 """Covariances of inputs, H = E[x xᵀ], and of output gradients, G = E[g gᵀ], streamed. Knows tensors only.
 
-Precision: activations are bfloat16 or float32; products are formed and summed in float32 within a batch and in float64
-across batches. The float32 sum has a *componentwise* bound, |ΔH_ij| <= n ε Σ|x_i||x_j| with n the tokens of a
+Precision: activations are bfloat16 or float32; products are summed in float32 within a batch and in float64 across
+batches. Products of bfloat16 numbers are exact in float32, so the multiplication itself runs in bfloat16 units. The float32 sum has a *componentwise* bound, |ΔH_ij| <= n ε Σ|x_i||x_j| with n the tokens of a
 batch, so a channel of huge activations cannot drown the others; float64 across batches keeps the error from growing
 with the number of windows.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -32,7 +35,8 @@ class SecondMoment:
     def add(self, x: Float[Tensor, "tokens size"]) -> None:
         """Take in a batch of rows."""
         rows = x.float()
-        self.total += rows.T @ rows
+        with _products_in_bfloat16() if x.dtype == torch.bfloat16 else nullcontext():
+            self.total += rows.T @ rows
         self.magnitude += rows.abs().sum(0)
         self.n_tokens += len(rows)
 
@@ -56,3 +60,14 @@ class SecondMoment:
     def mean_magnitude(self) -> Float[Tensor, " size"]:
         """E|x_i|, float64: the activation magnitude by which ASVD scales channels."""
         return self.magnitude / self.n_tokens
+
+
+@contextmanager
+def _products_in_bfloat16() -> Iterator[None]:
+    """Float32 matrix products may round their operands to bfloat16 inside: twice as fast, and exact for such operands."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
