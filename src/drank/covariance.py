@@ -1,9 +1,9 @@
 """Covariances of inputs, H = E[x xᵀ], and of output gradients, G = E[g gᵀ], streamed. Knows tensors only.
 
 Precision: activations are bfloat16 or float32; products are summed in float32 within a batch and in float64 across
-batches. Products of bfloat16 numbers are exact in float32, so the multiplication itself runs in bfloat16 units. The float32 sum has a *componentwise* bound, |ΔH_ij| <= n ε Σ|x_i||x_j| with n the tokens of a
-batch, so a channel of huge activations cannot drown the others; float64 across batches keeps the error from growing
-with the number of windows.
+batches. Products of bfloat16 numbers are exact in float32, so the multiplication itself runs in bfloat16 units. The
+float32 sum has a *componentwise* bound, |ΔH_ij| <= n ε Σ|x_i||x_j| with n the tokens of a batch, so a channel of huge
+activations cannot drown the others; float64 across batches keeps the error from growing with the number of windows.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class SecondMoment:
 
 @contextmanager
 def _products_in_bfloat16() -> Iterator[None]:
-    """Float32 matrix products may round their operands to bfloat16 inside: twice as fast, and exact for such operands."""
+    """Float32 matrix products may round operands to bfloat16 inside: twice as fast, exact for such operands."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
