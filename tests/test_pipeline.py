@@ -143,7 +143,7 @@ def test_the_dense_variant_is_the_model_itself(project):
     [
         (("n_windows: 8", "n_window: 8"), "sampling", "unknown key 'sampling.n_window'"),
         (("size_ratio: 0.8", "size_ratio: 1.2"), "allocation@svd-llm-80", "less than or equal to 1"),
-        (("size_ratio: 0.8", "size_ratio: 0.001"), "allocation@svd-llm-80", "less than one rank"),
+        (("size_ratio: 0.8", "size_ratio: 0.001"), "allocation@svd-llm-80", "less than its smallest rank costs"),
         (("- re:.*", "- no_such_proj"), "covariance", "no linear layer matches"),
         (("window_length: 64", "window_length: 200000"), "sampling", "200000"),
         (("local:source/model", "hub:some/model"), "raw", "some/model"),
