@@ -6,6 +6,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples on every run: a red test is red for everyone. HYPOTHESIS_PROFILE=default searches new ones.
+settings.register_profile("drank", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "drank"))
 
 
 @pytest.fixture(autouse=True)

