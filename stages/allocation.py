@@ -1,20 +1,26 @@
 """Allocation: the spectrum of a variant's preset, and its size ratio -> data/allocation/<variant>.json."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from drank.allocation import Allocation, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
+from drank.allocation import Allocation, Block, Choice, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
+from drank.released import released
+from drank.sensitivity import sensitivity, stable_rank_scores
 from drank.workflow.files import file_sha256, read_json, read_tensors, write_json, write_text
 from drank.workflow.params import Preset, read_params
 from drank.workflow.stage import run_stage
+
+RATIOS = tuple(i / 100 for i in range(10, 100, 5))  # sizes that the stable-rank variant of ASVD's search may choose
 
 
 def main(variant: str, root: Path = Path()) -> None:
     asked, preset = read_params(root / "params.yaml").variant(variant)
     folder = root / "data/spectrum" / asked.spectrum
-    units = read_units(folder)
-    allocation = allocate(units, preset, asked.size_ratio)
+    summary = read_json(folder / "summary.json")
+    units = read_units(folder, summary)
+    allocation = allocate(units, preset, asked.size_ratio, summary.get("sensitivity"))
     header = {
         "format_version": 1,
         "variant": variant,
@@ -23,50 +29,90 @@ def main(variant: str, root: Path = Path()) -> None:
         **asked.model_dump(),
     }
     hashes = {name: file_sha256(folder / name) for name in ("singular_values.safetensors", "summary.json")}
-    described = describe(units, allocation)
+    described = describe(units, allocation, rows_by_file(summary))
     write_json(root / "data/allocation" / f"{variant}.json", header | described | {"inputs": hashes})
-    table = pd.DataFrame(described["units"]).to_csv(index=False, lineterminator="\n")
+    table = pd.DataFrame(described["units"]).drop(columns="members").to_csv(index=False, lineterminator="\n")
     write_text(root / "data/allocation" / f"{variant}.csv", table)
 
 
-def read_units(folder: Path) -> list[Unit]:
+def read_units(folder: Path, summary: dict[str, Any]) -> list[Unit | Block]:
     values = read_tensors(folder / "singular_values.safetensors")
-    fields = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank")
-    return [
-        Unit(**{f: row[f] for f in fields}, energies=(values[row["name"]] ** 2).numpy())
-        for row in read_json(folder / "summary.json")["units"]
+    fields = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
+
+    def unit(row: dict[str, Any]) -> Unit:
+        return Unit(**{f: row[f] for f in fields}, energies=(values[row["factors"]] ** 2).numpy())
+
+    blocks = [
+        Block(row["name"], tuple(tuple(unit(m) for m in cut["matrices"]) for cut in row["cuts"]))
+        for row in summary["blocks"]
     ]
+    return [unit(row) for row in summary["units"]] + blocks
 
 
-def allocate(units: list[Unit], preset: Preset, size_ratio: float) -> Allocation:
-    if preset.allocation == "dense":
-        return dense(units)
-    menu = Menu(preset.storage, preset.floor, preset.multiple_of)
-    if preset.allocation == "uniform":
-        return uniform(units, size_ratio, menu)
+def allocate(
+    units: list[Unit | Block], preset: Preset, size_ratio: float, measured: dict[str, dict[str, float]] | None
+) -> Allocation:
+    menu = Menu(preset.storage, preset.floor, preset.cap, preset.dense_option, preset.multiple_of)
     if preset.allocation == "least_loss":
         return least_loss(units, size_ratio, menu)
-    return effective_rank(units, size_ratio, preset.beta or 0.0, menu)
+    matrices = [u for u in units if isinstance(u, Unit)]
+    if preset.allocation == "dense":
+        return dense(matrices)
+    if preset.allocation == "uniform":
+        return uniform(matrices, size_ratio, menu)
+    if preset.allocation == "released":
+        return released(matrices, size_ratio, preset.beta or 0.0, menu)
+    if preset.allocation == "sensitivity":
+        if preset.scores == "stable_rank":
+            return sensitivity(matrices, size_ratio, stable_rank_scores(matrices, RATIOS), menu)
+        scores = {name: {float(ratio): s for ratio, s in row.items()} for name, row in (measured or {}).items()}
+        return sensitivity(matrices, size_ratio, scores, menu)
+    return effective_rank(matrices, size_ratio, preset.beta or 0.0, menu)
 
 
-def describe(units: list[Unit], allocation: Allocation) -> dict:
+def rows_by_file(summary: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Rows of the spectrum by name and shape: a block has its matrices at several sizes."""
+    rows = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
+    return {(row["name"], row["out_features"], row["in_features"]): row for row in rows}
+
+
+def describe(units: list[Unit | Block], allocation: Allocation, spectrum: dict) -> dict[str, Any]:
     rows = [
         {
-            "name": u.name, "kind": u.kind, "role": u.role, "layer": u.layer,
+            "name": u.name, "members": source["members"], "factors": source["factors"],
+            "kind": u.kind, "role": u.role, "layer": u.layer,
             "out_features": u.out_features, "in_features": u.in_features,
             "form": choice.form, "rank": choice.rank, "full_rank": u.full_rank, "price": choice.price,
             "objective_share": choice.objective_share, "effective_rank": u.effective_rank,
-            "relative_loss": loss(u, choice) / max(float(u.energies.sum()), 1e-300),
+            "relative_loss": relative_loss(u, choice),
         }
-        for u in units
+        for u in sorted(allocation.matrices(units), key=lambda u: u.layer)
         for choice in [allocation.choices[u.name]]
+        for source in [spectrum[u.name, u.out_features, u.in_features]]
     ]  # fmt: skip
     totals = {
         "objective": {"value": allocation.objective, "bound": allocation.bound, "gap": allocation.gap},
         "budget": allocation.budget, "price": allocation.price, "slack": allocation.budget - allocation.price,
         "kept_ratio": allocation.kept_ratio, "targeted_parameters": allocation.targeted_parameters,
     }  # fmt: skip
-    return totals | {"units": rows}
+    blocks = [
+        {
+            "name": u.name,
+            "channels": u.cuts[cut][-1].in_features,
+            "full_channels": u.cuts[0][-1].in_features,
+            "loss": u.cuts[cut][-1].base_loss,
+        }
+        for u in units
+        if isinstance(u, Block)
+        for cut in [allocation.cuts[u.name]]
+    ]
+    return totals | {"units": rows, "blocks": blocks}
+
+
+def relative_loss(unit: Unit, choice: Choice) -> float:
+    """Energy dropped as a share of the unit's; 0 for a matrix of zeros."""
+    energy = float(unit.energies.sum()) + unit.base_loss
+    return loss(unit, choice) / energy if energy else 0.0
 
 
 if __name__ == "__main__":

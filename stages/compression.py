@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drank.compression import compress, module_specs
-from drank.workflow.files import file_sha256, read_json, read_rows, replacing_folder
+from drank.compression import compress
+from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors, replacing_folder
 from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
     source = root / "data/allocation" / f"{variant}.json"
     allocation = read_json(source)
-    factors = root / "data/spectrum" / allocation["spectrum"] / "factors"
+    spectrum = root / "data/spectrum" / allocation["spectrum"]
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
     provenance = {
         "variant": variant,
@@ -23,8 +23,11 @@ def main(variant: str, root: Path = Path()) -> None:
     }
     compress(
         model,
-        module_specs(allocation["units"]),
-        lambda name, rank: read_rows(factors / f"{name}.safetensors", ("output_vectors", "input_vectors"), rank),
+        allocation["units"],
+        lambda file, rank: read_rows(
+            spectrum / f"factors/{file}.safetensors", ("output_vectors", "input_vectors"), rank
+        ),
+        lambda mlp, channels: read_tensors(spectrum / f"cuts/{mlp}.{channels}.safetensors"),
         provenance,
     )
     with replacing_folder(root / "data/models" / variant) as folder:

@@ -1,4 +1,4 @@
-"""Covariance: the model and the calibration windows -> data/covariance/: inputs/, gradients/ and summary.json."""
+"""Covariance: the model and calibration windows -> data/covariance/<seed>/: inputs/, gradients/ and summary.json."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from drank.workflow.params import read_params
 from drank.workflow.stage import run_stage
 
 
-def main(root: Path = Path()) -> None:
+def main(seed: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml").covariance
     torch.set_num_threads(params.threads)
-    windows = read_tensors(root / "data/sampling/calibration.safetensors")["windows"]
+    windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"]
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16).eval()
     linears = find_linears(model, params.targets, params.ignore)
     owners = shared_inputs(model, linears, windows[:1, :8])
@@ -25,18 +25,17 @@ def main(root: Path = Path()) -> None:
     inputs = {linear.name: SecondMoment(linear.in_features) for linear in linears if owners[linear.name] == linear.name}
     gradients = {linear.name: SecondMoment(linear.out_features) for linear in linears if params.fisher != "none"}
     if gradients:
-        seed = params.fisher_seed if params.fisher == "sampled" else None
-        passes = run_backward(model, windows, params.batch_windows, seed)
+        passes = run_backward(model, windows, params.batch_windows, params.fisher, params.fisher_seed)
     else:
         passes = run_windows(model, windows, params.batch_windows)
     with (
         watching_inputs({name: modules[name] for name in inputs}, lambda name, x: inputs[name].add(x)),
         watching_output_gradients({name: modules[name] for name in gradients}, lambda name, g: gradients[name].add(g)),
-        tqdm(total=len(windows), desc="covariance", unit="window") as bar,
+        tqdm(total=len(windows), desc=f"covariance {seed}", unit="window") as bar,
     ):
         for n in passes:
             bar.update(n)
-    with replacing_folder(root / "data/covariance") as folder:
+    with replacing_folder(root / "data/covariance" / seed) as folder:
         for name, moment in inputs.items():
             tensors = {
                 "covariance": _mean(f"activations entering {name}", moment),

@@ -8,7 +8,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/models, seen by DVC's dependencies
-from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks, token_perplexity
+from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks
+from drank.perplexity import token_perplexity
 from drank.workflow.files import read_json, read_tensors, write_json
 from drank.workflow.params import read_params
 from drank.workflow.stage import run_stage

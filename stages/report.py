@@ -20,10 +20,12 @@ def main(root: Path = Path()) -> None:
     }
     for key in params.spectrum:
         folder = root / "data/spectrum" / key
-        units = read_json(folder / "summary.json")["units"]
+        described = read_json(folder / "summary.json")
+        whole = [block["cuts"][0]["matrices"] for block in described["blocks"]]
+        units = described["units"] + [matrix for matrices in whole for matrix in matrices]
         values = read_tensors(folder / "singular_values.safetensors")
         figures[f"spectra-{key}"] = spectra(
-            {name: (s**2).numpy() for name, s in values.items()},
+            {unit["name"]: (values[unit["name"]] ** 2).numpy() for unit in units},
             {unit["name"]: unit["kind"] for unit in units},
             {unit["name"]: unit["layer"] for unit in units},
         )

@@ -27,7 +27,10 @@ def main(root: Path = Path()) -> None:
             calibrated, held_out = sampling.split_documents(cleaned, asked.held_out_share, seed)
             stream = sampling.token_stream(calibrated, tokenizer)
             texts[name] |= {"calibration_documents": len(calibrated), "calibration_tokens": len(stream)}
-            calibration["windows"] = sampling.draw_windows(stream, asked.n_windows, asked.window_length, seed, begin)
+            for drawn in asked.calibration_seeds:
+                calibration[str(drawn)] = sampling.draw_windows(
+                    stream, asked.n_windows, asked.window_length, drawn, begin
+                )
             tasks["last_word"] = sampling.last_word_items(held_out, asked.n_task_items, seed)
             tasks["next_sentence"] = sampling.next_sentence_items(held_out, asked.n_task_items, seed)
         else:
@@ -38,7 +41,8 @@ def main(root: Path = Path()) -> None:
         tasks[f"{name}_rolling"] = sampling.rolling_items(held_out)
 
     with replacing_folder(root / "data/sampling") as folder:
-        write_tensors(folder / "calibration.safetensors", calibration)
+        for name, windows in calibration.items():
+            write_tensors(folder / f"calibration/{name}.safetensors", {"windows": windows})
         write_tensors(folder / "test.safetensors", tests)
         for name, items in tasks.items():
             write_text(folder / f"tasks/{name}.jsonl", json_lines(items))

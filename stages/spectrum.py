@@ -1,55 +1,145 @@
-"""Spectrum: weights and covariances -> data/spectrum/<key>/: summary.json, singular_values and factors a unit."""
+"""Spectrum: weights and covariances -> data/spectrum/<key>/: summary.json, singular_values, factors a unit, cuts."""
 
+import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from drank.language_model.linears import find_linears
+from drank.channels import remove_channels
+from drank.language_model.linears import Linear, find_linears
+from drank.language_model.substitution import measure_sensitivity
+from drank.language_model.units import Mlp, find_groups, find_mlps
 from drank.spectrum import damped, effective_rank, whitened_spectrum
-from drank.workflow.files import read_json, read_tensors, replacing_folder, write_json, write_tensors
+from drank.workflow.files import read_json, read_rows, read_tensors, replacing_folder, write_json, write_tensors
 from drank.workflow.params import Spectrum, read_params
 from drank.workflow.stage import run_stage
+
+VECTORS = ("output_vectors", "input_vectors")
 
 
 def main(key: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
+    asked = params.spectrum[key]
     torch.set_num_threads(params.covariance.threads)
-    covariances = root / "data/covariance"
-    owners = read_json(covariances / "summary.json")["owners"]
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
+    mlps = find_mlps(linears) if asked.units == "block" else []
+    in_mlps = {linear.name for mlp in mlps for linear in (*mlp.before, mlp.down)}
+    single = [linear for linear in linears if linear.name not in in_mlps]
+    groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
+    metrics = Metrics(asked, root / "data/covariance" / str(asked.calibration_seed))
     with replacing_folder(root / "data/spectrum" / key) as folder:
-        units, singular_values = [], {}
-        for linear in tqdm(linears, desc=f"spectrum {key}", unit="matrix"):
-            H, G = metrics(params.spectrum[key], covariances, owners[linear.name], linear.name)
-            spectrum = whitened_spectrum(linear.weight.detach().float(), H, G)
-            factors = {"output_vectors": spectrum.output_vectors, "input_vectors": spectrum.input_vectors}
-            write_tensors(folder / "factors" / f"{linear.name}.safetensors", factors)
-            singular_values[linear.name] = spectrum.singular_values
-            units.append({
-                "name": linear.name, "kind": linear.kind, "role": linear.role, "layer": linear.layer,
-                "out_features": linear.out_features, "in_features": linear.in_features,
-                "effective_rank": effective_rank(spectrum.singular_values), "n_discarded": spectrum.n_discarded,
-            })  # fmt: skip
-        write_tensors(folder / "singular_values.safetensors", singular_values)
-        write_json(folder / "summary.json", {"metric": params.spectrum[key].metric, "units": units})
+        writer = Writer(folder)
+        units = [unit(group, metrics, writer) for group in tqdm(groups, desc=f"spectrum {key}", unit="unit")]
+        blocks = [block(mlp, asked.cuts, metrics, writer) for mlp in tqdm(mlps, desc=f"spectrum {key}", unit="MLP")]
+        summary: dict[str, Any] = {"metric": asked.metric, "units": units, "blocks": blocks}
+        if asked.sensitivity_windows:
+            windows = read_tensors(root / f"data/sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
+            windows, batch = windows[: asked.sensitivity_windows], params.covariance.batch_windows
+            ratios = asked.sensitivity_ratios
+            summary["sensitivity"] = sensitivity(model.eval(), linears, writer, windows, ratios, batch)
+        write_tensors(folder / "singular_values.safetensors", writer.singular_values)
+        write_json(folder / "summary.json", summary)
 
 
-def metrics(
-    choice: Spectrum, covariances: Path, owner: str, name: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+class Metrics:
     """Input and output metric of a linear; None is the identity."""
-    if choice.metric == "none":
-        return None, None
-    inputs = read_tensors(covariances / f"inputs/{owner}.safetensors")
-    if choice.metric == "diagonal":
-        return torch.diag(inputs["magnitude"] ** (2 * (choice.alpha or 0))), None
-    if choice.metric == "input":
-        return damped(inputs["covariance"], choice.damping), None
-    gradients = read_tensors(covariances / f"gradients/{name}.safetensors")
-    return damped(inputs["covariance"], choice.damping), damped(gradients["covariance"], choice.damping)
+
+    def __init__(self, asked: Spectrum, covariances: Path) -> None:
+        self.asked, self.covariances = asked, covariances
+        self.owners = read_json(covariances / "summary.json")["owners"]
+
+    def of(self, linear: Linear) -> tuple[Tensor | None, Tensor | None]:
+        if self.asked.metric == "none":
+            return None, None
+        if self.asked.metric == "diagonal":
+            magnitude = self._inputs(linear)["magnitude"].double()
+            return torch.diag(magnitude ** (2 * (self.asked.alpha or 0))), None
+        if self.asked.metric == "input":
+            return damped(self._inputs(linear)["covariance"].double(), self.asked.damping), None
+        return self.kfac(linear)
+
+    def kfac(self, linear: Linear) -> tuple[Tensor, Tensor]:
+        gradients = read_tensors(self.covariances / f"gradients/{linear.name}.safetensors")
+        both = self._inputs(linear)["covariance"], gradients["covariance"]
+        return damped(both[0].double(), self.asked.damping), damped(both[1].double(), self.asked.damping)
+
+    def _inputs(self, linear: Linear) -> dict[str, Tensor]:
+        return read_tensors(self.covariances / f"inputs/{self.owners[linear.name]}.safetensors")
+
+
+class Writer:
+    """Factors go to disk as they come; singular values are kept for one file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.singular_values: dict[str, Tensor] = {}
+
+    def factors(self, file: str, members: tuple[Linear, ...], W: Tensor, H: Tensor | None, G: Tensor | None) -> dict:
+        spectrum = whitened_spectrum(W, H, G)
+        vectors = (spectrum.output_vectors, spectrum.input_vectors)
+        write_tensors(self.folder / f"factors/{file}.safetensors", dict(zip(VECTORS, vectors, strict=True)))
+        self.singular_values[file] = spectrum.singular_values
+        first = members[0]
+        return {
+            "name": first.name, "members": [m.name for m in members], "factors": file,
+            "kind": first.kind, "role": first.role, "layer": first.layer,
+            "out_features": len(W), "in_features": W.shape[1], "base_loss": 0.0,
+            "effective_rank": effective_rank(spectrum.singular_values), "n_discarded": spectrum.n_discarded,
+        }  # fmt: skip
+
+
+def unit(group: tuple[Linear, ...], metrics: Metrics, writer: Writer) -> dict[str, Any]:
+    """A matrix, or several stacked, in the mean of their input metrics: the loss of the stack is that of its parts."""
+    inputs, outputs = zip(*(metrics.of(linear) for linear in group), strict=True)
+    H = None if inputs[0] is None else torch.stack(inputs).mean(0)
+    G = None if outputs[0] is None else torch.block_diag(*outputs)
+    return writer.factors(group[0].name, group, torch.cat([linear.weight.detach().float() for linear in group]), H, G)
+
+
+def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -> dict[str, Any]:
+    """An MLP at every number of channels on offer."""
+    H_down, G_down = metrics.kfac(mlp.down)
+    H_before, _ = metrics.kfac(mlp.before[0])
+    G_before = {linear.name: metrics.kfac(linear)[1] for linear in mlp.before}
+    kept = [round(mlp.n_channels * (1 - share)) for share in cuts]
+    described = []
+    for alive, down, loss in remove_channels(mlp.down.weight.detach(), H_down, G_down, kept):
+        suffix = "" if len(alive) == mlp.n_channels else f".{len(alive)}"
+        write_tensors(
+            writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", {"alive": alive, "down": down.float()}
+        )
+        matrices = []
+        for linear in mlp.before:
+            W, G = linear.weight.detach()[alive].float(), G_before[linear.name][alive][:, alive]
+            matrices.append(writer.factors(linear.name + suffix, (linear,), W, H_before, G))
+        H = H_down[alive][:, alive]
+        matrices.append(writer.factors(mlp.down.name + suffix, (mlp.down,), down.float(), H, G_down))
+        matrices[-1]["base_loss"] = loss
+        described.append({"channels": len(alive), "matrices": matrices})
+    return {"name": mlp.name, "channels": mlp.n_channels, "cuts": described}
+
+
+def sensitivity(
+    model: Any, linears: list[Linear], writer: Writer, windows: Tensor, ratios: tuple[float, ...], batch_windows: int
+) -> dict[str, dict[float, float]]:
+    """Perplexity with one linear truncated at a time, at the rank that two factors have for each ratio."""
+    sizes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
+
+    def rank(name: str, ratio: float) -> int | None:
+        affordable = int(ratio * math.prod(sizes[name]) / sum(sizes[name]) + 1e-6)
+        return min(affordable, len(writer.singular_values[name])) or None
+
+    def factors(name: str, rank: int) -> tuple[Tensor, ...]:
+        return read_rows(writer.folder / f"factors/{name}.safetensors", VECTORS, rank)
+
+    bar = partial(tqdm, desc="sensitivity", unit="matrix")
+    return measure_sensitivity(model, linears, factors, windows, ratios, batch_windows, rank, bar)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples on every run: a red test is red for everyone. HYPOTHESIS_PROFILE=default searches new ones.
-settings.register_profile("drank", derandomize=True)
+# The same examples on every run and no time limit, so that a red test is red for everyone, on a busy machine too.
+# HYPOTHESIS_PROFILE=default searches new examples.
+settings.register_profile("drank", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "drank"))
 
 

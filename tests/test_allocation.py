@@ -1,6 +1,7 @@
 """Ranks: the paper's arithmetic, Eq. 7 against its closed form and scipy.optimize, brute force, invariants, errors."""
 
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from drank.allocation import Menu, Unit, dense, effective_rank, least_loss, loss, uniform
+from drank.allocation import Block, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
 from drank.knapsack import InfeasibleBudgetError
 
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "up_proj": "up"}
@@ -267,3 +268,84 @@ def test_floors_and_multiples_are_obeyed_by_every_rule(rule, storage):
     for choice in got.choices.values():
         assert choice.form == "dense" or (choice.rank % 8 == 0 and choice.rank >= 0.2 * 64)
     assert got.price <= got.budget
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivot"])
+@pytest.mark.parametrize("rule", [uniform, lambda u, r, m: effective_rank(u, r, 0.2, m), least_loss])
+def test_caps_and_a_forbidden_dense_matrix_are_obeyed_by_every_rule(rule, storage):
+    units = [spectrum_unit(f"u{i}", np.geomspace(1, 1e-6, 64), (64, 96)) for i in range(4)]
+    got = rule(units, 0.9, Menu(storage, cap=0.5, dense=False))
+    assert all(choice.form == storage and choice.rank <= 32 for choice in got.choices.values())
+    thin = [spectrum_unit("thin", np.ones(1), (1, 96))]
+    assert rule(thin, 1.0, Menu(storage, dense=False)).choices["thin"].form == "dense", "no rank makes it smaller"
+
+
+def mlp(name, seed, channels=(6, 4, 2)):
+    """A made-up MLP: two matrices of (m, 5) and (5, m) at each number of channels m, which cost more and more."""
+    rng = np.random.default_rng(seed)
+    losses = np.concatenate([[0.0], np.sort(rng.uniform(0, 20, len(channels) - 1))])
+    cuts = []
+    for m, loss in zip(channels, losses, strict=True):
+        energies = [np.sort(rng.uniform(0.1, 10, min(m, 5)))[::-1].copy() for _ in range(2)]
+        up = Unit(f"{name}.up", "up_proj", "up", 0, m, 5, energies[0], 1.0)
+        down = Unit(f"{name}.down", "down_proj", "down", 0, 5, m, energies[1], 1.0, base_loss=float(loss))
+        cuts.append((up, down))
+    return Block(name, tuple(cuts))
+
+
+def every_choice(unit, menu):
+    """(price, loss) of all that a unit may become, without hulls."""
+    cuts = unit.cuts if isinstance(unit, Block) else ((unit,),)
+    for matrices in cuts:
+        options = [
+            [(int(menu.price(m, int(k))), m.base_loss + float(m.energies[k:].sum())) for k in menu.ranks(m)]
+            + [(m.dense_price, m.base_loss)]
+            for m in matrices
+        ]
+        for pick in product(*options):
+            yield sum(price for price, _ in pick), sum(cost for _, cost in pick)
+
+
+@given(st.integers(0, 10_000), st.floats(0.35, 0.95), st.sampled_from(["factors", "pivot"]))
+@settings(max_examples=60)
+def test_blocks_and_matrices_in_one_budget_against_brute_force(seed, size_ratio, storage):
+    menu = Menu(storage)
+    energies = np.random.default_rng(seed).uniform(0.1, 10, 4)
+    units = [mlp("mlp", seed), spectrum_unit("matrix", np.sort(energies)[::-1].copy(), (4, 7))]
+    budget = int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
+    costs = [
+        sum(cost for _, cost in pick)
+        for pick in product(*(list(every_choice(u, menu)) for u in units))
+        if sum(price for price, _ in pick) <= budget
+    ]
+    got = least_loss(units, size_ratio, menu)
+    assert got.price <= budget
+    assert got.bound - 1e-9 <= min(costs) <= got.objective + 1e-9
+    matrices = got.matrices(units)
+    assert got.objective == pytest.approx(sum(loss(m, got.choices[m.name]) for m in matrices))
+    assert got.price == sum(got.choices[m.name].price for m in matrices)
+
+
+def test_a_block_is_left_whole_at_one_and_loses_channels_when_they_are_cheap():
+    block = mlp("mlp", 0)
+    whole = least_loss([block], 1.0)
+    assert (whole.cuts, whole.objective, whole.kept_ratio) == ({"mlp": 0}, 0.0, 1.0)
+    free = Block("mlp", (block.cuts[0], tuple(replace(m, base_loss=0.0) for m in block.cuts[1])))
+    assert least_loss([free], 0.7).cuts == {"mlp": 1}
+
+
+@given(st.integers(0, 1000), st.lists(st.floats(0.3, 1), min_size=2, max_size=5))
+@settings(max_examples=40)
+def test_the_bound_on_the_loss_falls_with_the_budget(seed, ratios):
+    units = [mlp("a", seed), mlp("b", seed + 1)]
+    found = [least_loss(units, ratio) for ratio in sorted(ratios)]
+    bounds = [allocation.bound for allocation in found]
+    assert all(first >= second - 1e-9 for first, second in pairwise(bounds))
+
+
+@given(st.integers(0, 1000), st.floats(0.3, 1))
+@settings(max_examples=40)
+def test_the_order_of_units_does_not_matter(seed, size_ratio):
+    units = [mlp("a", seed), mlp("b", seed + 1), spectrum_unit("c", np.geomspace(9, 0.1, 4), (4, 7))]
+    forth, back = least_loss(units, size_ratio), least_loss(units[::-1], size_ratio)
+    assert forth.objective == pytest.approx(back.objective)

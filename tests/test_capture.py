@@ -46,9 +46,23 @@ def test_output_gradients_give_the_weight_gradient_of_the_summed_loss(batch_wind
         watching_inputs({"up": module}, lambda _, x: inputs.append(x)),
         watching_output_gradients({"up": module}, lambda _, g: gradients.append(g)),
     ):
-        assert sum(run_backward(model, windows, batch_windows, None)) == 3
+        assert sum(run_backward(model, windows, batch_windows, "empirical")) == 3
     assert not module._forward_hooks
     torch.testing.assert_close(torch.cat(gradients).T @ torch.cat(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gaussian_gradients_at_the_logits_have_the_covariance_of_the_fisher_matrix():
+    model = tiny.llama(vocab_size=7, tie_word_embeddings=False)
+    windows = torch.randint(0, 7, (1, 3)).repeat(4000, 1)
+    head, logits, drawn = model.lm_head, [], []
+    head.register_forward_hook(lambda _m, _a, output: logits.append(output.detach()[0]))
+    with watching_output_gradients({"head": head}, lambda _, g: drawn.append(g)):
+        list(run_backward(model, windows, 1000, "gaussian"))
+    rows = torch.cat(drawn).unflatten(0, (4000, 3))
+    assert torch.all(rows[:, 2] == 0), "the last token of a window has no next one"
+    p = logits[0][0].softmax(-1)
+    torch.testing.assert_close(rows[:, 0].sum(-1), torch.zeros(4000), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows[:, 0].T @ rows[:, 0] / 4000, torch.diag(p) - torch.outer(p, p), atol=0.015, rtol=0)
 
 
 def test_sampled_labels_follow_the_models_own_prediction_and_their_seed():
@@ -59,9 +73,8 @@ def test_sampled_labels_follow_the_models_own_prediction_and_their_seed():
     def gradients(seed):
         parts = []
         with watching_output_gradients({"q": module}, lambda _, g: parts.append(g)):
-            list(run_backward(model, windows, 1, seed))
+            list(run_backward(model, windows, 1, "sampled", seed))
         return torch.cat(parts)
 
     assert torch.equal(gradients(0), gradients(0))
     assert not torch.equal(gradients(0), gradients(1))
-    assert not torch.equal(gradients(0), gradients(None))

@@ -1,50 +1,137 @@
-"""Ranks into a model: the written weights, both storages, saving and loading, units that cannot be stored."""
+"""Ranks into a model: the written weights, both storages, groups, removed channels, units that cannot be stored."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import drank.language_model.plugin  # noqa: F401
-from drank.compression import UnsafePivotError, compress, module_specs
+from drank.channels import remove_channels
+from drank.compression import UnsafePivotError, compress
 from drank.language_model.linears import find_linears
+from drank.language_model.units import find_groups, find_mlps
 from drank.spectrum import whitened_spectrum
 from tests import tiny
 
 IDS = torch.arange(12)[None]
 
 
+def row(members, form, rank):
+    first = members[0]
+    return {
+        "name": first.name, "members": [m.name for m in members], "factors": first.name, "role": first.role,
+        "form": form, "rank": rank,
+        "out_features": sum(m.out_features for m in members), "in_features": first.in_features,
+    }  # fmt: skip
+
+
 def units(model, form, rank):
-    return [
-        {"name": x.name, "form": form, "rank": rank, "out_features": x.out_features, "in_features": x.in_features}
-        for x in find_linears(model, ["re:.*"])
-    ]
+    return [row((x,), form, rank) for x in find_linears(model, ["re:.*"])]
 
 
-def factors_of(model):
-    spectra = {x.name: whitened_spectrum(x.weight.detach().float()) for x in find_linears(model, ["re:.*"])}
+def weight_of(members):
+    return torch.cat([m.weight.detach().float() for m in members])
+
+
+def factors_of(groups):
+    spectra = {group[0].name: whitened_spectrum(weight_of(group)) for group in groups}
     return lambda name, k: (spectra[name].output_vectors[:k], spectra[name].input_vectors[:k])
+
+
+def singles(model):
+    return [(x,) for x in find_linears(model, ["re:.*"])]
+
+
+def no_cut(mlp, channels):
+    raise AssertionError(f"{mlp} has lost no channels")
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    return loaded
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_full_rank_but_one_stays_close_and_the_reloaded_model_has_the_same_logits(build, form, tmp_path):
     model = build()
-    specs = module_specs(units(model, form, 15))
-    read = factors_of(model)
-    expected = {name: read(name, 15)[0].T @ read(name, 15)[1] for name in specs}
-    compress(model, specs, read, {"variant": "test"})
+    read = factors_of(singles(model))
+    rows = units(model, form, 15)
+    expected = {unit["name"]: read(unit["name"], 15)[0].T @ read(unit["name"], 15)[1] for unit in rows}
+    compress(model, rows, read, no_cut, {"variant": "test"})
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    loaded = reloaded(model, tmp_path)
     assert loaded.config.quantization_config.provenance == {"variant": "test"}
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_a_group_stores_its_basis_once_and_is_the_slice_of_the_stack(form, tmp_path):
+    model = tiny.llama()
+    groups = find_groups(find_linears(model, ["q_proj", "gate_proj"]), 2, even_with_grouped_heads=True)
+    read = factors_of(groups)
+    expected = {}
+    for group in groups:
+        left, right = read(group[0].name, 9)
+        parts = (left.T @ right).split(group[0].out_features)
+        expected |= {member.name: part for member, part in zip(group, parts, strict=True)}
+    compress(model, [row(group, form, 9) for group in groups], read, no_cut, {})
+    for name, weight in expected.items():
+        torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
+    loaded = reloaded(model, tmp_path)
+    first, second = (loaded.get_submodule(f"model.layers.{layer}.mlp.gate_proj") for layer in (0, 1))
+    basis = (lambda m: m.basis) if form == "factors" else (lambda m: m.basis.weight)
+    assert basis(first).data_ptr() == basis(second).data_ptr()
+    stored = sum(p.numel() for p in {id(p): p for m in (first, second) for p in m.parameters()}.values())
+    assert stored == 9 * (2 * 64 + 32 - (9 if form == "pivot" else 0))
+
+
+@pytest.mark.parametrize("form", ["dense", "factors", "pivot"])
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+def test_an_mlp_that_lost_channels_is_really_smaller_and_keeps_its_biases(build, form, tmp_path):
+    model = build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    linears = find_linears(model, ["re:.*"])
+    mlp = find_mlps(linears)[1]
+    n_out, n = mlp.down.out_features, mlp.n_channels
+    (cut,) = remove_channels(weight_of([mlp.down]), torch.eye(n), torch.eye(n_out), [n - 20])
+    weights = {linear.name: weight_of([linear])[cut.alive] for linear in mlp.before} | {mlp.down.name: cut.down.float()}
+    biases = {linear.name: getattr(linear.module, "bias", None) for linear in mlp.before}
+    expected_bias = {name: bias.detach()[cut.alive].clone() for name, bias in biases.items() if bias is not None}
+    spectra = {name: whitened_spectrum(weight) for name, weight in weights.items()}
+    rows = []
+    for linear in (*mlp.before, mlp.down):
+        out_features, in_features = weights[linear.name].shape
+        sizes = {"out_features": out_features, "in_features": in_features}
+        rows.append(row((linear,), form, 12) | sizes)
+    compress(
+        model,
+        rows,
+        lambda name, k: (spectra[name].output_vectors[:k], spectra[name].input_vectors[:k]),
+        lambda name, channels: {"alive": cut.alive, "down": cut.down.float()},
+        {},
+    )
+    loaded = reloaded(model, tmp_path)
+    for name, weight in weights.items():
+        module = loaded.get_submodule(name)
+        if form == "dense":
+            held = module.weight.T if build is tiny.gpt2 else module.weight
+            torch.testing.assert_close(held, weight)
+        else:
+            left, right = spectra[name].output_vectors[:12], spectra[name].input_vectors[:12]
+            torch.testing.assert_close(module.dense_weight(), left.T @ right, rtol=1e-4, atol=1e-5)
+        if name in expected_bias:
+            assert torch.equal(module.bias, expected_bias[name])
 
 
 def test_nothing_to_compress_leaves_a_plain_model():
     model = tiny.llama()
     before = model(IDS).logits
-    assert compress(model, module_specs(units(model, "dense", 16)), factors_of(model), {}) is model
+    assert compress(model, units(model, "dense", 16), factors_of(singles(model)), no_cut, {}) is model
     assert torch.equal(model(IDS).logits, before)
     assert not hasattr(model.config, "quantization_config")
 
@@ -53,7 +140,6 @@ def test_a_unit_whose_pivot_coefficients_pass_the_limit_is_refused_by_name(monke
     # Pivoted QR keeps real coefficients near 1, so the limit is lowered rather than a matrix contrived.
     monkeypatch.setattr("drank.compression.LARGEST_COEFFICIENT", 1e-3)
     model = tiny.llama()
-    name = "model.layers.0.self_attn.q_proj"
-    specs = module_specs([{"name": name, "form": "pivot", "rank": 2, "out_features": 32, "in_features": 32}])
-    with pytest.raises(UnsafePivotError, match=f"{name}: pivot coefficients reach .* use storage 'factors'"):
-        compress(model, specs, factors_of(model), {})
+    linear = find_linears(model, ["layers.0.self_attn.q_proj"])[0]
+    with pytest.raises(UnsafePivotError, match=f"{linear.name}: pivot coefficients reach .* use storage 'factors'"):
+        compress(model, [row((linear,), "pivot", 2)], factors_of([(linear,)]), no_cut, {})

@@ -10,13 +10,8 @@ from stages.evaluation import main as stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drank.evaluation import (
-    EvaluationError,
-    NotFiniteLossError,
-    count_parameters,
-    run_tasks,
-    token_perplexity,
-)
+from drank.evaluation import EvaluationError, count_parameters, run_tasks
+from drank.perplexity import NotFiniteLossError, token_perplexity
 from drank.workflow.files import write_json, write_tensors
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from drank.knapsack import InfeasibleBudgetError, Options, solve
+from drank.knapsack import InfeasibleBudgetError, Options, merged, relax, solve
 
 options = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 100, allow_subnormal=False)), min_size=1, max_size=5).map(
     lambda rows: Options(np.array([w for w, _ in rows]), np.array([c for _, c in rows]))
@@ -90,3 +90,39 @@ def test_large_instances_close_the_gap():
 def test_a_budget_below_the_lightest_options_names_the_nearest():
     with pytest.raises(InfeasibleBudgetError, match="least possible 7"):
         solve([Options(np.array([3]), np.zeros(1)), Options(np.array([4]), np.zeros(1))], 6)
+
+
+@given(st.lists(options, min_size=1, max_size=3), st.integers(1, 80))
+def test_the_relaxation_bounds_every_solution_and_its_rounding_is_one(units, budget):
+    expected = brute_force(units, budget)
+    if expected is None:
+        with pytest.raises(InfeasibleBudgetError):
+            relax(units, budget)
+        return
+    found = relax(units, budget)
+    assert found.weight <= budget
+    assert found.bound <= expected * (1 + 1e-9) + 1e-9
+    assert expected <= found.cost * (1 + 1e-9) + 1e-9
+    assert found.bound == pytest.approx(relaxation(units, budget), rel=1e-6, abs=1e-6)
+
+
+@given(st.lists(options, min_size=1, max_size=3), st.floats(0, 50))
+def test_merged_units_hold_the_best_combination_at_any_price_of_a_parameter(units, price):
+    one, picks = merged(units)
+    assert picks.shape == (len(one.weights), len(units))
+    for row, (weight, cost) in enumerate(zip(one.weights, one.costs, strict=True)):
+        assert weight == sum(u.weights[j] for u, j in zip(units, picks[row], strict=True))
+        assert cost == pytest.approx(sum(u.costs[j] for u, j in zip(units, picks[row], strict=True)))
+    best = sum(float((u.costs + price * u.weights).min()) for u in units)
+    assert float((one.costs + price * one.weights).min()) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_what_the_search_leaves_is_spent():
+    # The gap allows HiGHS to stop early; the last unit's cheap improvement fits the budget and must be taken.
+    rng = np.random.default_rng(0)
+    units = [Options(np.arange(1, 40), np.sort(rng.uniform(0, 1, 39))[::-1].copy()) for _ in range(12)]
+    found = solve(units, 200, relative_gap=0.5)
+    left = 200 - found.weight
+    for unit, choice in zip(units, found.choices, strict=True):
+        fits = unit.weights <= unit.weights[choice] + left
+        assert unit.costs[fits].min() >= unit.costs[choice]

@@ -51,7 +51,18 @@ def test_the_shipped_file_is_valid():
         ),
         ("variants/d-rank-80/spectrum", "none", "write 'spectrum: input'"),
         ("variants/..", {"preset": "dense", "spectrum": "input", "size_ratio": 1.0}, "variants"),
-        ("presets/svd-llm/beta", 0.2, "beta = 0.2 means something to allocation 'effective_rank' only"),
+        ("presets/svd-llm/beta", 0.2, "beta = 0.2 means something to allocation 'effective_rank' and"),
+        ("presets/d-rank/scores", "stable_rank", "scores = stable_rank with allocation 'effective_rank'"),
+        ("presets/asvd/scores", None, "'sensitivity' needs 'stable_rank' or 'perplexity'"),
+        ("presets/svd-llm/cap", 0.0, "'presets.svd-llm.cap' = 0.* greater than 0"),
+        ("presets/d-rank", {"spectrum": "kfac", "allocation": "uniform", "storage": "pivot"}, "knows no blocks"),
+        ("spectrum/input/alpha", 0.5, "alpha = 0.5 with metric 'input'"),
+        ("spectrum/input/layers", 2, "layers = 2 with units 'matrix': units 'group' needs 2 or more"),
+        ("spectrum/input/cuts", [0.0, 0.5], r"cuts = \[0.0, 0.5\] with units 'matrix'"),
+        ("spectrum/kfac/cuts", [0.25, 0.5], r"cuts = \[0.25, 0.5\] must begin with 0.0 and rise"),
+        ("spectrum/kfac/metric", "input", "units 'block' with metric 'input': channels and ranks compete in nats"),
+        ("spectrum/input/sensitivity_windows", 2, "measuring perplexities needs both"),
+        ("spectrum/input/calibration_seed", 7, r"calibration_seed = 7 is not among sampling.calibration_seeds = \[0\]"),
         ("presets/d-rank/beta", 1.0, "'presets.d-rank.beta' = 1.0.* less than 1"),
         ("presets/d-rank/spectrum", "kfca", "presets.d-rank.spectrum = 'kfca' is not in section 'spectrum'"),
         ("presets/d-rank/allocation", "efective_rank", "presets.d-rank.allocation"),
@@ -89,3 +100,14 @@ def test_a_missing_file_is_named(tmp_path):
 def test_an_unknown_variant_is_named_with_those_there_are():
     with pytest.raises(ParamsError, match="no variant 'd-rnk-80' .* d-rank-80"):
         read_params(SHIPPED).variant("d-rnk-80")
+
+
+def test_factors_offered_in_comments_are_valid_once_the_hash_sign_is_gone(tmp_path):
+    before, after = SHIPPED.read_text().split("`dvc repro` builds them.\n")
+    commented, rest = after.split("\n\n", 1)
+    offered = "\n".join(line.removeprefix("#") for line in commented.splitlines())
+    path = tmp_path / "params.yaml"
+    path.write_text(f"{before}`dvc repro` builds them.\n{offered}\n\n{rest}")
+    params = read_params(path)
+    needed = {preset.spectrum for preset in params.presets.values()}
+    assert needed <= set(params.spectrum), "every preset can be used"

@@ -144,7 +144,7 @@ def test_the_dense_variant_is_the_model_itself(project):
         (("n_windows: 8", "n_window: 8"), "sampling", "unknown key 'sampling.n_window'"),
         (("size_ratio: 0.8", "size_ratio: 1.2"), "allocation@svd-llm-80", "less than or equal to 1"),
         (("size_ratio: 0.8", "size_ratio: 0.001"), "allocation@svd-llm-80", "less than its smallest rank costs"),
-        (("- re:.*", "- no_such_proj"), "covariance", "no linear layer matches"),
+        (("- re:.*", "- no_such_proj"), "covariance@0", "no linear layer matches"),
         (("window_length: 64", "window_length: 200000"), "sampling", "200000"),
         (("local:source/model", "hub:some/model"), "raw", "some/model"),
         (("local:source/news.jsonl", "local:source/nwes.jsonl"), "raw", "nwes.jsonl"),
@@ -171,7 +171,7 @@ def test_activations_that_are_not_finite_are_refused_by_name(project, tmp_path):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(root / "data/raw/model")
     before = digests(root)
-    done = run(root, sys.executable, "-m", "stages.covariance", check=False)
+    done = run(root, sys.executable, "-m", "stages.covariance", "0", check=False)
     assert done.returncode == 1
     assert "NaN or infinity" in done.stderr
     assert "error: activations entering model.layers.1.mlp.down_proj" in done.stderr
@@ -205,10 +205,10 @@ def test_deps_of_a_stage_are_its_script_and_all_that_it_imports(name):
 
 
 def test_imports_run_one_way():
-    numerics = ("covariance", "spectrum", "knapsack", "allocation", "pivot")
+    numerics = {"covariance", "spectrum", "channels", "knapsack", "allocation", "released", "sensitivity", "pivot"}
     for name in numerics:
         inside = {file.stem for file in imports(REPOSITORY / f"src/drank/{name}.py")}
-        assert inside <= {"covariance", "knapsack"}, f"{name} imports {inside}"
+        assert inside <= numerics, f"{name} imports {inside}"
     for path in (REPOSITORY / "src/drank").rglob("*.py"):
         text = path.read_text()
         assert path.name == "tracking.py" or "import mlflow" not in text, path

@@ -1,5 +1,5 @@
-"""Pivot form: by hand, exact reconstruction over random shapes and ranks, coefficient sizes, degenerate and bad
-input."""
+"""Pivot form, of a matrix and of a stack: by hand, exact reconstruction over random shapes and ranks, coefficient
+sizes, degenerate and bad input."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.covariance import NotFiniteError
-from drank.pivot import RankDeficientError, pivot_rows
+from drank.pivot import PivotForm, RankDeficientError, pivot_rows, split_group
 
 
 def factors(n_out, n_in, k, seed=0, dtype=torch.float64):
@@ -114,3 +114,84 @@ def test_duplicate_rows_are_kept_once():
 def test_bad_factors_are_refused(left, error, message):
     with pytest.raises(error, match=message):
         pivot_rows(left, torch.ones(left.shape[1], 5))
+
+
+def rebuilt_members(form, out_sizes):
+    members = []
+    for first, coefficients, order in split_group(form, out_sizes):
+        own = form.kept[first : first + len(order) - len(coefficients)]
+        dense = torch.full((len(order), form.kept.shape[1]), torch.nan, dtype=torch.float64)
+        dense[order.long()] = torch.cat([own, coefficients @ form.kept])
+        members.append(dense)
+    return members
+
+
+@st.composite
+def stacks(draw):
+    out_sizes, n_in = draw(st.lists(st.integers(1, 8), min_size=1, max_size=5)), draw(st.integers(1, 24))
+    return out_sizes, n_in, draw(st.integers(1, min(sum(out_sizes), n_in)))
+
+
+def test_two_members_by_hand():
+    # Rows 1 and 3 of the stack are kept: row 1 of the first member (of 2 rows), row 1 of the second (of 3).
+    form = PivotForm(
+        kept=torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]], dtype=torch.float64),
+        coefficients=torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, -1.0]], dtype=torch.float64),
+        order=torch.tensor([1, 3, 0, 2, 4], dtype=torch.int32),
+        max_abs_coefficient=3.0,
+    )
+    first, second = split_group(form, [2, 3])
+    assert (first.first, first.coefficients.tolist(), first.order.tolist()) == (0, [[2.0, 1.0]], [1, 0])
+    assert (second.first, second.coefficients.tolist()) == (1, [[0.0, 3.0], [1.0, -1.0]])
+    assert second.order.tolist() == [1, 0, 2]
+    upper, lower = rebuilt_members(form, [2, 3])
+    assert upper.tolist() == [[2.0, 1.0, 7.0], [1.0, 0.0, 2.0]]
+    assert lower.tolist() == [[0.0, 3.0, 9.0], [0.0, 1.0, 3.0], [1.0, -1.0, -1.0]]
+
+
+@settings(deadline=None)
+@given(stack=stacks(), seed=st.integers(0, 10_000))
+def test_members_are_the_blocks_of_the_stack(stack, seed):
+    out_sizes, n_in, k = stack
+    left, right = factors(sum(out_sizes), n_in, k, seed=seed)
+    W = left @ right
+    members = rebuilt_members(pivot_rows(left, right), out_sizes)
+    for member, block in zip(members, W.split(out_sizes), strict=True):
+        assert member.shape == block.shape
+        assert (member - block).abs().max() <= 1e-12 * W.abs().max()
+
+
+@settings(deadline=None)
+@given(stack=stacks(), seed=st.integers(0, 10_000))
+def test_members_divide_the_kept_rows_among_them_and_cost_what_the_formula_says(stack, seed):
+    out_sizes, n_in, k = stack
+    form = pivot_rows(*factors(sum(out_sizes), n_in, k, seed=seed))
+    members = split_group(form, out_sizes)
+    own = [row for m in members for row in range(m.first, m.first + len(m.order) - len(m.coefficients))]
+    assert own == list(range(k))
+    assert [sorted(m.order.tolist()) for m in members] == [list(range(size)) for size in out_sizes]
+    price = form.kept.numel() + sum(m.coefficients.numel() for m in members)
+    assert price == k * (sum(out_sizes) + n_in - k)
+
+
+def test_a_group_of_one_is_the_pivot_form_itself():
+    form = pivot_rows(*factors(9, 7, 4))
+    (only,) = split_group(form, [9])
+    assert only.first == 0
+    assert torch.equal(only.coefficients, form.coefficients)
+    assert torch.equal(only.order, form.order)
+    assert only.order.dtype == torch.int32
+
+
+def test_a_member_may_keep_no_row_or_all_of_them():
+    left, right = factors(4, 6, 4)
+    none, every = split_group(pivot_rows(torch.cat([left / 100, left]), right), [4, 4])
+    assert (none.first, none.coefficients.shape) == (0, (4, 4))
+    assert (every.first, every.coefficients.shape, every.order.tolist()) == (0, (0, 4), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("out_sizes", [[5, 5], [], [9, 0], [12, -3], [9, 9]])
+def test_sizes_that_are_not_those_of_the_stack_are_refused(out_sizes):
+    form = pivot_rows(*factors(9, 7, 4))
+    with pytest.raises(ValueError, match=r"out_sizes \[.*\] must be positive and add up to the 9 rows of the stack"):
+        split_group(form, out_sizes)

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from drank.language_model.modules import FactorLinear, PivotLinear
+from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
 from drank.language_model.plugin import DrankConfig, DrankQuantizer, FormatError, attach, register, swap_modules
+from drank.pivot import pivot_rows, split_group
+from tests import tiny
 
 LLAMA = {
     "hidden_size": 16,
@@ -34,8 +36,8 @@ LLAMA_NAMES = (
     "mlp.down_proj",
 )
 
-# model_type, config, then: two modules that share a basis ({} is the layer), one in pivot form, and in the
-# first layer the inputs and the output of an MLP that has lost channels.
+# model_type, config, then: two modules that share a basis ({} is the layer), two that share one in pivot form, and
+# in the first layer the inputs (the first in pivot form) and the output of an MLP that has lost channels.
 ARCHITECTURES = {
     "llama": ("llama", LLAMA, *LLAMA_NAMES),
     "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}, *LLAMA_NAMES),
@@ -91,8 +93,8 @@ def spec(model, name, form, rank=None, out_features=None, in_features=None, **mo
 
 
 def all_forms(model, architecture):
-    """Specs with every form: a shared basis, an unshared one and a pivot form with fewer rows, a dense with
-    fewer columns."""
+    """Specs with every form: a shared basis, one of rows kept of two modules, an unshared one and a pivot form with
+    fewer rows, a dense with fewer columns."""
     _, _, shared, pivot, ups, down = ARCHITECTURES[architecture]
     owner, other = shared.format(0), shared.format(1)
     first, second = (name.removesuffix(shared.split("{}.")[1]) for name in (owner, other))
@@ -101,7 +103,8 @@ def all_forms(model, architecture):
     return {
         owner: spec(model, owner, "factors", 3),
         other: spec(model, other, "factors", 3, basis=owner),
-        second + pivot: spec(model, second + pivot, "pivot", 5),
+        first + pivot: spec(model, first + pivot, "pivot", 5, basis=first + pivot, first=0, kept=2),
+        second + pivot: spec(model, second + pivot, "pivot", 5, basis=first + pivot, first=2, kept=3),
         **{name: spec(model, name, form, 4, out_features=channels) for name, form in forms.items()},
         first + down: spec(model, first + down, "dense", in_features=CHANNELS),
     }
@@ -116,7 +119,7 @@ def compressed(architecture, specs=None, dtype=torch.float32):
             module = model.get_submodule(name)
             for parameter in module.parameters():
                 parameter.normal_(std=0.3)
-            if isinstance(module, PivotLinear):
+            if isinstance(module, PivotLinear | SharedPivotLinear):
                 module.order.copy_(torch.randperm(module.out_features))
     return attach(model, specs, {"variant": "d-rank-80", "ratios": [0.8]})
 
@@ -175,12 +178,14 @@ def test_saving_again_gives_the_same_bytes(saved, tmp_path):
 
 def test_shared_basis_is_one_tensor_on_disk_and_one_parameter_in_memory(saved):
     architecture, model, folder = saved
-    owner, other = (ARCHITECTURES[architecture][2].format(layer) for layer in (0, 1))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert f"{owner}.basis" in file.keys()  # noqa: SIM118
-        assert f"{other}.basis" not in file.keys()  # noqa: SIM118
-    for candidate in (model, AutoModelForCausalLM.from_pretrained(folder), copy.deepcopy(model)):
-        assert candidate.get_submodule(other).basis is candidate.get_submodule(owner).basis
+    shared, pivot = ARCHITECTURES[architecture][2:4]
+    for template in (f"{shared}.basis", shared.split("{}")[0] + "{}." + f"{pivot}.basis.weight"):
+        owner, other = template.format(0), template.format(1)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert owner in file.keys()  # noqa: SIM118
+            assert other not in file.keys()  # noqa: SIM118
+        for candidate in (model, AutoModelForCausalLM.from_pretrained(folder), copy.deepcopy(model)):
+            assert candidate.get_parameter(other) is candidate.get_parameter(owner)
 
 
 def test_removed_channels_make_smaller_matrices(saved):
@@ -221,7 +226,7 @@ def test_bfloat16_and_shards_survive_the_round_trip(architecture, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}
-    assert {m.order.dtype for m in reloaded.modules() if isinstance(m, PivotLinear)} == {torch.int32}
+    assert {m.order.dtype for m in reloaded.modules() if hasattr(m, "order")} == {torch.int32}
     assert torch.equal(logits(reloaded), logits(model))
 
 
@@ -288,7 +293,7 @@ def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, ve
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("key", ["basis", "weight", "order", "coefficients"])
+@pytest.mark.parametrize("key", ["basis", "weight", "order", "coefficients", "basis.weight"])
 def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
     _, folder = llama
     path = folder / "model.safetensors"
@@ -301,6 +306,15 @@ def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
 
 
 FINE = {"form": "factors", "rank": 3, "out_features": 16, "in_features": 16}
+
+
+def group(owner, other):
+    """Specs of two modules in pivot form that share a basis, one row and two of its three, but for these changes."""
+    fine = {**FINE, "form": "pivot", "basis": Q.format(0)}
+    return {
+        Q.format(0): {**fine, "first": 0, "kept": 1, **owner},
+        Q.format(1): {**fine, "first": 1, "kept": 2, **other},
+    }
 
 
 @pytest.mark.parametrize(
@@ -343,9 +357,30 @@ FINE = {"form": "factors", "rank": 3, "out_features": 16, "in_features": 16}
             "layers.1.*: rank 3 and in_features 16 differ .*layers.0.*: 4 and 16",
         ),
         (
-            {Q.format(0): FINE, Q.format(1): {**FINE, "form": "pivot", "basis": Q.format(0)}},
-            "layers.1.*: only the form 'factors' has a basis",
+            {Q.format(0): {**FINE, "form": "dense", "basis": Q.format(0)}},
+            "layers.0.*: basis is '.*'; only 'factors' and 'pivot' share one, not 'dense'",
         ),
+        (group({"form": "factors"}, {}), "layers.1.*: .*layers.0.* has no basis of its own to share in form 'pivot'"),
+        (group({"basis": None}, {}), "layers.1.*: .*layers.0.* has no basis of its own to share in form 'pivot'"),
+        (group({"basis": Q.format(1)}, {}), "layers.0.*: .*layers.1.* has no basis of its own"),
+        (group({}, {"form": "factors"}), "layers.1.*: .*layers.0.* has no basis of its own to share in form 'factors'"),
+        (group({}, {"basis": DOWN}), "layers.1.*: .*down_proj has no basis of its own"),
+        (group({}, {"basis": Q.format(2)}), "layers.1.*: the owner of its basis, .*layers.2.* is not among"),
+        (group({"rank": 4}, {}), "layers.1.*: rank 3 and in_features 16 differ .*layers.0.*: 4 and 16"),
+        (group({}, {"in_features": 15}), "layers.1.*: rank 3 and in_features 15 differ .*layers.0.*: 3 and 16"),
+        (group({"rank": 16}, {"rank": 16}), "layers.0.*: rank 16 is more than 15, the largest .* in form 'pivot'"),
+        (group({"first": None}, {}), "layers.0.*: first is None; it must be an integer of at least 0"),
+        (group({"first": -1}, {}), "layers.0.*: first is -1; it must be an integer of at least 0"),
+        (group({}, {"kept": 2.0}), r"layers.1.*: kept is 2\.0; it must be an integer of at least 0"),
+        (group({}, {"kept": 17}), "layers.1.*: kept is 17; it must be at most its out_features, 16"),
+        (
+            group({}, {"first": 0}),
+            "layers.1.*: first is 0, .* before it of the basis of .*layers.0.* end at 1: each of the 3 rows",
+        ),
+        (group({}, {"first": 2}), "layers.1.*: first is 2, but the kept rows before it .* end at 1"),
+        (group({"first": 1}, {"first": 2}), "layers.0.*: first is 1, but the kept rows before it .* end at 0"),
+        (group({}, {"kept": 1}), "layers.0.*: the modules that share its basis keep 2 rows of 3; .* is one of them mi"),
+        (group({}, {"kept": 3}), "layers.0.*: the modules that share its basis keep 4 rows of 3"),
     ],
 )
 def test_specs_that_are_malformed_or_do_not_fit_are_refused_and_change_nothing(specs, message):
@@ -380,6 +415,91 @@ def test_a_model_that_is_not_what_its_specs_say_cannot_be_attached(form, rank):
         attach(model, specs, {})
 
 
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (
+            group({"kept": 2}, {"first": 2, "kept": 1}),
+            r"kept=1.*\), not 'pivot' of rank 3, .* with first 0 and kept 2:",
+        ),
+        ({Q.format(0): {**FINE, "form": "pivot"}}, r"kept=1.*\), not 'pivot' of rank 3, 16 x 16 \(out x in\):"),
+    ],
+)
+def test_a_group_that_is_not_what_its_specs_say_cannot_be_attached(specs, message):
+    model = dense_model("llama")
+    swap_modules(model, group({}, {}))
+    with pytest.raises(FormatError, match=message):
+        attach(model, specs, {})
+
+
+@torch.no_grad()
+def grouped_llama(rank=12):
+    """A tiny llama whose two q_proj share a basis of rows, and the same model with the stack's best rank-k weights
+    in dense modules."""
+    model, dense = tiny.llama(), tiny.llama()
+    names = [Q.format(layer) for layer in (0, 1)]
+    stack = torch.cat([model.get_submodule(name).weight for name in names]).double()
+    U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+    form = pivot_rows(U[:, :rank] * S[:rank], Vh[:rank])
+    members = dict(zip(names, split_group(form, [32, 32]), strict=True))
+    specs = {
+        name: spec(model, name, "pivot", rank, basis=names[0], first=m.first, kept=len(m.order) - len(m.coefficients))
+        for name, m in members.items()
+    }
+    swap_modules(model, specs)
+    model.get_submodule(names[0]).basis.weight.copy_(form.kept)
+    for name, member in members.items():
+        model.get_submodule(name).weight.copy_(member.coefficients)
+        model.get_submodule(name).order.copy_(member.order)
+    for name, block in zip(names, (U[:, :rank] * S[:rank] @ Vh[:rank]).split(32), strict=True):
+        dense.get_submodule(name).weight.copy_(block)
+    return attach(model, specs, {}), dense
+
+
+def test_a_group_over_two_layers_in_pivot_form_is_the_low_rank_model(tmp_path):
+    model, dense = grouped_llama()
+    model.save_pretrained(tmp_path / "grouped")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "grouped")
+    torch.testing.assert_close(logits(reloaded), logits(dense), rtol=0, atol=1e-5)
+    assert torch.equal(logits(reloaded), logits(model))
+    tensors = load_file(tmp_path / "grouped" / "model.safetensors")
+    floats = [tensor.numel() for key, tensor in tensors.items() if "q_proj" in key and "order" not in key]
+    assert sum(floats) == 12 * (2 * 32 + 32 - 12)
+    reloaded.save_pretrained(tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "grouped")
+    reloaded.dequantize()
+    assert type(reloaded.get_submodule(Q.format(1))) is nn.Linear
+    torch.testing.assert_close(logits(reloaded), logits(dense), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 0), (0, 3)), ((0, 3), (3, 0)), ((1, 2), (0, 1))])
+def test_the_modules_of_a_group_keep_any_share_of_its_rows(first, second, tmp_path):
+    changes = [dict(zip(("first", "kept"), rows, strict=True)) for rows in (first, second)]
+    model = compressed("llama", group(*changes))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_modules_all_of_whose_rows_are_kept_survive_the_round_trip(tmp_path):
+    model = dense_model("llama")
+    names = [f"model.layers.{layer}.self_attn.{role}_proj" for layer in (0, 1) for role in ("k", "v")]
+    # Three smaller modules, whole in the basis: their coefficients are empty tensors.
+    specs = {
+        name: spec(model, name, "pivot", 15, out_features=size, basis=names[0], first=first, kept=kept)
+        for name, size, first, kept in zip(names, (16, 4, 3, 3), (0, 5, 9, 12), (5, 4, 3, 3), strict=True)
+    }
+    swap_modules(model, specs)
+    for name in names:
+        nn.init.normal_(model.get_submodule(name).basis.weight)
+        nn.init.normal_(model.get_submodule(name).weight)
+    attach(model, specs, {}).save_pretrained(tmp_path / "first")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    for name in names:
+        assert torch.equal(reloaded.get_submodule(name).dense_weight(), model.get_submodule(name).dense_weight())
+    reloaded.save_pretrained(tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "first")
+
+
 def test_loading_a_dense_folder_does_not_compress_it(tmp_path):
     dense_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
@@ -402,6 +522,8 @@ def test_without_drank_loading_fails_and_importing_it_then_is_enough(tmp_path):
             specs = all_forms(model, architecture).items()
             chosen = {name: s for name, s in specs if s["form"] == form and "basis" not in s}
             compressed(architecture, chosen).save_pretrained(tmp_path / f"{architecture}-{form}")
+        grouped = {name: s for name, s in specs if s["form"] == "pivot" and "basis" in s}
+        compressed(architecture, grouped).save_pretrained(tmp_path / f"{architecture}-group")
     code = (
         "import sys\n"
         "from transformers import AutoModelForCausalLM\n"

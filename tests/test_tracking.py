@@ -34,7 +34,7 @@ params = yaml.safe_load(open("params.yaml"))
 step, name = sys.argv[1], sys.argv[-1]
 variant = params["variants"].get(name, {})
 if step == "sampling":
-    write("data/sampling/calibration.safetensors", "windows")
+    write("data/sampling/calibration/0.safetensors", "windows")
     write("data/sampling/test.safetensors", "test windows")
     write("data/sampling/tasks/last_word.jsonl", "")
     write("data/sampling/summary.json", {"texts": {"news": {"documents": 9}, "commons": {"documents": 7}}})
@@ -73,7 +73,7 @@ stages:
     outs: [data/sampling]
   covariance:
     cmd: python step.py covariance
-    deps: [data/sampling/calibration.safetensors]
+    deps: [data/sampling/calibration/0.safetensors]
     params: [covariance]
     outs: [data/covariance]
   allocation:
@@ -313,7 +313,7 @@ def test_datasets_are_the_texts_with_the_hash_of_the_windows(first):
     contexts = [next(tag.value for tag in i.tags if tag.key == "mlflow.data.context") for i in inputs]
     found = {(context, i.dataset.name): i.dataset for context, i in zip(contexts, inputs, strict=True)}
     assert set(found) == {("calibration", "news"), ("evaluation", "news"), ("evaluation", "commons")}
-    windows = (root / "data/sampling/calibration.safetensors").read_bytes()
+    windows = (root / "data/sampling/calibration/0.safetensors").read_bytes()
     assert found["calibration", "news"].digest == hashlib.md5(windows).hexdigest()
     assert json.loads(found["evaluation", "commons"].profile) == {"documents": 7}
 

@@ -78,6 +78,7 @@ text:
 sampling:
   seed: 0
   calibration_text: news
+  calibration_seeds: [0]
   n_windows: 8
   window_length: 64
   held_out_share: 0.3
@@ -92,12 +93,15 @@ covariance:
   ignore: []
 spectrum:
   input:
+    calibration_seed: 0
     metric: input
     units: matrix
   kfac:
+    calibration_seed: 0
     metric: kfac
-    units: matrix
+    units: block
     damping: 1.0e-4
+    cuts: [0.0, 0.25, 0.5]
 presets:
   dense:
     spectrum: input

@@ -15,12 +15,12 @@ The rules (docs/method.md has the derivations):
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drank.knapsack import InfeasibleBudgetError, Options, solve
+from drank.knapsack import InfeasibleBudgetError, Options, merged, relax, solve
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class Menu:
     Attributes:
         storage: "factors" or "pivot".
         floor: smallest rank offered, as a share of the full rank (at least 1).
+        cap: largest rank offered, as a share of the full rank.
+        dense: whether the matrix may also stay as it is; a matrix that no rank offered makes smaller always may.
         multiple_of: ranks offered are multiples of it (8, 16 or 32 for fast kernels); the dense matrix always is.
     """
 
     storage: str = "factors"
     floor: float = 0.0
+    cap: float = 1.0
+    dense: bool = True
     multiple_of: int = 1
 
     def price(self, unit: "Unit", rank: int | NDArray[np.int64]) -> int | NDArray[np.int64]:
@@ -45,7 +49,8 @@ class Menu:
     def ranks(self, unit: "Unit") -> NDArray[np.int64]:
         """Ranks that cost less than the dense matrix, ascending; none for a matrix too thin to factor."""
         lowest = max(1, int(np.ceil(self.floor * unit.full_rank)))
-        ranks = np.arange(1, min(len(unit.energies), unit.full_rank) + 1)
+        highest = int(np.floor(self.cap * unit.full_rank + 1e-9))
+        ranks = np.arange(1, min(len(unit.energies), highest) + 1)
         return ranks[(ranks >= lowest) & (ranks % self.multiple_of == 0) & (self.price(unit, ranks) < unit.dense_price)]
 
 
@@ -54,13 +59,14 @@ DEFAULT = Menu()
 
 @dataclass(frozen=True)
 class Unit:
-    """One matrix to be given a rank.
+    """One matrix to be given a rank: a layer's, what removed channels leave of it, or a stack of several layers'.
 
     Attributes:
         kind: matrices of one kind share a budget under the rules that allocate by type (``q_proj``, ...).
         role: "query", "key", "value" where the model knows it; rebalancing moves parameters between those.
         energies: squared singular values in the metric, descending; Σ_{i>k} is the loss of keeping k.
         effective_rank: R of the spectrum, 1 <= R <= len(energies).
+        base_loss: what no rank undoes, in the unit of the energies: the cost of the channels that an MLP has lost.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Unit:
     in_features: int
     energies: NDArray[np.float64]
     effective_rank: float
+    base_loss: float = 0.0
 
     @property
     def dense_price(self) -> int:
@@ -79,6 +86,22 @@ class Unit:
     @property
     def full_rank(self) -> int:
         return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Matrices that lose channels together: an MLP.
+
+    Attributes:
+        cuts: the matrices at each number of channels on offer, all of them first.
+    """
+
+    name: str
+    cuts: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def dense_price(self) -> int:
+        return sum(u.dense_price for u in self.cuts[0])
 
 
 @dataclass(frozen=True)
@@ -93,7 +116,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Choices by unit name, with what an auditor asks: objective, certified bound, budget and what was spent of it."""
+    """Choices by unit name, with what an auditor asks: objective, certified bound, budget and what was spent of it.
+
+    cuts says which of its cuts each block was given; choices then has that cut's matrices.
+    """
 
     choices: dict[str, Choice]
     objective: float
@@ -101,6 +127,11 @@ class Allocation:
     budget: int
     price: int
     targeted_parameters: int
+    cuts: dict[str, int] = field(default_factory=dict)
+
+    def matrices(self, units: "Sequence[Unit | Block]") -> list[Unit]:
+        """The matrices that choices speak of: units as they are, of a block those of its cut."""
+        return [m for u in units for m in (u.cuts[self.cuts[u.name]] if isinstance(u, Block) else (u,))]
 
     @property
     def gap(self) -> float:
@@ -113,13 +144,13 @@ class Allocation:
 
 
 def loss(unit: Unit, choice: Choice) -> float:
-    """Energy dropped, Σ_{i>k} s_i², in the unit of the metric; 0 for a dense unit."""
-    return 0.0 if choice.form == "dense" else float(unit.energies[choice.rank :].sum())
+    """Energy dropped, Σ_{i>k} s_i² and the unit's base loss, in the unit of the metric."""
+    return unit.base_loss + (0.0 if choice.form == "dense" else float(unit.energies[choice.rank :].sum()))
 
 
 def dense(units: Sequence[Unit]) -> Allocation:
     """Nothing is compressed."""
-    return _allocation(units, {u.name: _dense_choice(u, 0.0) for u in units}, sum(u.dense_price for u in units), 0.0)
+    return summed(units, {u.name: dense_choice(u, 0.0) for u in units}, sum(u.dense_price for u in units), 0.0)
 
 
 def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
@@ -136,7 +167,7 @@ def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> A
         ranks = menu.ranks(unit)
         affordable = ranks[menu.price(unit, ranks) <= size_ratio * unit.dense_price + 1e-6]
         if size_ratio >= 1:
-            choices[unit.name] = _dense_choice(unit, 0.0)
+            choices[unit.name] = dense_choice(unit, 0.0)
         elif len(affordable):
             rank = int(affordable[-1])
             price = int(menu.price(unit, rank))
@@ -147,8 +178,8 @@ def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> A
                 f"{unit.name}: size_ratio {size_ratio} of {unit.dense_price} parameters is less than its smallest rank "
                 f"costs ({least}); the least possible is {least / unit.dense_price:.4f}"
             )
-    budget = _budget(units, size_ratio)
-    return _allocation(units, choices, budget, float(_dense_price(units) - budget))
+    budget = budget_of(units, size_ratio)
+    return summed(units, choices, budget, float(_dense_price(units) - budget))
 
 
 def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu = DEFAULT) -> Allocation:
@@ -163,7 +194,7 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: 
     Raises:
         InfeasibleBudgetError: a type's budget does not pay for rank 1 everywhere.
     """
-    kinds = sorted(_by_kind(units).values(), key=lambda members: (members[0].role != "value", members[0].kind))
+    kinds = sorted(by_kind(units).values(), key=lambda members: (members[0].role != "value", members[0].kind))
     gifts = {
         members[0].kind: beta * size_ratio * _dense_price(members)
         for members in kinds
@@ -188,27 +219,69 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: 
             left = 0.0
             bound += sum(c.objective_share for c in chosen.values()) - solution.cost
         choices |= chosen
-    return _allocation(units, choices, _budget(units, size_ratio), bound)
+    return summed(units, choices, budget_of(units, size_ratio), bound)
 
 
-def least_loss(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
+def least_loss(units: Sequence[Unit | Block], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
     r"""Least total loss: min Σ_u Σ_{i>k_u} s_i² within one budget for the whole model; a dense unit loses nothing.
 
     The energies of all units must have the same unit. Those of the K-FAC metric do: half their sum is the predicted
     loss in nats a token (docs/method.md). With an input-only metric a global budget is worse than uniform ranks.
 
+    A block is one unit of the knapsack: its options are the lower hull, over cuts and ranks of its matrices, of price
+    and loss. With blocks the gap stated is to the Lagrangian bound, which holds for every combination.
+
     Raises:
         InfeasibleBudgetError: the budget does not pay for the smallest rank everywhere.
     """
-    budget = _budget(units, size_ratio)
-    options = [_options(u, menu, _tails(u, menu.ranks(u)), 0.0) for u in units]
-    solution = solve(options, budget)
-    return _allocation(units, _choices(units, menu, options, solution.choices), budget, solution.bound)
+    budget = budget_of(units, size_ratio)
+    if not any(isinstance(u, Block) for u in units):
+        matrices = [u for u in units if isinstance(u, Unit)]
+        options = [_loss_options(u, menu) for u in matrices]
+        solution = solve(options, budget)
+        return summed(units, _choices(matrices, menu, options, solution.choices), budget, solution.bound)
+    offers = [_offer(u, menu) for u in units]
+    solution = relax([offer.options for offer in offers], budget)
+    choices: dict[str, Choice] = {}
+    cuts: dict[str, int] = {}
+    for unit, offer, pick in zip(units, offers, solution.choices, strict=True):
+        cut, indices = int(offer.cuts[pick]), offer.picks[pick]
+        matrices = list(unit.cuts[cut]) if isinstance(unit, Block) else [unit]
+        choices |= _choices(matrices, menu, [_loss_options(m, menu) for m in matrices], indices.tolist())
+        if isinstance(unit, Block):
+            cuts[unit.name] = cut
+    return replace(summed(units, choices, budget, solution.bound), cuts=cuts)
 
 
-def _tails(unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Energy beyond each rank."""
-    return np.append(unit.energies[::-1].cumsum()[::-1], 0.0)[ranks]
+@dataclass(frozen=True)
+class _Offer:
+    """Options of a block; option j is cut cuts[j] with option picks[j, i] of its matrix i."""
+
+    options: Options
+    cuts: NDArray[np.int64]
+    picks: NDArray[np.int64]
+
+
+def _offer(unit: Unit | Block, menu: Menu) -> _Offer:
+    if isinstance(unit, Unit):
+        options = _loss_options(unit, menu)
+        every = np.arange(len(options.weights))
+        return _Offer(options, np.zeros_like(every), every[:, None])
+    offers = [merged([_loss_options(m, menu) for m in matrices]) for matrices in unit.cuts]
+    return _Offer(
+        Options(
+            np.concatenate([options.weights for options, _ in offers]),
+            np.concatenate([options.costs for options, _ in offers]),
+        ),
+        np.concatenate([np.full(len(picks), cut) for cut, (_, picks) in enumerate(offers)]),
+        np.concatenate([picks for _, picks in offers]),
+    )
+
+
+def _loss_options(unit: Unit, menu: Menu) -> Options:
+    ranks = menu.ranks(unit)
+    tails = np.append(unit.energies[::-1].cumsum()[::-1], 0.0)[ranks]
+    return _options(unit, menu, unit.base_loss + tails, unit.base_loss)
 
 
 def _effective_rank_options(unit: Unit, menu: Menu) -> Options:
@@ -217,8 +290,10 @@ def _effective_rank_options(unit: Unit, menu: Menu) -> Options:
 
 def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float) -> Options:
     """The ranks of the menu, and last the dense matrix."""
-    weights = np.append(menu.price(unit, menu.ranks(unit)), unit.dense_price)
-    return Options(weights.astype(np.int64), np.append(costs, dense_cost))
+    prices = np.asarray(menu.price(unit, menu.ranks(unit)), dtype=np.int64)
+    if len(prices) and not menu.dense:
+        return Options(prices, costs)
+    return Options(np.append(prices, unit.dense_price), np.append(costs, dense_cost))
 
 
 def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: list[int]) -> dict[str, Choice]:
@@ -228,7 +303,7 @@ def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: l
 def _chosen(unit: Unit, menu: Menu, options: Options, index: int) -> Choice:
     ranks, cost = menu.ranks(unit), float(options.costs[index])
     if index == len(ranks):
-        return _dense_choice(unit, cost)
+        return dense_choice(unit, cost)
     return Choice(int(ranks[index]), menu.storage, int(options.weights[index]), cost)
 
 
@@ -239,26 +314,30 @@ def _grown(unit: Unit, menu: Menu, choice: Choice, extra: float) -> Choice:
     return _chosen(unit, menu, options, int(affordable[-1]))
 
 
-def _dense_choice(unit: Unit, objective_share: float) -> Choice:
+def dense_choice(unit: Unit, objective_share: float) -> Choice:
+    """The matrix as it is."""
     return Choice(unit.full_rank, "dense", unit.dense_price, objective_share)
 
 
-def _by_kind(units: Sequence[Unit]) -> dict[str, list[Unit]]:
+def by_kind(units: Sequence[Unit]) -> dict[str, list[Unit]]:
+    """Units of each kind, in the order in which the kinds first appear."""
     kinds: dict[str, list[Unit]] = {}
     for unit in units:
         kinds.setdefault(unit.kind, []).append(unit)
     return kinds
 
 
-def _dense_price(units: Sequence[Unit]) -> int:
+def _dense_price(units: Sequence[Unit | Block]) -> int:
     return sum(u.dense_price for u in units)
 
 
-def _budget(units: Sequence[Unit], size_ratio: float) -> int:
+def budget_of(units: Sequence[Unit | Block], size_ratio: float) -> int:
+    """Parameters that may be kept, rounded down."""
     return int(size_ratio * _dense_price(units) + 1e-6)
 
 
-def _allocation(units: Sequence[Unit], choices: dict[str, Choice], budget: int, bound: float) -> Allocation:
-    objective = float(sum(choices[u.name].objective_share for u in units))
+def summed(units: Sequence[Unit | Block], choices: dict[str, Choice], budget: int, bound: float) -> Allocation:
+    """The allocation that these choices make, with its totals; a bound above the objective is rounding."""
+    objective = float(sum(choice.objective_share for choice in choices.values()))
     price = sum(c.price for c in choices.values())
     return Allocation(choices, objective, min(bound, objective), budget, price, _dense_price(units))

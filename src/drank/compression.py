@@ -1,16 +1,17 @@
 """Put the ranks of an allocation into a model. Knows tensors and modules; files and folders belong to the stage."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from drank.language_model.modules import FactorLinear, PivotLinear
+from drank.language_model.linears import is_conv1d
 from drank.language_model.plugin import attach, swap_modules
-from drank.pivot import pivot_rows
+from drank.pivot import PivotForm, pivot_rows, split_group
 
-Factors = tuple[Tensor, ...]
+Tensors = dict[str, Tensor]
 
 # Coefficients of the pivot form are stored in bfloat16; rows chosen by pivoted QR keep them near 1. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
@@ -21,57 +22,99 @@ class UnsafePivotError(ValueError):
     """A unit's rows are too nearly dependent to be stored in pivot form; the message says what to do instead."""
 
 
-def module_specs(units: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What config.json says of each compressed module, from the units of an allocation; dense units are not listed."""
-    return {
-        unit["name"]: {
-            "form": unit["form"],
-            "rank": unit["rank"],
-            "out_features": unit["out_features"],
-            "in_features": unit["in_features"],
-        }
-        for unit in units
-        if unit["form"] != "dense"
-    }
+@dataclass(frozen=True)
+class Stored:
+    """One module of the compressed model: what config.json says of it, and its tensors by name."""
+
+    name: str
+    spec: dict[str, Any]
+    tensors: Tensors
 
 
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    specs: dict[str, dict[str, Any]],
-    read_factors: Callable[[str, int], Factors],
+    units: Iterable[Mapping[str, Any]],
+    read_factors: Callable[[str, int], tuple[Tensor, ...]],
+    read_cut: Callable[[str, int], Tensors],
     provenance: Mapping[str, Any],
 ) -> nn.Module:
-    """Replace the modules named in specs by factored ones, in place, and make the model saveable.
+    """Replace the modules of compressed units by smaller ones, in place, and make the model saveable.
 
     Args:
-        read_factors: (name, k) -> output vectors (k, out) and input vectors (k, in) of the rank-k slice.
+        units: rows of an allocation: name, members, factors, role, form, rank, out_features, in_features.
+        read_factors: (file, k) -> output vectors (k, out) and input vectors (k, in) of the rank-k slice.
+        read_cut: (MLP, channels) -> ``alive``, the channels kept, and ``down``, the corrected matrix that reads them.
         provenance: goes to config.json under ``quantization_config.provenance``.
 
     With nothing to replace (the dense variant) the model is returned as it is, a plain one.
+
+    Raises:
+        UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
-    if not specs:
+    stored = [module for unit in units for module in _stored(model, unit, read_factors, read_cut)]
+    if not stored:
         return model
+    specs = {module.name: module.spec for module in stored}
     swap_modules(model, specs)
-    for name, spec in specs.items():
-        output_vectors, input_vectors = read_factors(name, spec["rank"])
-        _fill(name, model.get_submodule(name), output_vectors, input_vectors)
+    for module in stored:
+        target = model.get_submodule(module.name)
+        places = target.state_dict()
+        for name, tensor in module.tensors.items():
+            places[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
     return attach(model, specs, dict(provenance))
 
 
-def _fill(name: str, module: nn.Module, output_vectors: Tensor, input_vectors: Tensor) -> None:
-    if isinstance(module, FactorLinear):
-        module.weight.copy_(output_vectors.T)
-        module.basis.copy_(input_vectors)
+def _stored(
+    model: nn.Module,
+    unit: Mapping[str, Any],
+    read_factors: Callable[[str, int], tuple[Tensor, ...]],
+    read_cut: Callable[[str, int], Tensors],
+) -> Iterator[Stored]:
+    members, form = unit["members"], unit["form"]
+    modules = [model.get_submodule(name) for name in members]
+    sizes = {"out_features": unit["out_features"] // len(members), "in_features": unit["in_features"]}
+    removed = _removed_channels(modules[0], unit, read_cut)
+    if form == "dense":
+        if removed:
+            yield Stored(members[0], {"form": form, **sizes}, removed)
         return
-    if not isinstance(module, PivotLinear):
-        raise TypeError(f"{name}: a {type(module).__name__} cannot hold factors")
-    form = pivot_rows(output_vectors.T, input_vectors)
+    left, right = read_factors(unit["factors"], unit["rank"])
+    spec = {"form": form, "rank": unit["rank"], **sizes}
+    bias = {key: tensor for key, tensor in removed.items() if key == "bias"}
+    if form == "factors":
+        for name, rows in zip(members, left.T.chunk(len(members)), strict=True):
+            shared = {"basis": members[0]} if len(members) > 1 else {}
+            yield Stored(name, spec | shared, {"weight": rows, "basis": right} | bias)
+        return
+    pivot = _safe(members[0], pivot_rows(left.T, right))
+    if len(members) == 1:
+        tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "order": pivot.order}
+        yield Stored(members[0], spec, tensors | bias)
+        return
+    for name, part in zip(members, split_group(pivot, [sizes["out_features"]] * len(members)), strict=True):
+        shared = {"basis": members[0], "first": part.first, "kept": sizes["out_features"] - len(part.coefficients)}
+        tensors = {"basis.weight": pivot.kept, "weight": part.coefficients, "order": part.order}
+        yield Stored(name, spec | shared, tensors)
+
+
+def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[str, int], Tensors]) -> Tensors:
+    """Weight, and bias if any, of an MLP's matrix after the removal of channels; nothing where none was removed."""
+    weight = module.weight.T if is_conv1d(module) else module.weight
+    if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
+        return {}
+    down = unit["role"] == "down"
+    cut = read_cut(unit["name"].rpartition(".")[0], unit["in_features" if down else "out_features"])
+    tensors = {"weight": cut["down"] if down else weight[cut["alive"]]}
+    if module.bias is not None and not down:
+        tensors["bias"] = module.bias[cut["alive"]]
+    return tensors
+
+
+def _safe(name: str, form: PivotForm) -> PivotForm:
     if form.max_abs_coefficient > LARGEST_COEFFICIENT:
         raise UnsafePivotError(
             f"{name}: pivot coefficients reach {form.max_abs_coefficient:.3g}, above {LARGEST_COEFFICIENT:g}, and "
             f"bfloat16 would lose the layer; use storage 'factors', or list it under covariance.ignore"
         )
-    module.weight.copy_(form.kept)
-    module.coefficients.copy_(form.coefficients)
-    module.order.copy_(form.order)
+    return form

@@ -62,19 +62,51 @@ def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, 
     Raises:
         InfeasibleBudgetError: even the lightest options do not fit.
     """
+    solution, multiplier = _relaxed(units, budget)
+    if solution.gap <= relative_gap:
+        return solution
+    return _search(units, solution, multiplier, budget, relative_gap, nodes)
+
+
+def relax(units: Sequence[Options], budget: int) -> Solution:
+    """The linear relaxation rounded down and filled up, with the Lagrangian bound; no integer search.
+
+    The bound needs the lower hulls alone. It therefore also holds for units that are themselves sums of units and offer
+    only the hull of their combinations (:func:`merged`), where that of an integer search would not.
+
+    Raises:
+        InfeasibleBudgetError: even the lightest options do not fit.
+    """
+    return _relaxed(units, budget)[0]
+
+
+def merged(units: Sequence[Options]) -> tuple[Options, NDArray[np.int64]]:
+    """Several units as one: the lower hull of all combinations, and which option of each unit (columns) a row takes.
+
+    The hull of a sum is the sum of the hulls, walked in the order of falling cost a parameter.
+    """
+    hulls = [_lower_hull(u) for u in units]
+    steps = sorted((-_rate(units[u], i, j), u, j) for u, hull in enumerate(hulls) for i, j in pairwise(hull))
+    picks = np.empty((len(steps) + 1, len(units)), dtype=np.int64)
+    picks[0] = [hull[0] for hull in hulls]
+    for row, (_, u, j) in enumerate(steps, start=1):
+        picks[row] = picks[row - 1]
+        picks[row, u] = j
+    weights = np.sum([u.weights[picks[:, c]] for c, u in enumerate(units)], axis=0)
+    costs = np.sum([u.costs[picks[:, c]] for c, u in enumerate(units)], axis=0)
+    return Options(weights, costs), picks
+
+
+def _relaxed(units: Sequence[Options], budget: int) -> tuple[Solution, float]:
+    """First solution and the multiplier of the relaxation."""
     lightest = sum(int(u.weights.min()) for u in units)
     if lightest > budget:
         raise InfeasibleBudgetError(
             f"a budget of {budget} parameters is below the least possible {lightest}; raise size_ratio"
         )
-    hulls = [_lower_hull(u) for u in units]
-    choices, multiplier = _relax(units, hulls, budget)
+    choices, multiplier = _rounded_down(units, [_lower_hull(u) for u in units], budget)
     choices = _fill(units, choices, budget)
-    bound = _dual(units, multiplier, budget)
-    solution = _solution(units, choices, bound)
-    if solution.gap <= relative_gap:
-        return solution
-    return _search(units, solution, multiplier, budget, relative_gap, nodes)
+    return _solution(units, choices, _dual(units, multiplier, budget)), multiplier
 
 
 def _lower_hull(unit: Options) -> list[int]:
@@ -97,7 +129,7 @@ def _rate(unit: Options, i: int, j: int) -> float:
     return float((unit.costs[i] - unit.costs[j]) / weight) if weight else np.inf
 
 
-def _relax(units: Sequence[Options], hulls: list[list[int]], budget: int) -> tuple[list[int], float]:
+def _rounded_down(units: Sequence[Options], hulls: list[list[int]], budget: int) -> tuple[list[int], float]:
     """Optimum of the linear relaxation, rounded down, and its multiplier: cost a parameter where the budget ran out."""
     steps = sorted((-_rate(units[u], i, j), u, i, j) for u, hull in enumerate(hulls) for i, j in pairwise(hull))
     choices = [hull[0] for hull in hulls]
@@ -175,7 +207,7 @@ def _search(
     for (u, j), taken in zip(kept, result.x, strict=True):
         if taken > 0.5:
             choices[u] = j
-    found = _solution(units, choices, bound)
-    if found.weight > budget or found.cost > first.cost:  # HiGHS holds constraints to 1e-6 only
-        return _solution(units, first.choices, first.bound)
-    return found
+    if _solution(units, choices, bound).weight > budget:  # HiGHS holds constraints to 1e-6 only
+        return _solution(units, first.choices, bound)
+    found = _solution(units, _fill(units, choices, budget), bound)  # at its gap HiGHS stops with budget to spare
+    return found if found.cost <= first.cost else _solution(units, first.choices, bound)

@@ -6,6 +6,8 @@ factors say with k (out + in). Everything is computed in float64: C is the solut
 caller rounds once, to the dtype of the model.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import scipy.linalg
@@ -35,6 +37,20 @@ class PivotForm(NamedTuple):
     coefficients: Float[Tensor, "rest k"]
     order: Int32[Tensor, " out"]
     max_abs_coefficient: float
+
+
+class GroupMember(NamedTuple):
+    """Matrix i of a stack in pivot form: W_i[order] = [K[first : first + r_i]; coefficients @ K], K the form's kept.
+
+    Attributes:
+        first: where in K the r_i rows that are the member's own begin.
+        coefficients: (out_i - r_i, k) float64, its other rows in terms of K, in their order in W_i.
+        order: (out_i,) int32, the row of W_i that row j of [K[first : first + r_i]; coefficients @ K] is.
+    """
+
+    first: int
+    coefficients: Float[Tensor, "rest k"]
+    order: Int32[Tensor, " out"]
 
 
 def pivot_rows(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> PivotForm:
@@ -70,6 +86,36 @@ def pivot_rows(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Pi
         order=torch.cat([kept, rest]).int(),
         max_abs_coefficient=float(coefficients.abs().max()) if len(rest) else 0.0,
     )
+
+
+def split_group(form: PivotForm, out_sizes: Sequence[int]) -> list[GroupMember]:
+    r"""Members of the stack W = [W_1; ...; W_n] whose pivot form is given.
+
+    The k rows K that span the stack lie anywhere in it. `form.kept` has them in the order of the stack, so the r_i
+    of member i are neighbours; r_i may be 0 or all of its rows. In total the stack takes
+
+    .. math:: k\,\Big(\sum_i out_i + in - k\Big)
+
+    parameters. Coefficients are views of the form's.
+
+    Args:
+        out_sizes: out_1 ... out_n, rows of the members in the order in which they were stacked.
+
+    Raises:
+        ValueError: the sizes are not positive, or do not add up to the rows of the stack.
+    """
+    if sum(out_sizes) != len(form.order) or min(out_sizes) < 1:
+        raise ValueError(
+            f"out_sizes {list(out_sizes)} must be positive and add up to the {len(form.order)} rows of the stack: give "
+            "the output sizes of the matrices that were stacked, in their order"
+        )
+    kept, rest = form.order.split([len(form.kept), len(form.coefficients)])
+    starts = torch.tensor([0, *accumulate(out_sizes)], dtype=kept.dtype, device=kept.device)
+    kept_before, rest_before = torch.searchsorted(kept, starts).tolist(), torch.searchsorted(rest, starts).tolist()
+    return [
+        GroupMember(first, form.coefficients[a:b], torch.cat([kept[first:last], rest[a:b]]) - start)
+        for (first, last), (a, b), start in zip(pairwise(kept_before), pairwise(rest_before), starts, strict=False)
+    ]
 
 
 def _numerical_rank(diagonal: Tensor, size: int) -> int:

@@ -68,24 +68,38 @@ def run_windows(model: nn.Module, windows: Tensor, batch_windows: int) -> Iterat
         yield len(batch)
 
 
-def run_backward(model: nn.Module, windows: Tensor, batch_windows: int, sampled_labels: int | None) -> Iterator[int]:
-    """Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
+def run_backward(model: nn.Module, windows: Tensor, batch_windows: int, fisher: str, seed: int = 0) -> Iterator[int]:
+    r"""Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
 
     Gradients flow from the embeddings' output on; no weight needs one, which saves a third of the backward pass.
 
     Args:
-        sampled_labels: None takes the text's own next tokens (the empirical Fisher matrix); a seed draws every label
-            from the model's own prediction (the Fisher matrix proper, by one sample).
+        fisher: what flows back from the logits of a token with prediction p. "empirical": the gradient p - e_y of the
+            loss of the text's own next token y. "sampled": the same with y drawn from p. "gaussian":
+            :math:`\sqrt p \circ ε - p (\sqrt p \cdot ε)` with standard normal ε. The last two have the covariance
+            diag(p) - p pᵀ of the Fisher matrix; the gaussian one has light tails.
+        seed: of the draws.
     """
-    generator = None if sampled_labels is None else torch.Generator().manual_seed(sampled_labels)
+    generator = torch.Generator().manual_seed(seed)
     embeddings: Any = getattr(model, "get_input_embeddings")()  # noqa: B009  mypy takes an attribute for a submodule
     model.requires_grad_(False)
     for batch in windows.split(batch_windows):
         inputs = embeddings(batch).detach().requires_grad_(True)
         logits = model(inputs_embeds=inputs, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        labels = batch[:, 1:].flatten() if generator is None else _draw(logits, generator)
-        F.cross_entropy(logits, labels, reduction="sum").backward()
+        if fisher == "gaussian":
+            logits.backward(_gaussian(logits.detach(), generator))
+        else:
+            labels = batch[:, 1:].flatten() if fisher == "empirical" else _draw(logits, generator)
+            F.cross_entropy(logits, labels, reduction="sum").backward()
         yield len(batch)
+
+
+def _gaussian(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw of mean zero and covariance diag(p) - p pᵀ for every row."""
+    noise = torch.randn(logits.shape, generator=generator)
+    p = logits.softmax(-1)
+    noise.mul_(p.sqrt())
+    return noise.addcmul_(p, noise.sum(-1, keepdim=True), value=-1)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Last part of a module's name -> role. A linear that is not listed is compressed like any other; only rules that name
-# a role (query/key -> value rebalancing) pass it by.
+# Last part of a module's name, or last two, -> role. A linear that is not listed is compressed like any other; only
+# rules that name a role (query/key -> value rebalancing, groups, MLPs that lose channels) pass it by.
 ROLES = {
     "q_proj": "query",
     "k_proj": "key",
@@ -32,6 +32,8 @@ ROLES = {
     "down_proj": "down",
     "fc2": "down",
     "dense_4h_to_h": "down",
+    "attn.c_proj": "output",
+    "mlp.c_proj": "down",
 }
 
 
@@ -75,7 +77,7 @@ def find_linears(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
         NoTargetsError: nothing is left; the message lists the kinds of linears that the model has.
     """
     found = [
-        Linear(name, name.rsplit(".", 1)[-1], ROLES.get(name.rsplit(".", 1)[-1]), layer, *_shape(module), module)
+        Linear(name, name.rsplit(".", 1)[-1], role_of(name), layer, *_shape(module), module)
         for name, module in _linear_modules(model)
         if (layer := layer_index(name)) is not None
     ]
@@ -91,6 +93,12 @@ def find_linears(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
             f"kinds of linears in the layers of this model: {kinds}"
         )
     return chosen
+
+
+def role_of(name: str) -> str | None:
+    """What a linear of that dotted name does; None where the table does not say."""
+    parts = name.split(".")
+    return ROLES.get(".".join(parts[-2:]), ROLES.get(parts[-1]))
 
 
 def layer_index(name: str) -> int | None:

@@ -1,6 +1,7 @@
-"""What replaces a linear layer: two factors, or rows kept verbatim with coefficients for the others.
+"""What replaces a linear layer: two factors, or rows kept verbatim with coefficients for the others, where the rows
+are the layer's own or shared by several.
 
-In both, the tensor called `weight` has another shape than the dense weight of that name. That is deliberate: a
+In all, the tensor called `weight` has another shape than the dense weight of that name. That is deliberate: a
 loader that does not know the format stops at the mismatch, where a new name would leave it with random weights.
 """
 
@@ -62,7 +63,25 @@ class FactorLinear(nn.Module):
         return _describe(self)
 
 
-class PivotLinear(nn.Module):
+class _OrderedLinear(nn.Module):
+    """Linear layer computed as two blocks of output features, kept and rest, whose places `order` gives."""
+
+    order: Tensor
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of `order`, 4 bytes an output feature: on disk and in memory, on top of the parameters."""
+        return self.order.numel() * self.order.element_size()
+
+    def _in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
+        # Both parts go straight to their places. Concatenating and then gathering writes all twice: on CPU in
+        # bfloat16 the whole layer took 1.2 to 2.3 times as long (512 tokens). index_copy_ wants int64.
+        order, n_kept = self.order.long(), kept.shape[-1]
+        y = kept.new_empty(*kept.shape[:-1], len(order))
+        return y.index_copy_(-1, order[:n_kept], kept).index_copy_(-1, order[n_kept:], rest)
+
+
+class PivotLinear(_OrderedLinear):
     r"""Linear layer of rank r as r of its own rows, and coefficients that give the others.
 
     .. math:: h = K x, \qquad y_{order} = [h; C h] + b_{order}
@@ -71,8 +90,6 @@ class PivotLinear(nn.Module):
     i of [h; C h] is: r (out + in - r) parameters without the bias, and 4 out bytes of order. A new module is
     uninitialised but for `order`, the identity.
     """
-
-    order: Tensor
 
     def __init__(
         self,
@@ -102,8 +119,7 @@ class PivotLinear(nn.Module):
         """
         _check_product("coefficients", coefficients, "kept", kept)
         n_out = len(kept) + len(coefficients)
-        if not torch.equal(order.long().sort().values, torch.arange(n_out, device=order.device)):
-            raise ValueError(f"order must hold each of 0 ... {n_out - 1} once; it has shape {tuple(order.shape)}")
+        _check_order(order, n_out)
         _check_bias(bias, n_out)
         module = cls(kept.shape[1], n_out, len(kept), bias=bias is not None, device="meta")
         module.weight, module.coefficients = _parameter(kept), _parameter(coefficients)
@@ -116,13 +132,6 @@ class PivotLinear(nn.Module):
         y = self._in_order(kept, F.linear(kept, self.coefficients))
         return y if self.bias is None else y.add_(self.bias)
 
-    def _in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
-        # Both parts go straight to their places. Concatenating and then gathering writes all twice: on CPU in
-        # bfloat16 the whole layer took 1.2 to 2.3 times as long (512 tokens). index_copy_ wants int64.
-        order = self.order.long()
-        y = kept.new_empty(*kept.shape[:-1], self.out_features)
-        return y.index_copy_(-1, order[: self.rank], kept).index_copy_(-1, order[self.rank :], rest)
-
     def dense_weight(self) -> Tensor:
         """W (out, in): the kept rows as they are; the others in float32 or better, rounded once."""
         rest = _product(self.coefficients, self.weight).to(self.weight.dtype)
@@ -134,13 +143,109 @@ class PivotLinear(nn.Module):
         """r (out + in - r), the price of the layer, without the bias and the `index_bytes`."""
         return self.weight.numel() + self.coefficients.numel()
 
-    @property
-    def index_bytes(self) -> int:
-        """Size of `order`, 4 bytes an output feature: on disk and in memory, on top of the parameters."""
-        return self.order.numel() * self.order.element_size()
-
     def extra_repr(self) -> str:
         return _describe(self)
+
+
+class Basis(nn.Module):
+    """Rows (r, in), called `weight`, of which several modules have the one Parameter.
+
+    A module of its own and no mere Parameter, since transformers, where it ties a tensor, also cuts the bias beside
+    that tensor to the length of the `weight` beside it: right for an output embedding, wrong for coefficients.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class SharedPivotLinear(_OrderedLinear):
+    r"""Linear layer of rank r whose rows are some of the rows of a shared basis, and combinations of all of them.
+
+    .. math:: h = K x, \qquad y_{order} = [h_{first:first+kept}; C h] + b_{order}
+
+    K = `basis.weight` (r, in), one Parameter of a group of modules: r rows that span the stack of their weights, of
+    which `kept` are this module's own, from row `first` on. C = `weight` (out - kept, r), the coefficients; `order`
+    (out,) int32, the output feature that entry i of [h[first:first+kept]; C h] is. A group takes r (Σ out + in - r)
+    parameters without biases, and 4 bytes of order an output feature.
+
+    The coefficients and not the rows are called `weight`, since a module may have no row of its own. They are of
+    another shape than the dense weight, (out, in) or transposed, for every r < in; a larger r would save nothing.
+    A new module is uninitialised but for `order`, the identity.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        first: int,
+        kept: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.first, self.kept = first, kept
+        self.basis = Basis(nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype)))
+        self.weight = nn.Parameter(torch.empty(out_features - kept, rank, device=device, dtype=dtype))
+        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_factors(
+        cls, basis: Tensor, first: int, coefficients: Tensor, order: Tensor, bias: Tensor | None = None
+    ) -> "SharedPivotLinear":
+        """Module around given tensors, without copies (`order` is stored as int32); a basis that already is a
+        Parameter is shared. The rows of the basis that are kept are as many as `coefficients` lacks.
+
+        Raises:
+            ValueError: basis (r, in), coefficients (out - kept, r), order (out,) and bias (out,) do not fit
+                together, `order` is not a permutation, or the kept rows are not among those of the basis.
+        """
+        _check_product("coefficients", coefficients, "basis", basis)
+        n_out, rank = len(order), len(basis)
+        _check_order(order, n_out)
+        kept = n_out - len(coefficients)
+        if kept < 0 or not 0 <= first <= rank - kept:
+            raise ValueError(
+                f"first is {first}, and {n_out} output features less {len(coefficients)} rows of coefficients leave "
+                f"{kept} kept rows: they must be a slice of the {rank} rows of the basis"
+            )
+        _check_bias(bias, n_out)
+        module = cls(basis.shape[1], n_out, rank, first, kept, bias=bias is not None, device="meta")
+        module.basis.weight, module.weight = _parameter(basis), _parameter(coefficients)
+        module.order = order.to(basis.device, torch.int32)
+        module.bias = None if bias is None else _parameter(bias)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.basis(x)
+        y = self._in_order(h[..., self._own_rows], F.linear(h, self.weight))
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """W (out, in): the kept rows as they are; the others in float32 or better, rounded once."""
+        rest = _product(self.weight, self.basis.weight).to(self.weight.dtype)
+        dense = self.weight.new_empty(self.out_features, self.in_features)
+        return dense.index_copy(0, self.order.long(), torch.cat([self.basis.weight[self._own_rows], rest]))
+
+    @property
+    def n_parameters(self) -> int:
+        """r (out + in - kept), without the bias and the `index_bytes`; the shared basis, r in, counts in each
+        module."""
+        return self.basis.weight.numel() + self.weight.numel()
+
+    def extra_repr(self) -> str:
+        return f"{_describe(self)}, first={self.first}, kept={self.kept}"
+
+    @property
+    def _own_rows(self) -> slice:
+        return slice(self.first, self.first + self.kept)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -152,7 +257,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
-def _describe(module: FactorLinear | PivotLinear) -> str:
+def _describe(module: FactorLinear | PivotLinear | SharedPivotLinear) -> str:
     return (
         f"in_features={module.in_features}, out_features={module.out_features}, rank={module.rank}, "
         f"bias={module.bias is not None}"
@@ -165,6 +270,11 @@ def _check_product(left_name: str, left: Tensor, right_name: str, right: Tensor)
             f"{left_name} {tuple(left.shape)} times {right_name} {tuple(right.shape)} is no matrix product: "
             f"the columns of {left_name} must be the rows of {right_name}"
         )
+
+
+def _check_order(order: Tensor, n_out: int) -> None:
+    if not torch.equal(order.long().sort().values, torch.arange(n_out, device=order.device)):
+        raise ValueError(f"order must hold each of 0 ... {n_out - 1} once; it has shape {tuple(order.shape)}")
 
 
 def _check_bias(bias: Tensor | None, n_out: int) -> None:

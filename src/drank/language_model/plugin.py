@@ -3,17 +3,23 @@
 ``config.json`` of a compressed folder says, under ``quantization_config``::
 
     {"quant_method": "drank", "format_version": 1, "modules": {dotted name: spec}, "provenance": {...}}
-    spec: {"form": "factors" | "pivot" | "dense", "rank": r, "out_features": n, "in_features": n, "basis": name}
+    spec: {"form": "factors" | "pivot" | "dense", "rank": r, "out_features": n, "in_features": n,
+           "basis": name, "first": n, "kept": n}
 
 `out_features` and `in_features` are the sizes in the compressed model, at most those of the architecture:
-removed MLP channels make them smaller. `rank` is absent for dense. `basis` names the module whose basis a
-`factors` module shares. Tensors: see modules.py; a shared basis is stored once, under its owner. Keys that this
-version does not know, of the whole or of a spec, are kept when the model is saved again.
+removed MLP channels make them smaller. `rank` is absent for dense. `basis` names the module whose basis this one
+shares, its owner: of the same form, rank and in_features, and with a basis of its own (it may name itself). Tensors:
+see modules.py; a shared basis is stored once, under its owner. Keys that this version does not know, of the whole or
+of a spec, are kept when the model is saved again.
+
+`first` and `kept` go with `basis` in form `pivot`, where the owner does name itself: rows first ... first + kept - 1
+of the basis are the module's own output features, and each row of a basis is so of exactly one module. `kept` may be
+0. A `pivot` module without `basis` has its own rows, all of them kept, and neither key.
 
 Importing this module registers the format; ``import drank`` arranges for that once transformers is there.
 Without it ``from_pretrained`` stops with mismatched shapes, because every compressed module has a `weight` of
-another shape than the dense one: rank < in_features (factors) and rank < out_features (pivot) see to that, for
-Conv1D's transposed weight too.
+another shape than the dense one: rank < in_features (factors, and pivot with a shared basis) and rank <
+out_features (pivot without) see to that, for Conv1D's transposed weight too.
 """
 
 import copy
@@ -41,7 +47,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drank import __version__
 from drank.language_model.linears import ROLES
-from drank.language_model.modules import FactorLinear, PivotLinear
+from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
 
 METHOD = "drank"
 FORMAT_VERSION = 1
@@ -56,20 +62,26 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Spec:
-    """One module of the format, checked in itself."""
+    """One module of the format, checked in itself.
+
+    Attributes:
+        basis: the owner of the module's basis, None where that is the module itself.
+        own_rows: (first, kept), None but in form pivot with a shared basis.
+    """
 
     form: Literal["factors", "pivot", "dense"]
     out_features: int
     in_features: int
     rank: int
-    basis: str | None
+    basis: str | None = None
+    own_rows: tuple[int, int] | None = None
 
 
 def swap_modules(model: Model, specs: Mapping[str, Mapping[str, Any]]) -> Model:
     """Replace the modules named in specs by the forms they are stored in, in place.
 
     New modules have dtype and device of the old ones. Their bias is the old one where the output size is
-    unchanged; everything else is uninitialised, to be loaded or filled (PivotLinear's order is the identity).
+    unchanged; everything else is uninitialised, to be loaded or filled (in form pivot, order is the identity).
     `dense` with unchanged sizes leaves the module alone. Modules that share a basis have one Parameter, which
     save_pretrained and from_pretrained are told of. An error leaves the model as it was.
 
@@ -153,9 +165,9 @@ class DrankQuantizer(HfQuantizer):
         with torch.device("meta"):
             original = type(model)(copy.deepcopy(model.config))
         names = [_name_in(model, name) for name in self.quantization_config.modules]
+        bases = {_basis_key(model, name) for name in names}
         for name in names:
             model.set_submodule(name, _dense(name, model.get_submodule(name), original.get_submodule(name)))
-        bases = {f"{name}.basis" for name in names}
         model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
         model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
         return model
@@ -189,6 +201,7 @@ def _parse_specs(specs: Mapping[str, Any]) -> dict[str, Spec]:
     for name, spec in parsed.items():
         if spec.basis is not None:
             _check_basis(name, spec, parsed.get(spec.basis))
+    _check_own_rows(parsed)
     return parsed
 
 
@@ -198,38 +211,68 @@ def _parse(name: str, spec: Any) -> Spec:
     form = spec.get("form")
     if form not in FORMS:
         raise FormatError(f"{name}: form is {form!r}; known are {', '.join(FORMS)}")
-    n_out, n_in = _positive(name, spec, "out_features"), _positive(name, spec, "in_features")
+    n_out, n_in = _integer(name, spec, "out_features", 1), _integer(name, spec, "in_features", 1)
     basis = spec.get("basis")
-    if form != "factors" and basis is not None:
-        raise FormatError(f"{name}: only the form 'factors' has a basis to share, not {form!r}")
     if form == "dense":
-        return Spec(form, n_out, n_in, min(n_out, n_in), None)
-    rank, most = _positive(name, spec, "rank"), n_in - 1 if form == "factors" else min(n_in, n_out - 1)
+        if basis is not None:
+            raise FormatError(f"{name}: basis is {basis!r}; only 'factors' and 'pivot' share one, not {form!r}")
+        return Spec(form, n_out, n_in, min(n_out, n_in))
+    unshared_pivot = form == "pivot" and basis is None
+    rank, most = _integer(name, spec, "rank", 1), min(n_in, n_out - 1) if unshared_pivot else n_in - 1
     if rank > most:
         raise FormatError(
             f"{name}: rank {rank} is more than {most}, the largest for {n_out} x {n_in} in form {form!r}; "
             "store it as 'dense'"
         )
-    return Spec(form, n_out, n_in, rank, None if basis == name else basis)
+    own_rows = _own_rows(name, spec, n_out) if form == "pivot" and basis is not None else None
+    return Spec(form, n_out, n_in, rank, None if basis == name else basis, own_rows)
 
 
-def _positive(name: str, spec: Mapping[str, Any], key: str) -> int:
+def _own_rows(name: str, spec: Mapping[str, Any], n_out: int) -> tuple[int, int]:
+    first, kept = _integer(name, spec, "first", 0), _integer(name, spec, "kept", 0)
+    if kept > n_out:
+        raise FormatError(f"{name}: kept is {kept}; it must be at most its out_features, {n_out}")
+    return first, kept
+
+
+def _integer(name: str, spec: Mapping[str, Any], key: str, least: int) -> int:
     value = spec.get(key)
-    if type(value) is not int or value < 1:
-        raise FormatError(f"{name}: {key} is {value!r}; it must be an integer of at least 1")
+    if type(value) is not int or value < least:
+        raise FormatError(f"{name}: {key} is {value!r}; it must be an integer of at least {least}")
     return value
 
 
 def _check_basis(name: str, spec: Spec, owner: Spec | None) -> None:
     if owner is None:
         raise FormatError(f"{name}: the owner of its basis, {spec.basis}, is not among the compressed modules")
-    if owner.form != "factors" or owner.basis is not None:
-        raise FormatError(f"{name}: {spec.basis} has no basis of its own to share")
+    if owner.form != spec.form or owner.basis is not None or (owner.own_rows is None) != (spec.own_rows is None):
+        raise FormatError(f"{name}: {spec.basis} has no basis of its own to share in form {spec.form!r}")
     if (owner.rank, owner.in_features) != (spec.rank, spec.in_features):
         raise FormatError(
             f"{name}: rank {spec.rank} and in_features {spec.in_features} differ from those of the "
             f"owner of its basis, {spec.basis}: {owner.rank} and {owner.in_features}"
         )
+
+
+def _check_own_rows(specs: Mapping[str, Spec]) -> None:
+    groups: dict[str, list[tuple[int, int, str]]] = {}
+    for name, spec in specs.items():
+        if spec.own_rows is not None:
+            groups.setdefault(spec.basis or name, []).append((*spec.own_rows, name))
+    for owner, group in groups.items():
+        rank, end = specs[owner].rank, 0
+        for first, kept, name in sorted(group):
+            if first != end:
+                raise FormatError(
+                    f"{name}: first is {first}, but the kept rows before it of the basis of {owner} end at {end}: each "
+                    f"of the {rank} rows must be kept by exactly one module"
+                )
+            end += kept
+        if end != rank:
+            raise FormatError(
+                f"{owner}: the modules that share its basis keep {end} rows of {rank}; each must be kept by exactly "
+                "one module: is one of them missing?"
+            )
 
 
 def _name_in(model: nn.Module, name: str) -> str:
@@ -261,12 +304,17 @@ def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
 
 
 def _check_swapped(module: Any, name: str, spec: Spec) -> None:
-    expected = {"factors": FactorLinear, "pivot": PivotLinear, "dense": nn.Linear | Conv1D}[spec.form]
+    pivot = PivotLinear if spec.own_rows is None else SharedPivotLinear
+    expected = {"factors": FactorLinear, "pivot": pivot, "dense": nn.Linear | Conv1D}[spec.form]
     sizes = (spec.out_features, spec.in_features)
     fits = isinstance(module, expected) and _sizes(module) == sizes
-    if not fits or (spec.form != "dense" and module.rank != spec.rank):
+    fits = fits and (spec.form == "dense" or module.rank == spec.rank)
+    fits = fits and (spec.own_rows is None or (module.first, module.kept) == spec.own_rows)
+    if not fits:
+        shown, rows = " ".join(str(module).split()), spec.own_rows
+        shared = "" if rows is None else f" with first {rows[0]} and kept {rows[1]}"
         raise FormatError(
-            f"{name} is {module}, not {spec.form!r} of rank {spec.rank}, {sizes[0]} x {sizes[1]} (out x in): "
+            f"{name} is {shown}, not {spec.form!r} of rank {spec.rank}, {sizes[0]} x {sizes[1]} (out x in){shared}: "
             "call swap_modules with the same specs first"
         )
 
@@ -292,6 +340,8 @@ def _empty(old: Any, spec: Spec) -> nn.Module:
     place = {"device": old.weight.device, "dtype": old.weight.dtype}
     if spec.form == "factors":
         return FactorLinear(*sizes, spec.rank, bias, **place)
+    if spec.own_rows is not None:
+        return SharedPivotLinear(*sizes, spec.rank, *spec.own_rows, bias, **place)
     if spec.form == "pivot":
         return PivotLinear(*sizes, spec.rank, bias, **place)
     with torch.device("meta"):
@@ -306,14 +356,20 @@ def _materialised(module: nn.Module, device: torch.device, dtype: torch.dtype) -
 def _share_bases(model: Any, owners: Mapping[str, str]) -> None:
     if not owners:
         return
-    for name, owner in owners.items():
-        model.get_submodule(name).basis = model.get_submodule(owner).basis
-    ties = {f"{name}.basis": f"{owner}.basis" for name, owner in owners.items()}
+    ties = {_basis_key(model, name): _basis_key(model, owner) for name, owner in owners.items()}
+    for target, source in ties.items():
+        parent, _, attribute = target.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, model.get_parameter(source))
     # Semi-private, but the only way: from_pretrained ties what the first lists, save_pretrained drops what the
     # second lists, whose keys and values are regular expressions.
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
     exact = {_exactly(key): _exactly(value) for key, value in ties.items()}
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **exact}
+
+
+def _basis_key(model: nn.Module, name: str) -> str:
+    shared_pivot = isinstance(model.get_submodule(name), SharedPivotLinear)
+    return f"{name}.basis.weight" if shared_pivot else f"{name}.basis"
 
 
 def _exactly(name: str) -> str:
@@ -361,7 +417,7 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
 def _dense_weight(module: Any) -> Tensor:
     if isinstance(module, Conv1D):
         return module.weight.T
-    return module.dense_weight() if isinstance(module, FactorLinear | PivotLinear) else module.weight
+    return module.weight if isinstance(module, nn.Linear) else module.dense_weight()
 
 
 def _padded(rows: Tensor, n: int, parts: int) -> Tensor:

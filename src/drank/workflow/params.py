@@ -41,9 +41,13 @@ class TextSource(Section):
     split: str | None = None
 
 
+Seed = Annotated[int, Field(ge=0)]
+
+
 class Sampling(Section):
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     calibration_text: Name
+    calibration_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     n_windows: Count
     window_length: Annotated[int, Field(ge=2)]
     held_out_share: Annotated[float, Field(gt=0, lt=1)]
@@ -54,41 +58,82 @@ class Sampling(Section):
 class Covariance(Section):
     batch_windows: Count
     threads: Count
-    fisher: Literal["none", "empirical", "sampled"]
-    fisher_seed: Annotated[int, Field(ge=0)] = 0
+    fisher: Literal["none", "empirical", "sampled", "gaussian"]
+    fisher_seed: Seed = 0
     targets: tuple[str, ...]
     ignore: tuple[str, ...] = ()
 
 
 class Spectrum(Section):
+    calibration_seed: Seed
     metric: Literal["none", "diagonal", "input", "kfac"]
-    units: Literal["matrix"]
+    units: Literal["matrix", "group", "block"]
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    layers: Count = 1
+    even_with_grouped_heads: bool = False
+    cuts: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
+    sensitivity_windows: Annotated[int, Field(ge=0)] = 0
+    sensitivity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
 
     @model_validator(mode="after")
-    def _alpha_belongs_to_diagonal(self) -> "Spectrum":
+    def _belongs(self) -> "Spectrum":
         if (self.alpha is not None) != (self.metric == "diagonal"):
             raise ValueError(
                 f"alpha = {self.alpha} with metric '{self.metric}': metric 'diagonal' needs it, no other takes it"
+            )
+        if (self.layers > 1) != (self.units == "group"):
+            raise ValueError(
+                f"layers = {self.layers} with units '{self.units}': units 'group' needs 2 or more, no other takes it"
+            )
+        if bool(self.cuts) != (self.units == "block"):
+            raise ValueError(
+                f"cuts = {list(self.cuts)} with units '{self.units}': units 'block' needs shares of channels to "
+                f"remove, such as [0.0, 0.25, 0.5]; no other takes them"
+            )
+        if self.cuts and (self.cuts[0] != 0 or list(self.cuts) != sorted(set(self.cuts))):
+            raise ValueError(f"cuts = {list(self.cuts)} must begin with 0.0 and rise")
+        if bool(self.sensitivity_windows) != bool(self.sensitivity_ratios):
+            raise ValueError(
+                f"sensitivity_windows = {self.sensitivity_windows} with sensitivity_ratios = "
+                f"{list(self.sensitivity_ratios)}: measuring perplexities needs both, windows to read and ratios to try"
+            )
+        if self.sensitivity_windows and self.units != "matrix":
+            raise ValueError(f"sensitivity_windows with units '{self.units}': only single matrices are measured")
+        if self.units == "block" and self.metric != "kfac":
+            raise ValueError(
+                f"units 'block' with metric '{self.metric}': channels and ranks compete in nats, which only 'kfac' has"
             )
         return self
 
 
 class Preset(Section):
     spectrum: Name
-    allocation: Literal["dense", "uniform", "effective_rank", "least_loss"]
+    allocation: Literal["dense", "uniform", "effective_rank", "released", "sensitivity", "least_loss"]
     storage: Literal["factors", "pivot"]
     beta: Annotated[float, Field(ge=0, lt=1)] | None = None
+    scores: Literal["stable_rank", "perplexity"] | None = None
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    cap: Share = 1.0
+    dense_option: bool = True
     multiple_of: Count = 1
 
     @model_validator(mode="after")
     def _beta_belongs_to_effective_rank(self) -> "Preset":
-        if self.beta is not None and self.allocation != "effective_rank":
+        if self.beta is not None and self.allocation not in ("effective_rank", "released"):
             raise ValueError(
-                f"beta = {self.beta} means something to allocation 'effective_rank' only, not to '{self.allocation}'"
+                f"beta = {self.beta} means something to allocation 'effective_rank' and 'released' only, "
+                f"not to '{self.allocation}'"
             )
+        if (self.scores is not None) != (self.allocation == "sensitivity"):
+            raise ValueError(
+                f"scores = {self.scores} with allocation '{self.allocation}': 'sensitivity' needs 'stable_rank' or "
+                f"'perplexity', no other takes it"
+            )
+        if self.scores == "perplexity" and self.storage != "factors":
+            raise ValueError(f"storage = '{self.storage}': perplexities are measured at the ranks of storage 'factors'")
+        if self.floor >= self.cap:
+            raise ValueError(f"floor = {self.floor} leaves no rank below cap = {self.cap}")
         return self
 
 
@@ -105,7 +150,7 @@ class Evaluation(Section):
 
 
 class Params(Section):
-    """All of params.yaml, cross-checked: every name that one section uses exists in the section it points to."""
+    """All of params.yaml, cross-checked: every name that a variant uses exists in the section it points to."""
 
     model: ModelSource
     text: dict[Name, TextSource]
@@ -125,11 +170,28 @@ class Params(Section):
                 f"spectrum.{needy[0]}.metric = 'kfac' needs output gradients, but covariance.fisher = 'none': "
                 f"write 'fisher: empirical' or 'fisher: sampled'"
             )
+        for name, spectrum in self.spectrum.items():
+            if spectrum.calibration_seed not in self.sampling.calibration_seeds:
+                raise ValueError(
+                    f"spectrum.{name}.calibration_seed = {spectrum.calibration_seed} is not among "
+                    f"sampling.calibration_seeds = {list(self.sampling.calibration_seeds)}: add it there"
+                )
         for name, preset in self.presets.items():
-            _known(f"presets.{name}.spectrum", preset.spectrum, self.spectrum, "spectrum")
+            used = self.spectrum.get(preset.spectrum)
+            if used and used.units == "block" and preset.allocation != "least_loss":
+                raise ValueError(
+                    f"presets.{name}.allocation = '{preset.allocation}' knows no blocks, but spectrum "
+                    f"'{preset.spectrum}' has them: use 'least_loss', or a spectrum of matrices"
+                )
+            if used and preset.scores == "perplexity" and not used.sensitivity_windows:
+                raise ValueError(
+                    f"presets.{name}.scores = 'perplexity', but spectrum '{preset.spectrum}' measures none: "
+                    f"give it sensitivity_windows and sensitivity_ratios"
+                )
         for name, variant in self.variants.items():
             _known(f"variants.{name}.preset", variant.preset, self.presets, "presets")
             expected = self.presets[variant.preset].spectrum
+            _known(f"presets.{variant.preset}.spectrum", expected, self.spectrum, "spectrum")
             if variant.spectrum != expected:
                 raise ValueError(
                     f"variants.{name}.spectrum = {variant.spectrum!r}, but preset {variant.preset!r} slices the "

@@ -208,7 +208,8 @@ def _datasets(state: State, variant: Variant) -> list["DatasetInput"]:
     """The calibration text and every test text; their content is told by DVC's hash of the windows drawn from them."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    used = [("calibration", state.calibration_text, "data/sampling/calibration.safetensors")]
+    drawn = f"data/sampling/calibration/{variant.params['spectrum.calibration_seed']}.safetensors"
+    used = [("calibration", state.calibration_text, drawn)]
     used += [("evaluation", text, "data/sampling/test.safetensors") for text in state.texts]
     return [
         DatasetInput(

@@ -1,0 +1,63 @@
+"""Token perplexity as the literature defines it, of a loaded model, which is left as it was."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+
+class NotFiniteLossError(ValueError):
+    """The loss is NaN or infinite: the model is numerically broken. No mean over the rest is reported."""
+
+
+def token_perplexity(
+    model: nn.Module,
+    windows: Int64[Tensor, "n_windows window_length"],
+    batch_windows: int,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> tuple[float, list[float]]:
+    r"""Token perplexity, and the nats of each window behind it.
+
+    .. math:: \mathrm{PPL} = \exp\Bigl(-\frac1N \sum_w \sum_{t \ge 2} \log p(x_{w,t} \mid x_{w,<t})\Bigr),
+        \qquad N = n_\mathrm{windows} (\mathrm{window\_length} - 1)
+
+    The size of the vocabulary for a model that gives every token the same probability. No window sees another.
+    Logits are taken to float32 before the log-softmax; nats are summed in float32 within a window and in
+    float64 across windows. ``progress`` wraps the batches (tqdm).
+
+    Raises:
+        NotFiniteLossError: a window's loss is not finite; the message names the first such window.
+    """
+    nats: list[float] = []
+    with torch.inference_mode():
+        for batch in progress(windows.split(batch_windows)):
+            logits = model(batch.to(_device(model)), use_cache=False).logits
+            # One window at a time: in float32, a batch of logits over a large vocabulary takes gigabytes.
+            for window, scores in zip(batch, logits, strict=True):
+                nats.append(_window_nats(scores, window, len(nats)))
+    return _exp(sum(nats) / (len(windows) * (windows.shape[1] - 1))), nats
+
+
+def _window_nats(scores: Tensor, window: Tensor, index: int) -> float:
+    targets = window[1:].to(scores.device)
+    nats = F.cross_entropy(scores[:-1].float(), targets, reduction="sum").item()
+    if not math.isfinite(nats):
+        raise NotFiniteLossError(
+            f"window {index}: the loss is {nats}; the model's weights or activations overflow or are NaN. "
+            f"Load it in a wider dtype, or look at how it was compressed"
+        )
+    return nats
+
+
+def _exp(nats_per_token: float) -> float:
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        raise NotFiniteLossError(f"{nats_per_token:g} nats a token: the perplexity is beyond float64") from None
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,196 @@
+"""ASVD's threshold against every threshold there is, its stable-rank guess by hand, invariants, errors."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drank.allocation import Menu, Unit, summed
+from drank.knapsack import InfeasibleBudgetError
+from drank.sensitivity import rank_at, sensitivity, stable_rank_scores
+
+RATIOS = (0.3, 0.5, 0.7, 0.9)
+
+
+def unit(name, shape=(10, 15), energies=None):
+    energies = np.ones(min(shape)) if energies is None else np.array(energies, dtype=float)
+    return Unit(name, "up_proj", "up", 0, *shape, energies=energies, effective_rank=1.0)
+
+
+def test_the_least_sensitive_unit_is_cut_first_and_the_threshold_is_the_objective():
+    units = [unit("robust"), unit("fragile")]
+    scores = {"robust": {0.5: 6.0, 0.9: 5.1}, "fragile": {0.5: 9.0, 0.9: 7.0}}
+    got = sensitivity(units, 0.75, scores)
+    # 300 parameters in all, 225 of them allowed: robust at 0.5 has rank 3 and costs 75, fragile stays at 150.
+    assert (got.choices["robust"].rank, got.choices["robust"].price) == (3, 75)
+    assert (got.choices["fragile"].form, got.choices["fragile"].price) == ("dense", 150)
+    assert (got.objective, got.bound, got.price, got.budget) == (6.0, 6.0, 225, 225)
+    tighter = sensitivity(units, 0.74, scores)
+    assert (tighter.objective, tighter.choices["fragile"].rank) == (7.0, 5)  # 5 * 25 = 125 <= 0.9 * 150
+
+
+def test_a_smaller_ratio_with_a_better_score_is_taken_at_once():
+    """Measured perplexities are noisy, and need not fall with the ratio."""
+    got = sensitivity([unit("a")], 0.9, {"a": {0.3: 5.0, 0.9: 5.5}})
+    assert (got.choices["a"].rank, got.objective) == (1, 5.0)
+
+
+def test_equal_scores_pass_together_so_that_order_does_not_matter():
+    units = [unit("a"), unit("b")]
+    got = sensitivity(units, 0.8, {"a": {0.5: 6.0}, "b": {0.5: 6.0}})
+    assert {c.rank for c in got.choices.values()} == {3}
+
+
+grids = st.lists(st.lists(st.floats(1, 50), min_size=len(RATIOS), max_size=len(RATIOS)), min_size=1, max_size=4)
+SHAPES = [(10, 15), (20, 20), (6, 30), (1, 7)]  # no rank makes the last one smaller
+
+
+def case(rows):
+    units = [unit(f"u{i}", SHAPES[i]) for i in range(len(rows))]
+    return units, {u.name: dict(zip(RATIOS, row, strict=True)) for u, row in zip(units, rows, strict=True)}
+
+
+def by_hand(units, scores, threshold, menu):
+    """Every unit's price under a threshold, from the definition."""
+    prices = {}
+    for u in units:
+        borne = [r for r, score in scores[u.name].items() if score <= threshold and rank_at(u, r, menu) is not None]
+        prices[u.name] = int(menu.price(u, rank_at(u, min(borne), menu))) if borne else u.dense_price
+    return prices
+
+
+@given(grids, st.floats(0.2, 0.99), st.sampled_from(["factors", "pivot"]))
+@settings(deadline=None, max_examples=150)
+def test_the_threshold_is_the_least_of_all_that_fit(rows, size_ratio, storage):
+    units, scores, menu = *case(rows), Menu(storage)
+    budget = int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
+    fitting = [
+        t
+        for t in {score for row in scores.values() for score in row.values()}
+        if sum(by_hand(units, scores, t, menu).values()) <= budget
+    ]
+    if not fitting:
+        with pytest.raises(InfeasibleBudgetError, match="raise size_ratio to"):
+            sensitivity(units, size_ratio, scores, menu)
+        return
+    got = sensitivity(units, size_ratio, scores, menu)
+    assert got.objective == got.bound
+    assert {name: c.price for name, c in got.choices.items()} == by_hand(units, scores, got.objective, menu)
+    assert by_hand(units, scores, got.objective, menu) == by_hand(units, scores, min(fitting), menu)
+    assert got.price <= got.budget == budget
+
+
+@given(grids, st.floats(0.4, 0.99))
+@settings(deadline=None, max_examples=60)
+def test_no_choice_of_ratios_within_the_budget_has_a_better_worst_score(rows, size_ratio):
+    units, scores = case(rows)
+    units = [u for u in units if u.full_rank > 1]
+    options = [
+        [(rank_at(u, r) * (u.out_features + u.in_features), s) for r, s in scores[u.name].items()]
+        + [(u.dense_price, -math.inf)]
+        for u in units
+    ]
+    budget = int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
+    worst = [max(s for _, s in pick) for pick in product(*options) if sum(p for p, _ in pick) <= budget]
+    if not worst:
+        return
+    assert sensitivity(units, size_ratio, scores).objective == min(worst)
+
+
+@given(grids, st.permutations(range(4)), st.floats(0.5, 0.99))
+@settings(deadline=None, max_examples=60)
+def test_order_of_units_does_not_matter(rows, order, size_ratio):
+    units, scores = case(rows)
+    units = [u for u in units if u.full_rank > 1]
+    shuffled = [units[i] for i in order if i < len(units)]
+    assert sensitivity(shuffled, size_ratio, scores).choices == sensitivity(units, size_ratio, scores).choices
+
+
+@given(grids)
+@settings(deadline=None, max_examples=40)
+def test_a_larger_budget_never_accepts_a_worse_score(rows):
+    units, scores = case(rows)
+    units = [u for u in units if u.full_rank > 1]
+    found = [sensitivity(units, ratio, scores).objective for ratio in (0.35, 0.5, 0.7, 0.9)]
+    assert found == sorted(found, reverse=True)
+
+
+def test_at_one_everything_is_dense():
+    got = sensitivity([unit("a"), unit("b")], 1.0, {})
+    assert {c.form for c in got.choices.values()} == {"dense"}
+    assert (got.objective, got.kept_ratio) == (0.0, 1.0)
+
+
+def test_ratios_without_a_rank_and_ratios_of_one_are_passed_by():
+    menu = Menu(multiple_of=4)  # rank 4 costs 100 of 150
+    got = sensitivity([unit("a")], 0.8, {"a": {0.3: 1.0, 0.7: 6.0, 1.0: 0.5, 1.4: 0.1}}, menu)
+    assert (got.choices["a"].rank, got.objective) == (4, 6.0)
+
+
+def test_the_totals_are_those_of_the_choices():
+    units, scores = case([[5.0, 4, 3, 2], [9, 8, 7, 6]])
+    got = sensitivity(units, 0.7, scores)
+    plain = summed(units, got.choices, got.budget, 0.0)
+    assert (got.price, got.targeted_parameters) == (plain.price, plain.targeted_parameters)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "menu", "rank"),
+    [
+        (0.8, Menu(), 4),  # 25 a rank, 120 of 150
+        (0.5, Menu(), 3),  # exactly 75
+        (0.1, Menu(), None),
+        (0.8, Menu("pivot"), 6),  # 6 * 19 = 114 <= 120 < 7 * 18
+        (0.8, Menu(multiple_of=3), 3),
+        (0.4, Menu(floor=0.3), None),
+    ],
+)
+def test_rank_at(ratio, menu, rank):
+    assert rank_at(unit("a"), ratio, menu) == rank
+
+
+def test_stable_rank_scores_by_hand():
+    units = [
+        unit("a", (3, 3), [4.0, 1.0, 1.0]),
+        unit("flat", (4, 5)),
+        unit("one", (4, 5), [3.0]),
+        unit("0", (4, 5), [0.0]),
+    ]
+    scores = stable_rank_scores(units, [0.5, 0.9])
+    assert scores["a"][0.5] == pytest.approx(-math.sqrt(6 / 4) * 0.5**0.1)
+    assert scores["flat"][0.9] == pytest.approx(-2 * 0.9**0.1)
+    assert scores["one"][0.9] == scores["0"][0.9] == pytest.approx(-(0.9**0.1))
+    assert scores["a"][0.5] > scores["a"][0.9]  # a smaller share is worse
+
+
+def test_units_of_high_stable_rank_are_cut_first_and_scale_does_not_matter():
+    flat, steep = unit("flat"), unit("steep", energies=np.geomspace(1, 1e-9, 10))
+    got = sensitivity([flat, steep], 0.8, stable_rank_scores([flat, steep], RATIOS))
+    assert (got.choices["flat"].form, got.choices["steep"].form) == ("factors", "dense")
+    scaled = unit("flat", energies=np.full(10, 7.0))
+    assert stable_rank_scores([scaled], RATIOS)["flat"] == pytest.approx(stable_rank_scores([flat], RATIOS)["flat"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "size_ratio", "menu", "error", "message"),
+    [
+        ({}, 0.8, Menu(), ValueError, "a: has no scores .* measure the same targets"),
+        ({"a": {0.5: math.nan}}, 0.8, Menu(), ValueError, "score at ratio 0.5 is NaN"),
+        ({"a": {0.5: 2.0}}, 0.8, Menu(dense=False), ValueError, "menu.dense is False"),
+        ({"a": {0.5: 2.0}}, 0.4, Menu(), InfeasibleBudgetError, "keep 75 of 150 .* raise size_ratio to 0.5000"),
+        ({"a": {}}, 0.4, Menu(), InfeasibleBudgetError, "keep 150 of 150"),
+        ({"a": {0.5: 2.0}}, 0.8, Menu(multiple_of=16), InfeasibleBudgetError, "keep 150 of 150"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_what_to_do(scores, size_ratio, menu, error, message):
+    with pytest.raises(error, match=message):
+        sensitivity([unit("a")], size_ratio, scores, menu)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, math.nan])
+def test_stable_rank_ratios_outside_the_unit_interval_are_refused(ratio):
+    with pytest.raises(ValueError, match=r"in \(0, 1\)"):
+        stable_rank_scores([unit("a")], [ratio])

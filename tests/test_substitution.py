@@ -1,0 +1,131 @@
+"""ASVD's measurement: the perplexity of a model with one weight replaced, and a model left exactly as it was."""
+
+import pytest
+import torch
+
+from drank.language_model.linears import find_linears
+from drank.language_model.substitution import measure_sensitivity
+from drank.perplexity import NotFiniteLossError, token_perplexity
+from tests import tiny
+
+RATIOS = [0.3, 0.8]
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(0, 320, (4, 24), generator=torch.Generator().manual_seed(2))
+
+
+def svd(linears):
+    """A reader of plain truncated SVD, from the weights as they are now."""
+    parts = {linear.name: torch.linalg.svd(linear.weight.detach().float(), full_matrices=False) for linear in linears}
+
+    def read(name, rank):
+        U, S, Vh = parts[name]
+        return (U * S).T[:rank].contiguous(), Vh[:rank]
+
+    return read
+
+
+def rank_of(linears):
+    full = {linear.name: min(linear.out_features, linear.in_features) for linear in linears}
+    return lambda name, ratio: max(1, int(ratio * full[name]))
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+def test_a_score_is_the_perplexity_with_that_weight_alone_replaced(build, windows):
+    model = build()
+    linears = find_linears(model, ["re:.*"])[:3]
+    read, rank = svd(linears), rank_of(linears)
+    before = state(model)
+    scores = measure_sensitivity(model, linears, read, windows, RATIOS, 2, rank)
+    assert unchanged(model, before)
+    for linear in linears:
+        left, right = read(linear.name, rank(linear.name, 0.3))
+        by_hand = build()
+        with torch.no_grad():
+            target = next(x for x in find_linears(by_hand, ["re:.*"]) if x.name == linear.name)
+            target.weight.copy_(left.T @ right)
+        assert scores[linear.name][0.3] == pytest.approx(token_perplexity(by_hand, windows, 2)[0], rel=1e-6)
+    assert list(scores) == [linear.name for linear in linears]
+    assert all(list(row) == RATIOS for row in scores.values())
+
+
+def test_the_full_rank_scores_as_the_model_itself_and_a_low_one_does_not(windows):
+    model = tiny.llama()
+    linears = find_linears(model, ["down_proj"])
+    dense, _ = token_perplexity(model, windows, 4)
+    scores = measure_sensitivity(model, linears, svd(linears), windows, [1.0, 0.05], 4, rank_of(linears))
+    for row in scores.values():
+        assert row[1.0] == pytest.approx(dense, rel=1e-5)
+        assert row[0.05] != pytest.approx(dense, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_low_precision_come_back_bit_for_bit(dtype, windows):
+    model = tiny.llama().to(dtype)
+    linears = find_linears(model, ["q_proj"])
+    before = state(model)
+    measure_sensitivity(model, linears, svd(linears), windows, RATIOS, 4, rank_of(linears))
+    assert unchanged(model, before)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_ratios_for_which_no_rank_is_offered_are_left_out(windows):
+    model = tiny.llama()
+    linears = find_linears(model, ["q_proj"])
+    scores = measure_sensitivity(
+        model, linears, svd(linears), windows, RATIOS, 4, lambda _, ratio: 8 if ratio > 0.5 else None
+    )
+    assert all(list(row) == [0.8] for row in scores.values())
+
+
+def test_progress_wraps_the_linears(windows):
+    model = tiny.llama()
+    linears = find_linears(model, ["q_proj"])
+    seen = []
+
+    def progress(items):
+        for item in items:
+            seen.append(item.name)
+            yield item
+
+    measure_sensitivity(model, linears, svd(linears), windows, [0.5], 4, rank_of(linears), progress)
+    assert seen == [linear.name for linear in linears]
+
+
+def test_a_broken_product_names_the_linear_and_the_weight_comes_back(windows):
+    model = tiny.llama()
+    linears = find_linears(model, ["down_proj"])
+    before = state(model)
+
+    def broken(name, rank):
+        return torch.full((rank, 32), torch.nan), torch.ones(rank, 64)
+
+    with pytest.raises(NotFiniteLossError, match=r"layers\.0\.mlp\.down_proj at ratio 0.3 \(rank 9\): window 0"):
+        measure_sensitivity(model, linears, broken, windows, RATIOS, 4, rank_of(linears))
+    assert unchanged(model, before)
+
+
+def test_a_reader_that_fails_midway_leaves_the_model_alone(windows):
+    model = tiny.gpt2()
+    linears = find_linears(model, ["c_attn"])
+    before, read = state(model), svd(linears)
+
+    def failing(name, rank):
+        if rank > 20:
+            raise OSError("disk")
+        return read(name, rank)
+
+    with pytest.raises(OSError, match="disk"):
+        measure_sensitivity(model, linears, failing, windows, RATIOS, 4, rank_of(linears))
+    assert unchanged(model, before)

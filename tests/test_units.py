@@ -1,0 +1,49 @@
+"""What is factored together: groups of layers by the paper's rules, and MLPs, in several architectures."""
+
+from drank.language_model.linears import find_linears
+from drank.language_model.units import find_groups, find_mlps, has_grouped_heads
+from tests import tiny
+
+
+def names(groups):
+    return [[linear.name.removeprefix("model.layers.") for linear in group] for group in groups]
+
+
+def test_pairs_of_layers_share_queries_keys_values_gate_and_up_but_never_output_and_down():
+    linears = find_linears(tiny.llama(num_hidden_layers=3, num_key_value_heads=4), ["re:.*"])
+    assert not has_grouped_heads(linears)
+    groups = names(find_groups(linears, 2))
+    assert groups[:3] == [[f"0.self_attn.{p}_proj", f"1.self_attn.{p}_proj"] for p in "qkv"]
+    assert ["0.mlp.gate_proj", "1.mlp.gate_proj"] in groups
+    assert ["2.mlp.gate_proj"] in groups, "what is left over is a smaller group"
+    assert all(len(group) == 1 for group in groups if group[0].split(".")[2] in ("o_proj", "down_proj"))
+    assert sorted(name for group in groups for name in group) == sorted(names([linears])[0])
+
+
+def test_grouped_key_value_heads_keep_single_matrices_unless_asked():
+    linears = find_linears(tiny.llama(), ["re:.*"])
+    assert has_grouped_heads(linears)
+    assert names(find_groups(linears, 2)) == [[name] for name in names([linears])[0]]
+    assert any(len(group) == 2 for group in find_groups(linears, 2, even_with_grouped_heads=True))
+
+
+def test_layers_with_a_gap_between_them_are_no_group():
+    linears = find_linears(tiny.llama(num_hidden_layers=3), ["q_proj"], ["re:.*layers.1.*"])
+    assert names(find_groups(linears, 2, even_with_grouped_heads=True)) == [
+        ["0.self_attn.q_proj"],
+        ["2.self_attn.q_proj"],
+    ]
+
+
+def test_mlps_with_and_without_a_gate():
+    first, second = find_mlps(find_linears(tiny.llama(), ["re:.*"]))
+    assert first.name == "model.layers.0.mlp"
+    assert [linear.kind for linear in first.before] == ["gate_proj", "up_proj"]
+    assert (first.down.kind, first.n_channels, second.down.layer) == ("down_proj", 64, 1)
+    gpt2 = find_mlps(find_linears(tiny.gpt2(), ["re:.*"]))
+    assert [[linear.kind for linear in mlp.before] for mlp in gpt2] == [["c_fc"], ["c_fc"]]
+
+
+def test_an_mlp_of_which_a_part_is_targeted_cannot_lose_channels():
+    assert find_mlps(find_linears(tiny.llama(), ["gate_proj", "down_proj"])) == []
+    assert find_mlps(find_linears(tiny.llama(), ["gate_proj", "up_proj"])) == []
