@@ -285,10 +285,10 @@ def mlp(name, seed, channels=(6, 4, 2)):
     rng = np.random.default_rng(seed)
     losses = np.concatenate([[0.0], np.sort(rng.uniform(0, 20, len(channels) - 1))])
     cuts = []
-    for m, loss in zip(channels, losses, strict=True):
+    for m, removal in zip(channels, losses, strict=True):
         energies = [np.sort(rng.uniform(0.1, 10, min(m, 5)))[::-1].copy() for _ in range(2)]
         up = Unit(f"{name}.up", "up_proj", "up", 0, m, 5, energies[0], 1.0)
-        down = Unit(f"{name}.down", "down_proj", "down", 0, 5, m, energies[1], 1.0, base_loss=float(loss))
+        down = Unit(f"{name}.down", "down_proj", "down", 0, 5, m, energies[1], 1.0, base_loss=float(removal))
         cuts.append((up, down))
     return Block(name, tuple(cuts))
 

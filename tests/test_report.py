@@ -17,7 +17,7 @@ ALLOCATION = {
     "variant": "b",
     "kept_ratio": 0.49,
     "units": [
-        {"layer": layer, "kind": kind, "rank": rank, "full_rank": 4}
+        {"members": ["one"], "layer": layer, "kind": kind, "rank": rank, "full_rank": 4}
         for layer, kind, rank in [(0, "q_proj", 1), (0, "o_proj", 4), (1, "q_proj", 2), (1, "o_proj", 3)]
     ],
 }

@@ -43,7 +43,7 @@ if step == "covariance":
 if step == "allocation":
     preset, ratio = params["presets"][variant["preset"]], variant["size_ratio"]
     units = [
-        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "layer": layer, "full_rank": 10,
+        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "layer": layer, "full_rank": 10, "members": [layer],
          "rank": int(ratio * (layer + 5)), "effective_rank": layer + 0.5, "relative_loss": 1 - ratio, "form": "factors"}
         for layer in range(3) for kind in ("q_proj", "up_proj")
     ]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ PAGE_HEAD = """<!doctype html>
 <style>body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;display:block;overflow-x:auto}
 td,th{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}img{max-width:100%}</style></head><body>
 """
+PANELS_ACROSS = 7
 LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes")
 
 
@@ -32,14 +34,16 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
     """Share of the full rank by layer (down) and kind of matrix (across), a panel a variant; dense units are 1."""
-    figure = Figure(figsize=(0.8 + 2.4 * len(allocations), 5), layout="constrained")
+    columns = min(len(allocations), PANELS_ACROSS)
+    rows = math.ceil(len(allocations) / columns)
+    figure = Figure(figsize=(0.8 + 2.4 * columns, 5 * rows), layout="constrained")
     for index, allocation in enumerate(allocations):
-        axes = figure.add_subplot(1, len(allocations), index + 1)
+        axes = figure.add_subplot(rows, columns, index + 1)
         table = _by_layer_and_kind(allocation, lambda unit: unit["rank"] / unit["full_rank"])
         image = axes.imshow(table.to_numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axes.set_xticks(range(table.shape[1]), [kind.removesuffix("_proj") for kind in table.columns], rotation=90)
         axes.set_title(f"{allocation['variant']}\nkept {allocation['kept_ratio']:.3f}", fontsize=9)
-        axes.set_ylabel("layer" if index == 0 else "")
+        axes.set_ylabel("layer" if index % columns == 0 else "")
     figure.colorbar(image, ax=figure.axes, label="rank / full rank (dense = 1)")
     return figure
 
@@ -106,7 +110,11 @@ def _reference(table: pd.DataFrame, column: str) -> float:
 
 
 def _by_layer_and_kind(allocation: Allocation, value: Any) -> pd.DataFrame:
-    rows = [(unit["layer"], unit["kind"], value(unit)) for unit in allocation["units"]]
+    rows = [
+        (unit["layer"] + offset, unit["kind"], value(unit))
+        for unit in allocation["units"]
+        for offset in range(len(unit["members"]))  # a group holds consecutive layers
+    ]
     frame = pd.DataFrame(rows, columns=["layer", "kind", "value"])
     kinds = list(dict.fromkeys(frame["kind"]))
     return frame.pivot_table(index="layer", columns="kind", values="value")[kinds]

@@ -182,7 +182,7 @@ def _log_variant(
         client.log_batch(run_id, metrics=_metrics(variant), params=params)
         client.log_inputs(run_id, datasets=_datasets(state, variant))
         client.log_artifact(run_id, str(state.root / f"data/allocation/{variant.name}.json"), "allocation")
-        client.log_table(run_id, pd.DataFrame(variant.allocation["units"]), "units.json")
+        client.log_table(run_id, pd.DataFrame(variant.allocation["units"]).drop(columns="members"), "units.json")
         client.log_figure(run_id, rank_heat_map([variant.allocation]), "ranks.png")
 
 
