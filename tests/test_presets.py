@@ -1,0 +1,104 @@
+"""Every shipped preset, and a user's own, through the stages on a tiny model: sizes, sharing, reload."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from stages import allocation, compression, covariance, raw, sampling, spectrum
+from transformers import AutoModelForCausalLM
+
+import drank.language_model.plugin  # noqa: F401
+from drank.language_model.linears import find_linears
+from tests import tiny
+
+SHIPPED = Path(__file__).parent.parent / "params.yaml"
+SPECTRA = {
+    "none": {"metric": "none", "units": "matrix"},
+    "diagonal": {"metric": "diagonal", "units": "matrix", "alpha": 0.5},
+    "measured": {
+        "metric": "diagonal", "units": "matrix", "alpha": 0.5,
+        "sensitivity_windows": 2, "sensitivity_ratios": [0.3, 0.6],
+    },
+    "input": {"metric": "input", "units": "matrix"},
+    "input-pairs": {"metric": "input", "units": "group", "layers": 2, "even_with_grouped_heads": True},
+    "kfac": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5]},
+    "kfac-pairs": {
+        "metric": "kfac", "units": "group", "layers": 2, "even_with_grouped_heads": True, "damping": 1e-4,
+    },
+}  # fmt: skip
+OWN = {
+    "asvd-perplexity": {
+        "spectrum": "measured", "allocation": "sensitivity", "scores": "perplexity", "storage": "factors",
+    },
+    "pairs-pivot": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot"},
+    "blocks-factors": {"spectrum": "kfac", "allocation": "least_loss", "storage": "factors", "multiple_of": 4},
+}  # fmt: skip
+PRESETS = {name: p for name, p in yaml.safe_load(SHIPPED.read_text())["presets"].items() if name != "dense"} | OWN
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tiny model with all its factors, and a variant of every preset at 0.6."""
+    root = tmp_path_factory.mktemp("presets")
+    tiny.project(root)
+    document = yaml.safe_load((root / "params.yaml").read_text())
+    document["spectrum"] = {name: {"calibration_seed": 0} | spectrum for name, spectrum in SPECTRA.items()}
+    document["presets"] = PRESETS
+    document["variants"] = {
+        name: {"preset": name, "spectrum": preset["spectrum"], "size_ratio": 0.6} for name, preset in PRESETS.items()
+    }
+    (root / "params.yaml").write_text(yaml.safe_dump(document))
+    raw.main(root)
+    sampling.main(root)
+    covariance.main("0", root)
+    for key in SPECTRA:
+        spectrum.main(key, root)
+    return root
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fits_its_budget_and_the_folder_holds_what_was_allocated(project, preset):
+    allocation.main(preset, project)
+    found = json.loads((project / f"data/allocation/{preset}.json").read_text())
+    assert found["price"] <= found["budget"]
+    assert found["price"] == sum(unit["price"] for unit in found["units"])
+    assert found["objective"]["bound"] <= found["objective"]["value"]
+    compression.main(preset, project)
+    model = AutoModelForCausalLM.from_pretrained(project / f"data/models/{preset}")
+    dense = AutoModelForCausalLM.from_pretrained(project / "data/raw/model")
+    targeted = sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"]))
+    assert targeted == found["targeted_parameters"]
+    saved = dense.num_parameters() - model.num_parameters()
+    assert saved == targeted - found["price"], "shared bases count once, indices are no parameters"
+    assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+def test_groups_of_two_layers_name_their_members(project):
+    allocation.main("basis-sharing", project)
+    units = json.loads((project / "data/allocation/basis-sharing.json").read_text())["units"]
+    pairs = [unit for unit in units if len(unit["members"]) == 2]
+    assert {unit["kind"] for unit in pairs} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    gate = next(unit for unit in pairs if unit["kind"] == "gate_proj")
+    assert gate["members"] == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]
+    assert gate["rank"] == int(0.6 * 128 * 32 / (128 + 32))
+
+
+def test_blocks_say_how_many_channels_they_kept(project):
+    allocation.main("kfac", project)
+    found = json.loads((project / "data/allocation/kfac.json").read_text())
+    assert [block["full_channels"] for block in found["blocks"]] == [64, 64]
+    for block in found["blocks"]:
+        shapes = {
+            u["kind"]: (u["out_features"], u["in_features"]) for u in found["units"] if block["name"] in u["name"]
+        }
+        m = block["channels"]
+        assert shapes == {"gate_proj": (m, 32), "up_proj": (m, 32), "down_proj": (32, m)}
+        assert (block["loss"] == 0) == (m == 64)
+
+
+def test_measured_sensitivities_are_perplexities_above_the_dense_ones(project):
+    scores = json.loads((project / "data/spectrum/measured/summary.json").read_text())["sensitivity"]
+    assert len(scores) == 14
+    assert all(set(row) == {"0.3", "0.6"} and min(row.values()) > 1 for row in scores.values())
