@@ -263,10 +263,10 @@ def test_the_stage_writes_windows_tasks_and_counts_and_the_same_bytes_again(root
     folder = root / "data/sampling"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert sorted(files) == [
-        "calibration.safetensors", "summary.json", "tasks/commons_rolling.jsonl", "tasks/last_word.jsonl",
+        "calibration/0.safetensors", "summary.json", "tasks/commons_rolling.jsonl", "tasks/last_word.jsonl",
         "tasks/news_rolling.jsonl", "tasks/next_sentence.jsonl", "test.safetensors",
     ]  # fmt: skip
-    windows = load_file(folder / "calibration.safetensors")["windows"]
+    windows = load_file(folder / "calibration/0.safetensors")["windows"]
     assert windows.shape == (5, 16)
     assert (windows[:, 0] == 0).all()
     assert {name: test.shape for name, test in load_file(folder / "test.safetensors").items()} == {
@@ -278,6 +278,18 @@ def test_the_stage_writes_windows_tasks_and_counts_and_the_same_bytes_again(root
     assert summary["texts"]["news"]["test_documents"] == 12
     stage(root)
     assert all((folder / name).read_bytes() == content for name, content in files.items())
+
+
+def test_another_draw_of_calibration_windows_changes_no_test(root):
+    stage(root)
+    files = ("calibration/0.safetensors", "test.safetensors", "tasks/last_word.jsonl")
+    first = {name: (root / "data/sampling" / name).read_bytes() for name in files}
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["sampling"]["calibration_seeds"] = [0, 7]
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    stage(root)
+    assert {name: (root / "data/sampling" / name).read_bytes() for name in files} == first
+    assert (root / "data/sampling/calibration/7.safetensors").read_bytes() != first["calibration/0.safetensors"]
 
 
 def test_nothing_of_the_calibrated_documents_is_in_a_task(root):
