@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from drank.workflow.files import read_json
 from drank.workflow.params import read_params
 
 REPOSITORY = Path(__file__).parent.parent
@@ -52,3 +53,34 @@ def test_presets_and_sources_are_those_of_the_shipped_parameters():
         assert study.presets[name] == shipped.presets[name]
     for name in ("input", "kfac"):
         assert study.spectrum[name] == shipped.spectrum[name]
+
+
+def ratios_to_dense(variant):
+    """News / commons, as the page has them."""
+    results, dense = (read_json(REPOSITORY / f"study/results/{name}.json") for name in (variant, "dense"))
+    figures = [results[f"token_perplexity/{text}"] / dense[f"token_perplexity/{text}"] for text in ("news", "commons")]
+    return " / ".join(f"{figure:.2f}" if figure < 1000 else f"{figure:.0e}" for figure in figures)
+
+
+def test_the_figures_of_the_page_are_those_of_the_committed_results():
+    page = (REPOSITORY / "docs/study.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    shown = {}
+    for row in rows:
+        if row[0] == "preset":
+            sizes = row[1:]
+        elif row[0].startswith("`"):
+            names = [f"{row[0].strip('`')}-{round(float(size) * 100)}" for size in sizes]
+            shown |= {name: cell for name, cell in zip(names, row[1:], strict=True) if cell}
+    assert set(shown) == set(read_params(REPOSITORY / "study/params.yaml").variants) - {"dense"}
+    assert shown == {name: ratios_to_dense(name) for name in shown}
+
+
+def test_ours_is_never_worse_than_a_peer_of_the_same_size():
+    sizes = (90, 80, 70, 60, 50)
+    for size in sizes:
+        ours = read_json(REPOSITORY / f"study/results/kfac-{size}.json")
+        for preset in PEERS[:-1]:
+            theirs = read_json(REPOSITORY / f"study/results/{preset}-{size}.json")
+            for text in ("news", "commons"):
+                assert ours[f"token_perplexity/{text}"] < theirs[f"token_perplexity/{text}"], (preset, size, text)

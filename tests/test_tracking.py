@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from drank.workflow import tracking
 from drank.workflow.files import read_json
-from drank.workflow.lock import LockError
+from drank.workflow.lock import LockError, lineage
 from drank.workflow.tracking import Tracked, TrackingError, track, where_to_look
 
 REPOSITORY = Path(__file__).parent.parent
@@ -511,3 +511,12 @@ def test_no_other_module_imports_mlflow():
     words = {file.name: [line.split() for line in file.read_text().splitlines()] for file in sources}
     imports = {(word, name) for word in ("import", "from") for name in ("mlflow", "mlflow.entities")}
     assert {name for name, lines in words.items() if imports & {tuple(line[:2]) for line in lines}} == {"tracking.py"}
+
+
+def test_a_stage_that_was_renamed_is_no_ancestor_although_the_lock_still_has_it():
+    stages = {
+        "covariance": {"outs": [{"path": "data/covariance"}]},
+        "covariance@0": {"outs": [{"path": "data/covariance/0"}]},
+        "spectrum": {"deps": [{"path": "data/covariance/0"}], "outs": [{"path": "data/spectrum"}]},
+    }
+    assert list(lineage(stages, "spectrum")) == ["covariance@0", "spectrum"]

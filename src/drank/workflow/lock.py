@@ -87,11 +87,18 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
 
 
 def _writer(stages: Stages, path: str) -> str | None:
-    """The stage that has this path, or a folder around it, among its outs."""
-    for stage, row in stages.items():
-        if any(PurePosixPath(path).is_relative_to(out["path"]) for out in row.get("outs", ())):
-            return stage
-    return None
+    """The stage that has this path, or the closest folder around it, among its outs.
+
+    The closest, since DVC keeps the rows of stages that dvc.yaml no longer has, and such a one may have written a
+    folder around what is now the out of another.
+    """
+    around = [
+        (len(PurePosixPath(out["path"]).parts), stage)
+        for stage, row in stages.items()
+        for out in row.get("outs", ())
+        if PurePosixPath(path).is_relative_to(out["path"])
+    ]
+    return max(around)[1] if around else None
 
 
 def lineage(lock: Stages, stage: str) -> Stages:
