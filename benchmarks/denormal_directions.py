@@ -1,8 +1,8 @@
 """Do directions of almost no energy (denormal numbers) slow the spectrum? Ratio of times to a well-scaled covariance.
 
 ``python benchmarks/denormal_directions.py``. A processor may take a hundred times as long for an operation on denormal
-numbers. Covariances are stored in float32, whose denormals (below 1e-38) are ordinary numbers in float64, in which all is
-computed; the cases below 1e-308 are denormal in float64 too. 1 is no slowdown.
+numbers. Covariances are stored in float32, whose denormals (below 1e-38) are ordinary numbers in float64, in which
+everything is computed; the cases below 1e-308 are denormal in float64 too. 1 is no slowdown.
 """
 
 import time

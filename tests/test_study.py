@@ -41,7 +41,7 @@ def test_every_preset_is_there_at_every_size_and_the_headline_rows_with_three_dr
         for seed in (1, 2):
             other = params.presets[f"{preset}-seed{seed}"]
             drawn = params.spectrum[other.spectrum]
-            assert {0.8, 0.6} <= sizes[f"{preset}-seed{seed}"]
+            assert sizes[f"{preset}-seed{seed}"] >= ({0.8, 0.6} if preset == "kfac" else {0.8})
             assert drawn == own.model_copy(update={"calibration_seed": seed})
             assert other == params.presets[preset].model_copy(update={"spectrum": other.spectrum})
 
