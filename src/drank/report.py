@@ -18,6 +18,7 @@ PAGE_HEAD = """<!doctype html>
 td,th{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}img{max-width:100%}</style></head><body>
 """
 PANELS_ACROSS = 7
+HIGHEST_RATIO = 32
 LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes")
 
 
@@ -68,21 +69,27 @@ def spectra(energies: Mapping[str, np.ndarray], kinds: Mapping[str, str], layers
 
 
 def perplexity_by_size(table: pd.DataFrame) -> Figure:
-    """Token perplexity over the dense model's against bytes on disk, a panel a text, a line a preset."""
+    """Token perplexity over the dense model's against bytes on disk, a panel a text, a line a preset.
+
+    Beyond HIGHEST_RATIO nobody would use the model, and the scale would hide the differences below: not drawn.
+    """
     texts = [column.split("/", 1)[1] for column in table.columns if column.startswith("token_perplexity/")]
-    figure = Figure(figsize=(4.5 * len(texts), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(texts) + 2, 4.2), layout="constrained")
     for index, text in enumerate(texts):
         axes = figure.add_subplot(1, len(texts), index + 1)
         column = f"token_perplexity/{text}"
         base = _reference(table, column)
-        for preset, rows in table.groupby("preset", sort=False):
+        for number, (preset, rows) in enumerate(table.groupby("preset", sort=False)):
             points = rows.sort_values("bytes")
-            axes.plot(points["bytes"] / 1e6, points[column] / base, marker="o", label=str(preset))
+            color = colormaps["tab20"](number % 20)
+            axes.plot(points["bytes"] / 1e6, points[column] / base, marker="o", label=str(preset), color=color)
         axes.set_yscale("log")
+        if base != 1:
+            axes.set_ylim(0.9, min(float((table[column] / base).max()) * 1.1, HIGHEST_RATIO))
         axes.set_xlabel("megabytes on disk")
         axes.set_ylabel(f"token perplexity / dense, {text}")
         axes.grid(visible=True, which="both", linewidth=0.3)
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
