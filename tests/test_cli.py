@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.projects.utils import load_project
 from rich.console import Console
 
-from drank.cli import table_of_variants
+from drank.cli.pipeline import table_of_variants
 from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""The command ``drank``. Commands import what they need when they are called, so that ``--help`` is quick."""
+"""``drank run`` and ``drank track``: the pipeline, its projection into MLflow, and the table of variants."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drank.workflow.stage import quieten_libraries, run_app
+from drank.cli.options import CommandError, Root
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,29 +17,8 @@ if TYPE_CHECKING:
     from drank.workflow.tracking import Tracked
 
 Row = dict[str, str]
-Root = Annotated[
-    Path, typer.Option(help="The folder that holds dvc.yaml and params.yaml.", file_okay=False, exists=True)
-]
-
-commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-class CommandError(ValueError):
-    """A program that a command runs has failed; it has said why on the terminal itself."""
-
-
-def app() -> None:
-    """The console script. A user's error ends as it does in a stage: in one message and exit status 1."""
-    quieten_libraries()
-    run_app(commands)
-
-
-@commands.callback()
-def describe() -> None:
-    """Compress a language model by truncated SVD, and compare the variants of params.yaml."""
-
-
-@commands.command()
 def run(
     targets: Annotated[
         list[str] | None, typer.Argument(help="Stages to reproduce, as in dvc repro; all of them.")
@@ -59,7 +38,6 @@ def run(
     report(tracked)
 
 
-@commands.command()
 def track(root: Root = Path()) -> None:
     """Log to MLflow what `dvc repro` left, restored variants included; the same state is never logged twice."""
     from drank.workflow.tracking import track as project

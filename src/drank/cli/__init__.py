@@ -1,0 +1,21 @@
+"""The command ``drank``. Commands import what they need when they are called, so that ``--help`` is quick."""
+
+import typer
+
+from drank.cli import pipeline
+from drank.workflow.stage import quieten_libraries, run_app
+
+commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+commands.command()(pipeline.run)
+commands.command()(pipeline.track)
+
+
+def app() -> None:
+    """The console script. A user's error ends as it does in a stage: in one message and exit status 1."""
+    quieten_libraries()
+    run_app(commands)
+
+
+@commands.callback()
+def describe() -> None:
+    """Compress a language model by truncated SVD, compare the variants of params.yaml, and say what made a model."""
