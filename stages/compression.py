@@ -1,4 +1,4 @@
-"""Compression: base model, allocation and cached factors -> data/models/<variant>/, a Hugging Face folder."""
+"""Compression: base model, allocation and cached factors -> data/compression/<variant>/, a Hugging Face folder."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def main(variant: str, root: Path = Path()) -> None:
         lambda mlp, channels: read_tensors(spectrum / f"cuts/{mlp}.{channels}.safetensors"),
         provenance,
     )
-    with replacing_folder(root / "data/models" / variant) as folder:
+    with replacing_folder(root / "data/compression" / variant) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(root / "data/raw/model").save_pretrained(folder)
         shutil.copyfile(source, folder / "allocation.json")

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import drank.language_model.plugin  # noqa: F401  the format of data/models, seen by DVC's dependencies
+import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks
 from drank.perplexity import token_perplexity
 from drank.workflow.files import read_json, read_tensors, write_json
@@ -22,7 +22,7 @@ def main(variant: str, root: Path = Path()) -> None:
     tests = read_tensors(root / "data/sampling/test.safetensors")
     torch.set_num_threads(params.evaluation.threads)
     batch = params.evaluation.batch_windows
-    folder = root / "data/models" / variant
+    folder = root / "data/compression" / variant
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
     figures: dict[str, float] = {}

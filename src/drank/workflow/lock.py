@@ -15,6 +15,7 @@ import yaml
 
 from drank.workflow.files import read_json
 from drank.workflow.params import Params, read_params
+from drank.workflow.resolved import resolved
 
 Stages = dict[str, dict[str, Any]]
 
@@ -51,7 +52,7 @@ def read_state(root: Path) -> State:
     Raises:
         LockError: no lock, a variant without results, parameters or files that changed since ``dvc repro``.
     """
-    lock = _read_lock(root / "dvc.lock")
+    lock = read_lock(root / "dvc.lock")
     params = read_params(root / "params.yaml")
     _check_written(root, lock, "results/summary.csv")
     _check_written(root, lock, "results/figures")
@@ -65,28 +66,47 @@ def read_state(root: Path) -> State:
     )
 
 
-def _read_lock(path: Path) -> Stages:
+def read_lock(path: Path) -> Stages:
+    """The stages of a dvc.lock.
+
+    Raises:
+        LockError: no lock, or not one.
+    """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_lock(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise LockError(f"{path}: not found; run `dvc repro`, which writes it") from None
+
+
+def parse_lock(text: str, where: str) -> Stages:
+    """The stages of a dvc.lock, given as text; ``where`` names it in errors.
+
+    Raises:
+        LockError: not a dvc.lock, or one without stages.
+    """
+    try:
+        document = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise LockError(f"{path}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
+        raise LockError(f"{where}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
     if not isinstance(document, dict) or not document.get("stages"):
-        raise LockError(f"{path}: holds no stages; run `dvc repro`")
+        raise LockError(f"{where}: holds no stages; run `dvc repro`")
     return document["stages"]
 
 
 def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
     results, allocation = f"results/{name}.json", f"data/allocation/{name}.json"
-    stages = lineage(lock, _check_written(root, lock, results))
-    _check_written(root, lock, allocation)
-    _check_order(root, stages)
+    for path in (results, allocation):
+        _check_written(root, lock, path)
+    released = writer(lock, f"data/models/{name}")
+    if released is None:
+        raise LockError(f"{root / 'dvc.lock'}: no stage has written data/models/{name} yet; run `dvc repro`")
+    stages = lineage(lock, released)
+    check_order(stages, str(root / "dvc.lock"))
     _check_params(root, stages)
-    return Variant(name, stages, _resolved(params, name), read_json(root / results), read_json(root / allocation))
+    return Variant(name, stages, flat(resolved(params, name)), read_json(root / results), read_json(root / allocation))
 
 
-def _writer(stages: Stages, path: str) -> str | None:
+def writer(stages: Stages, path: str) -> str | None:
     """The stage that has this path, or the closest folder around it, among its outs.
 
     The closest, since DVC keeps the rows of stages that dvc.yaml no longer has, and such a one may have written a
@@ -108,23 +128,24 @@ def lineage(lock: Stages, stage: str) -> Stages:
         name = waiting.pop()
         if name not in names:
             names.add(name)
-            writers = (_writer(lock, dependency["path"]) for dependency in lock[name].get("deps", ()))
+            writers = (writer(lock, dependency["path"]) for dependency in lock[name].get("deps", ()))
             waiting += [writer for writer in writers if writer]
     return {name: row for name, row in lock.items() if name in names}
 
 
 def outs_of(stages: Stages) -> dict[str, str]:
+    """DVC's hash of everything that these stages wrote, by path."""
     return {out["path"]: out["md5"] for row in stages.values() for out in row.get("outs", ())}
 
 
 def _check_written(root: Path, lock: Stages, path: str) -> str:
     """The stage that wrote this path, which is as that stage left it."""
-    stage = _writer(lock, path)
+    stage = writer(lock, path)
     if stage is None:
         raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
     if not (root / path).exists():
         raise LockError(f"{root / path}: not found, but {stage} wrote it; run `dvc repro`")
-    recorded, found = outs_of(lock)[path], _dvc_md5(root / path)
+    recorded, found = outs_of(lock)[path], dvc_md5(root / path)
     if found != recorded:
         raise LockError(
             f"{root / path}: edited or stale: its md5 is {found}, but {stage} wrote {recorded}; run `dvc repro`"
@@ -132,25 +153,29 @@ def _check_written(root: Path, lock: Stages, path: str) -> str:
     return stage
 
 
-def _check_order(root: Path, stages: Stages) -> None:
-    """Refuse a lineage of which only the upper part was reproduced: its parameters are not those of its results."""
+def check_order(stages: Stages, where: str) -> None:
+    """Refuse a lineage of which only the upper part was reproduced: its parameters are not those of its results.
+
+    Raises:
+        LockError: a stage read another version of a file than the one that is recorded as written.
+    """
     outs = outs_of(stages)
     for stage, row in stages.items():
         for dependency in row.get("deps", ()):
             path, read = dependency["path"], dependency["md5"]
             if read != outs.get(path, read):
                 raise LockError(
-                    f"{root / 'dvc.lock'}: {stage} read a {path} of md5 {read}, but {_writer(stages, path)} has "
+                    f"{where}: {stage} read a {path} of md5 {read}, but {writer(stages, path)} has "
                     f"written {outs[path]} since; run `dvc repro`"
                 )
 
 
 def _check_params(root: Path, stages: Stages) -> None:
     path = root / "params.yaml"
-    now = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
     for stage, row in stages.items():
         sections = row.get("params", {}).get("params.yaml", {})
-        before = _flat(sections)
+        before = flat(sections)
         keys = before.keys() | {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
         for key in sorted(keys):
             if before.get(key) != now.get(key):
@@ -160,30 +185,14 @@ def _check_params(root: Path, stages: Stages) -> None:
                 )
 
 
-def _resolved(params: Params, name: str) -> dict[str, str]:
-    """Everything that makes the variant, under keys that do not depend on its name, so that runs line up."""
-    variant, preset = params.variant(name)
-    sections = {
-        "variant": variant,
-        "preset": preset,
-        "spectrum": params.spectrum[variant.spectrum],
-        "covariance": params.covariance,
-        "sampling": params.sampling,
-        "evaluation": params.evaluation,
-        "model": params.model,
-        **{f"text.{text}": source for text, source in params.text.items()},
-    }
-    return _flat({key: section.model_dump(exclude_none=True) for key, section in sections.items()})
-
-
-def _flat(value: Any, key: str = "") -> dict[str, str]:
+def flat(value: Any, key: str = "") -> dict[str, str]:
     """Values of a nested document as text, by dotted key.
 
     As text, because YAML 1.1 and 1.2, of which DVC writes one and we read the other, disagree on whether 1e-05 is a
     number.
     """
     if isinstance(value, Mapping):
-        rows = (_flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
+        rows = (flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
         return {dotted: text for row in rows for dotted, text in row.items()}
     return {key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)}
 
@@ -192,12 +201,12 @@ def sha256_of(stages: Stages) -> str:
     return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _dvc_md5(path: Path) -> str:
+def dvc_md5(path: Path) -> str:
     """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths."""
     if not path.is_dir():
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    rows = [{"md5": _dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    rows = [{"md5": dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
     return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
