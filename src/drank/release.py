@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from drank import __version__
+
 STATEMENT = "provenance.json"
 CHECKSUMS = "SHA256SUMS"
 CARD = "README.md"
@@ -42,7 +44,7 @@ def statement(
                 "resolvedDependencies": [dict(dependency) for dependency in dependencies],
             },
             "runDetails": {
-                "builder": {"id": BUILD_TYPE},
+                "builder": {"id": BUILD_TYPE, "version": {"drank": __version__}},
                 "byproducts": [{"name": f"results/{variant}.json", "annotations": dict(results)}],
             },
         },

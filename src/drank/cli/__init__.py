@@ -2,12 +2,13 @@
 
 import typer
 
-from drank.cli import pipeline
+from drank.cli import audit, pipeline
 from drank.workflow.stage import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 commands.command()(pipeline.run)
 commands.command()(pipeline.track)
+commands.command()(audit.audit)
 
 
 def app() -> None:

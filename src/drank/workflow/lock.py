@@ -102,7 +102,8 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
         raise LockError(f"{root / 'dvc.lock'}: no stage has written data/models/{name} yet; run `dvc repro`")
     stages = lineage(lock, released)
     check_order(stages, str(root / "dvc.lock"))
-    _check_params(root, stages)
+    path = root / "params.yaml"
+    check_params(stages, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     return Variant(name, stages, flat(resolved(params, name)), read_json(root / results), read_json(root / allocation))
 
 
@@ -170,9 +171,13 @@ def check_order(stages: Stages, where: str) -> None:
                 )
 
 
-def _check_params(root: Path, stages: Stages) -> None:
-    path = root / "params.yaml"
-    now = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+def check_params(stages: Stages, document: Any, where: str) -> None:
+    """Compare the parameters that stages ran with with those of a params.yaml, given as a document.
+
+    Raises:
+        LockError: one differs, is gone or was added; ``where`` names the params.yaml.
+    """
+    now = flat(document)
     for stage, row in stages.items():
         sections = row.get("params", {}).get("params.yaml", {})
         before = flat(sections)
@@ -180,7 +185,7 @@ def _check_params(root: Path, stages: Stages) -> None:
         for key in sorted(keys):
             if before.get(key) != now.get(key):
                 raise LockError(
-                    f"{path}: {key} is {now.get(key, 'missing')}, but {stage} ran with "
+                    f"{where}: {key} is {now.get(key, 'missing')}, but {stage} ran with "
                     f"{before.get(key, 'none')}; run `dvc repro`"
                 )
 

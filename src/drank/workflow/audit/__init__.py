@@ -1,0 +1,130 @@
+"""Which allocation produced this model? The chain from a folder of weights back to its sources, link by link.
+
+``folder`` checks what the folder says of itself, ``repository`` what git, dvc.lock and DVC's cache say of it,
+``rebuilt`` compares it with one that was built again. Each link holds, does not hold, or cannot be checked here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drank.workflow.audit.folder import Folder, check_folder
+from drank.workflow.audit.ledger import Ledger, Link, UncheckableError
+from drank.workflow.audit.repository import Record, check_repository
+from drank.workflow.history import origin
+
+__all__ = ["Audit", "AuditError", "Link", "audit", "find_root"]
+
+
+class AuditError(ValueError):
+    """There is nothing to audit at this place."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        folder: the folder as it was named.
+        links: every claim that was looked at, in order.
+        chain: what made the model, as far as it is known: a JSON document.
+    """
+
+    folder: str
+    links: tuple[Link, ...]
+    chain: dict[str, Any]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing that could be checked is broken."""
+        return all(link.finding != "does not hold" for link in self.links)
+
+
+def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
+    """Check a model folder against itself and, where ``root`` is a drank repository, against what that knows.
+
+    Args:
+        path: the folder, at any place.
+        root: the folder of dvc.lock; None where there is none.
+        rebuilt: a folder that was built again, to compare the weights with.
+
+    Raises:
+        AuditError: ``path`` is no folder with a model.
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        raise AuditError(f"{path}: no folder with files in it; give a model folder, such as data/models/kfac-80")
+    folder, ledger = Folder(path), Ledger()
+    check_folder(ledger, folder)
+    record = None
+    if root is None:
+        ledger.check("dvc.lock", _no_repository)
+    else:
+        record = check_repository(ledger, folder, root)
+        ledger.check("MLflow", lambda: _mlflow(folder, root), needs=("allocation",))
+    if rebuilt is not None:
+        from drank.workflow.audit.rebuilt import check_rebuilt
+
+        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt)), needs=("allocation",))
+    chain = _chain(folder, record, root) if ledger.holds("allocation") else {}
+    return Audit(str(path), tuple(ledger), chain)
+
+
+def find_root(near: Path) -> Path | None:
+    """The closest folder around ``near`` (itself included) that holds dvc.yaml and params.yaml."""
+    for folder in (near.resolve(), *near.resolve().parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    return None
+
+
+def _no_repository() -> str:
+    raise UncheckableError("no repository here: call it from a clone, or name one with --root")
+
+
+def _mlflow(folder: Folder, root: Path) -> str:
+    raise UncheckableError("TODO")
+
+
+def _chain(folder: Folder, record: Record | None, root: Path | None) -> dict[str, Any]:
+    statement, allocation = folder.statement, folder.allocation
+    header = allocation.model_dump(exclude={"units", "blocks", "inputs"})
+    compressed = [unit for unit in allocation.units if unit.form != "dense"]
+    document: dict[str, Any] = {
+        "variant": statement.variant,
+        "model_md5": folder.md5,
+        "allocation": header
+        | {
+            "sha256": folder.digests["allocation.json"],
+            "n_units": len(allocation.units),
+            "n_compressed": len(compressed),
+            "removed_channels": sum(block.full_channels - block.channels for block in allocation.blocks),
+        },
+        "materials": [
+            r.model_dump(exclude_none=True, exclude={"annotations"}) for r in statement.predicate.build.dependencies
+        ],
+        "parameters": statement.parameters,
+        "results": statement.results,
+    }
+    if record is not None and root is not None:
+        commit = record.commit
+        document |= {
+            "stages": list(record.stages),
+            "commit": None if commit is None else {"sha": commit.sha, "date": commit.date, "subject": commit.subject},
+            "rebuild": rebuild_commands(record, root),
+        }
+    return document
+
+
+def rebuild_commands(record: Record, root: Path) -> list[str]:
+    """What to type, in an empty folder, to build the same folder again."""
+    if record.commit is None:
+        return [f"dvc repro {record.stage}"]
+    fetch = [] if record.commit.on_head else ["git fetch origin '+refs/exps/*:refs/exps/*'"]
+    return [
+        f"git clone {origin(root)} rebuild",
+        "cd rebuild",
+        *fetch,
+        f"git checkout {record.commit.sha}",
+        "make .venv/installed",
+        f"PATH=$PWD/.venv/bin:$PATH dvc repro {record.stage}",
+    ]
