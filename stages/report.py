@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from drank.report import page, perplexity_by_size, png, rank_heat_map, spectra, summary
+from drank.pictures import Spectrum, png
+from drank.report import page, pictures, summary
 from drank.workflow.files import read_json, read_tensors, replacing_folder, write_text
 from drank.workflow.params import read_params
 from drank.workflow.stage import run_stage
@@ -12,28 +13,25 @@ def main(root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
     rows = [read_json(root / "data/evaluation" / f"{name}.json")["results"] for name in params.variants]
     allocations = [read_json(root / "data/allocation" / f"{name}.json") for name in params.variants]
+    spectra = {key: read_spectrum(root / "data/spectrum" / key) for key in params.spectrum}
     table = summary(rows)
     write_text(root / "results/summary.csv", table.to_csv(index=False, lineterminator="\n"))
-    figures = {
-        "perplexity": perplexity_by_size(table),
-        "ranks": rank_heat_map([a for a in allocations if a["allocation"] != "dense"] or allocations),
-    }
-    for key in params.spectrum:
-        folder = root / "data/spectrum" / key
-        described = read_json(folder / "summary.json")
-        whole = [block["cuts"][0]["matrices"] for block in described["blocks"]]
-        units = described["units"] + [matrix for matrices in whole for matrix in matrices]
-        values = read_tensors(folder / "singular_values.safetensors")
-        figures[f"spectra-{key}"] = spectra(
-            {unit["name"]: (values[unit["name"]] ** 2).numpy() for unit in units},
-            {unit["name"]: unit["kind"] for unit in units},
-            {unit["name"]: unit["layer"] for unit in units},
-        )
-    pictures = {name: png(figure) for name, figure in figures.items()}
+    shown = {name: (picture, png(picture.figure)) for name, picture in pictures(table, allocations, spectra).items()}
     with replacing_folder(root / "results/figures") as folder:
-        for name, picture in pictures.items():
-            (folder / f"{name}.png").write_bytes(picture)
-    write_text(root / "results/report.html", page(table, pictures))
+        for name, (_, data) in shown.items():
+            (folder / f"{name}.png").write_bytes(data)
+    write_text(root / "results/report.html", page(rows, shown))
+
+
+def read_spectrum(folder: Path) -> Spectrum:
+    described = read_json(folder / "summary.json")
+    values = read_tensors(folder / "singular_values.safetensors")
+    whole = [matrix for block in described["blocks"] for matrix in block["cuts"][0]["matrices"]]
+    return Spectrum(
+        metric=described["metric"],
+        energies={file: (s**2).numpy() for file, s in values.items()},
+        matrices={row["factors"]: (row["kind"], row["layer"]) for row in described["units"] + whole},
+    )
 
 
 if __name__ == "__main__":

@@ -1,54 +1,266 @@
-"""The table and the pictures: order and columns by hand, values drawn, same bytes, a page with nothing to fetch."""
+"""Table, pictures and page: by hand, against brute force and the allocation's objective; the page fetches nothing."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stages.allocation import describe
 
-from drank.report import page, perplexity_by_size, png, rank_heat_map, spectra, summary
+from drank.allocation import Block, Menu, Unit, least_loss
+from drank.pareto import frontier, perplexity_by_size
+from drank.pictures import (
+    FEW,
+    Spectrum,
+    budget,
+    loss_heat_map,
+    losses,
+    original_parameters,
+    png,
+    rank_heat_map,
+    spectrum_curves,
+)
+from drank.report import Picture, lead, page, pictures, readable, summary
+from drank.workflow.files import read_json
 
+REPOSITORY = Path(__file__).parent.parent
+COMMITTED = sorted(REPOSITORY.glob("data/allocation/*.json")) + sorted(
+    REPOSITORY.glob("study/data/allocation/*-80.json")
+)
+PROTOCOL = {"dtype": "bfloat16", "lm_eval_max_length": 2048, "tasks": ["news_rolling", "last_word"],
+            "test_windows": {"news": [32, 512]}}  # fmt: skip
+SIZES = {"targeted_parameters": 106_168_320, "parameters": 99}
 ROWS = [
-    {"variant": "b", "preset": "x", "size_ratio": 0.5, "kept_ratio": 0.49, "parameters": 50, "bytes": 100,
-     "token_perplexity/news": 20.0, "protocol": {"dtype": "bfloat16"}},
-    {"variant": "dense", "preset": "dense", "size_ratio": 1.0, "kept_ratio": 1.0, "parameters": 99, "bytes": 200,
-     "token_perplexity/news": 10.0, "acc/last_word": 0.5, "protocol": {"dtype": "bfloat16"}},
+    {"variant": "b", "preset": "x", "size_ratio": 0.5, "kept_ratio": 0.49, "bytes": 100_000_000,
+     "token_perplexity/news": 20.0, "protocol": PROTOCOL, **SIZES},
+    {"variant": "dense", "preset": "dense", "size_ratio": 1.0, "kept_ratio": 1.0, "bytes": 200_000_000,
+     "token_perplexity/news": 10.0, "acc/last_word": 0.5, "acc_stderr/last_word": 0.123, "protocol": PROTOCOL, **SIZES},
 ]  # fmt: skip
+
+
+def unit(name, layer, rank, form="factors", members=None, out_features=4, in_features=8, relative_loss=0.25):
+    *_, kind = name.split(".")
+    role = {"down_proj": "down", "up_proj": "up"}.get(kind, "query")
+    return {"name": name, "members": members or [name], "factors": name, "layer": layer, "kind": kind, "role": role,
+            "rank": rank, "full_rank": min(out_features, in_features), "form": form, "out_features": out_features,
+            "in_features": in_features, "price": rank * (out_features + in_features) if form != "dense" else
+            out_features * in_features, "relative_loss": relative_loss}  # fmt: skip
+
+
+# Layers 0 and 1 share one basis of queries; the MLP of layer 1 has lost 2 of 8 channels.
 ALLOCATION = {
-    "variant": "b",
-    "kept_ratio": 0.49,
+    "variant": "b", "preset": "x", "spectrum": "s", "allocation": "least_loss", "kept_ratio": 0.49,
     "units": [
-        {"members": ["one"], "layer": layer, "kind": kind, "rank": rank, "full_rank": 4}
-        for layer, kind, rank in [(0, "q_proj", 1), (0, "o_proj", 4), (1, "q_proj", 2), (1, "o_proj", 3)]
+        unit("l.0.attn.q_proj", 0, 1, members=["l.0.attn.q_proj", "l.1.attn.q_proj"], out_features=8),
+        unit("l.0.mlp.up_proj", 0, 4, "dense", relative_loss=0.0),
+        unit("l.1.mlp.up_proj", 1, 3, out_features=6, in_features=4),
+        unit("l.1.mlp.down_proj", 1, 4, "dense", out_features=4, in_features=6, relative_loss=0.5),
     ],
-}
+    "blocks": [{"name": "l.1.mlp", "channels": 6, "full_channels": 8, "loss": 3.0}],
+}  # fmt: skip
+SPECTRUM = Spectrum(
+    metric="kfac",
+    energies={
+        "l.0.attn.q_proj": np.array([6.0, 2.0]),
+        "l.0.mlp.up_proj": np.array([1.0]),
+        "l.1.mlp.up_proj": np.array([4.0, 4.0]),
+        "l.1.mlp.down_proj": np.array([3.0]),
+    },
+    matrices={"l.0.attn.q_proj": ("q_proj", 0), "l.1.mlp.up_proj": ("up_proj", 1)},
+)
 
 
 def test_the_table_has_dense_first_sizes_first_and_no_nested_values():
     table = summary(ROWS)
     assert list(table["variant"]) == ["dense", "b"]
     sizes = ["variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes"]
-    assert list(table.columns) == [*sizes, "acc/last_word", "token_perplexity/news"]
+    figures = ["acc/last_word", "acc_stderr/last_word", "targeted_parameters", "token_perplexity/news"]
+    assert list(table.columns) == sizes + figures
     assert np.isnan(table["acc/last_word"].iloc[1])
 
 
-def test_the_heat_map_draws_shares_of_the_full_rank():
-    image = rank_heat_map([ALLOCATION]).axes[0].images[0]
-    assert image.get_array().tolist() == [[0.25, 1.0], [0.5, 0.75]]
+def test_the_readable_table_has_ratios_to_dense_and_standard_errors():
+    assert readable(summary(ROWS)).to_dict("list") == {
+        "variant": ["dense", "b"],
+        "preset": ["dense", "x"],
+        "kept": ["1.000", "0.490"],
+        "MB": ["200.0", "100.0"],
+        "perplexity, news": ["10.00", "20.00"],
+        "×\u00a0news": ["1.00", "2.00"],
+        "acc, last word": ["0.50 ± 0.12", ""],
+    }
+    without_dense = readable(summary([ROWS[0] | {"token_perplexity/news": 2.34e7}]))
+    assert list(without_dense.columns) == ["variant", "preset", "kept", "MB", "perplexity, news"]
+    assert list(without_dense["perplexity, news"]) == ["2e+07"]
 
 
-def test_perplexity_is_drawn_over_the_dense_one():
-    lines = {line.get_label(): line.get_ydata().tolist() for line in perplexity_by_size(summary(ROWS)).axes[0].lines}
-    assert lines == {"dense": [1.0], "x": [2.0]}
+SMALL = [0.0, 1.0, 2.0, 3.0, 4.0]  # few, so that ties are common
+
+
+def test_the_frontier_by_hand():
+    assert frontier([], []) == []
+    assert frontier([3.0, 1.0, 2.0, 2.0, 1.0], [1.0, 5.0, 5.0, 2.0, 5.0]) == [1, 3, 0]
+    assert frontier([1.0, 2.0], [float("nan"), 7.0]) == [1]
+
+
+@given(st.lists(st.tuples(st.sampled_from(SMALL), st.sampled_from(SMALL)), max_size=12))
+def test_the_frontier_is_what_nothing_beats(points):
+    def beaten(p):
+        return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+
+    best = frontier([size for size, _ in points], [value for _, value in points])
+    assert [points[i] for i in best] == sorted({p for p in points if not beaten(p)})
+    assert all(points.index(points[i]) == i for i in best)
+
+
+def test_perplexity_is_drawn_over_the_dense_one_and_few_variants_are_named():
+    axes = perplexity_by_size(summary(ROWS)).axes[0]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert lines == {"Pareto frontier": [2.0, 1.0], "dense": [1.0], "x": [2.0]}
+    assert [text.get_text() for text in axes.texts] == ["dense", "b"]
+
+
+def test_many_variants_have_a_legend_and_far_ones_are_left_out():
+    rows = ROWS + [ROWS[0] | {"variant": f"v{i}", "token_perplexity/news": 20.0 + 40 * i} for i in range(FEW)]
+    shown = pictures(summary(rows), [ALLOCATION], {"s": SPECTRUM})["perplexity"]
+    assert not shown.figure.axes[0].texts
+    labels = [text.get_text() for text in shown.figure.legends[0].get_texts()]
+    assert labels == ["Pareto frontier", "dense", "x"]
+    assert shown.caption.endswith("beyond 32 times the dense model's: 4 variants.")  # i = 8, 9, 10, 11
+    assert shown.figure.axes[0].get_ylim()[1] == 32
+
+
+def test_without_a_dense_variant_plain_perplexities_are_drawn():
+    axes = perplexity_by_size(summary(ROWS[:1])).axes[0]
+    assert (axes.lines[1].get_ydata().tolist(), axes.get_ylabel()) == ([20.0], "token perplexity")
+
+
+def image(axes):
+    return np.ma.filled(axes.images[0].get_array().astype(float), np.nan).tolist()
+
+
+def test_the_heat_map_draws_shares_of_the_full_rank_and_channels_kept():
+    figure = rank_heat_map([ALLOCATION, ALLOCATION | {"variant": "c", "blocks": []}])
+    nan = pytest.approx(np.nan, nan_ok=True)
+    with_block, without = figure.axes[:2]
+    assert image(with_block) == [[0.125, 1.0, nan, nan], [0.125, 0.75, 1.0, 0.75]]
+    assert image(without) == [[0.125, 1.0, nan, nan], [0.125, 0.75, 1.0, nan]]
+    assert [label.get_text() for label in with_block.get_xticklabels()] == ["q", "up", "down", "channels"]
+
+
+def test_parameters_of_the_dense_model_by_hand():
+    assert original_parameters(ALLOCATION) == [64, 32, 32, 32]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_parameters_of_the_dense_model_are_those_that_the_allocation_counted(path):
+    allocation = read_json(path)
+    assert sum(original_parameters(allocation)) == allocation["targeted_parameters"]
+
+
+def test_the_budget_draws_what_was_kept_by_kind_and_by_layer():
+    left, right, _ = budget([ALLOCATION]).axes
+    slots, filled = np.array([bar.get_width() for bar in left.patches]).reshape(2, 3)
+    assert slots.tolist() == [64 / 160, 64 / 160, 32 / 160]
+    # queries: 1 (8 + 8) of 64; up: 32 dense and 3 (6 + 4) = 30; down: dense at the 4 x 6 that are left
+    assert filled.tolist() == pytest.approx([16 / 160, 62 / 160, 24 / 160])
+    assert [text.get_text() for text in left.texts] == ["25", "97", "75"]
+    assert image(right) == [pytest.approx([(8 + 32) / (32 + 32), (8 + 30 + 24) / (32 + 32 + 32)])]
+
+
+def test_losses_by_hand():
+    table = losses(ALLOCATION, SPECTRUM)
+    assert list(table.columns) == ["q_proj", "up_proj", "down_proj", "channels"]
+    # queries: a quarter of 8, in equal parts; down: half of 3 + 3 is its base loss, all of it the channels' doing
+    assert table.fillna(-1).to_numpy().tolist() == [[1.0, 0.0, -1, -1], [1.0, 2.0, 0.0, 3.0]]
+
+
+@given(st.integers(0, 10_000), st.floats(0.3, 0.95), st.sampled_from(["factors", "pivot"]))
+def test_losses_sum_to_the_objective_of_the_allocation(seed, size_ratio, storage):
+    draw = np.random.default_rng(seed)
+
+    def matrix(name, role, layer, shape, base_loss=0.0):
+        energies = np.sort(draw.exponential(size=min(shape)))[::-1].copy()
+        return Unit(name, role, role, layer, *shape, energies=energies, effective_rank=1.0, base_loss=base_loss)
+
+    units = []
+    for layer in range(2):
+        units.append(matrix(f"l.{layer}.attn.q", "query", layer, (12, 12)))
+        cuts = [
+            (
+                matrix(f"l.{layer}.mlp.up", "up", layer, (n, 12)),
+                matrix(f"l.{layer}.mlp.down", "down", layer, (12, n), base_loss=0.4 * (20 - n)),
+            )
+            for n in (20, 15, 10)
+        ]
+        units.append(Block(f"l.{layer}.mlp", tuple(cuts)))
+    allocation = least_loss(units, size_ratio, Menu(storage))
+    matrices = allocation.matrices(units)
+    files = {(u.name, u.out_features, u.in_features): {"members": [u.name], "factors": u.name} for u in matrices}
+    described = {"variant": "v"} | describe(units, allocation, files)
+    spectrum = Spectrum("kfac", {u.name: u.energies for u in matrices}, {})
+    assert losses(described, spectrum).sum().sum() == pytest.approx(allocation.objective)
+    assert sum(original_parameters(described)) == allocation.targeted_parameters
+
+
+def test_the_loss_picture_has_shares_in_the_unit_of_the_metric_and_white_where_nothing_is_lost():
+    axes = loss_heat_map([ALLOCATION], {"s": SPECTRUM}).axes[0]
+    nan = pytest.approx(np.nan, nan_ok=True)
+    assert image(axes) == [[1 / 7, nan, nan, nan], [1 / 7, 2 / 7, nan, 3 / 7]]
+    assert axes.get_title() == "b\nkfac: 3.5 nats a token"
+    plain = Spectrum("input", SPECTRUM.energies, SPECTRUM.matrices)
+    without = ALLOCATION | {"blocks": [], "units": ALLOCATION["units"][:3]}
+    assert loss_heat_map([without], {"s": plain}).axes[0].get_title() == "b\ninput: 24 % of energy"  # 4 of 17
 
 
 def test_spectra_draw_the_energy_beyond_each_rank():
-    figure = spectra({"u": np.array([3.0, 1.0]), "v": np.zeros(2)}, {"u": "q_proj", "v": "q_proj"}, {"u": 0, "v": 1})
-    assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.25, 1e-8])
+    spectrum = Spectrum("input", {"u": np.array([9.0, 1.0, 0.0]), "v": np.zeros(2)}, {"u": ("q", 0), "v": ("q", 1)})
+    lines = spectrum_curves(spectrum).axes[0].lines
+    assert lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.1, 1e-8, 1e-8])
+    assert lines[1].get_ydata().tolist() == pytest.approx([1e-8] * 3)
+
+
+def test_dense_variants_alone_make_a_page():
+    dense = ALLOCATION | {
+        "allocation": "dense",
+        "blocks": [],
+        "units": [unit("l.0.q_proj", 0, 4, "dense", relative_loss=0.0)],
+    }
+    spectrum = Spectrum("none", {"l.0.q_proj": np.zeros(4)}, {"l.0.q_proj": ("q_proj", 0)})
+    shown = pictures(summary(ROWS[1:]), [dense], {"s": spectrum})
+    assert list(shown) == ["perplexity", "ranks", "budget", "losses", "spectra-s"]
+    assert all(png(picture.figure).startswith(b"\x89PNG") for picture in shown.values())
+
+
+def test_the_lead_says_what_is_compared_and_by_which_protocol():
+    perplexity = (
+        "Perplexity is per token, over 32 windows of 512 tokens of news, in {}; × is its ratio to the dense model's."
+    )
+    assert lead(ROWS) == (
+        "2 variants of one model: 1 dense, 1 compressed by 1 preset. Kept is the share of the 106.2 million parameters "
+        "in the targeted linear layers that a variant stores; MB are the weights of the whole model on disk, in "
+        f"millions of bytes. {perplexity.format('bfloat16')} Accuracies (last word) are lm-eval's, at most 2048 "
+        "tokens, ± one standard error."
+    )
+    other = ROWS[1] | {"protocol": PROTOCOL | {"dtype": "float32", "tasks": []}}
+    assert lead([ROWS[0], other]).endswith(f" Other variants: {perplexity.format('float32')}")
 
 
 def test_the_same_figure_is_the_same_bytes_and_the_page_fetches_nothing():
     assert png(rank_heat_map([ALLOCATION])) == png(rank_heat_map([ALLOCATION]))
-    html = page(summary(ROWS), {"ranks": png(rank_heat_map([ALLOCATION]))})
+    name = "<script src='https://example.org/x.js'></script>" + "x" * 60
+    protocol = PROTOCOL | {"test_windows": {"<i>": [1, 2]}}
+    rows = [*ROWS, ROWS[0] | {"variant": name, "token_perplexity/<i>": 3.0, "protocol": protocol}]
+    figure = rank_heat_map([ALLOCATION])
+    shown = {"ranks": (Picture("<Ranks>", "read & see", figure), png(figure))}
+    html = page(rows, shown)
+    assert html == page(rows, shown)
     assert "<td>dense</td>" in html
-    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', html))
-    assert "href" not in html
+    assert "<h2>&lt;Ranks&gt;</h2>\n<p>read &amp; see</p>" in html
+    assert "x" * 60 in html
+    assert "2 tokens of &lt;i&gt;" in html
+    assert not re.search(r"<(script|link|iframe|i)\b|href|url\(|@import", html)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'<img[^>]* src="([^"]*)"', html))
+    assert "default-src 'none'" in html

@@ -1,25 +1,47 @@
-"""The table of variants and the pictures. Takes rows and allocations, returns a frame and figures; knows no files."""
+"""The table of variants and the page. Takes rows, allocations and spectra; knows no files."""
 
 import base64
-import io
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-Allocation = Mapping[str, Any]
+from drank.pareto import HIGHEST_RATIO, perplexity_by_size, perplexity_columns, reference
+from drank.pictures import Allocation, Spectrum, budget, loss_heat_map, rank_heat_map, spectrum_curves
+
+LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes")
+# The policy is a promise to the reader: a browser fetches nothing for this page, whatever is in it.
 PAGE_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>drank: variants</title>
-<style>body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;display:block;overflow-x:auto}
-td,th{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}img{max-width:100%}</style></head><body>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fcfcfa;max-width:1240px;margin:0 auto;padding:1.5em}
+h1{font-size:1.6em;margin:0 0 .4em}h2{font-size:1.15em;margin:2.2em 0 .2em}p{max-width:60em;margin:.3em 0 .8em}
+.table{overflow:auto;max-height:90vh;background:#fff;border:1px solid #e4e4de;border-radius:4px}
+table{border-collapse:collapse;font-size:.88em;font-variant-numeric:tabular-nums;width:100%}
+td{white-space:nowrap}th{vertical-align:bottom}
+td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #eee;background:#fff}
+tbody tr:hover td{background:#f3f6fa}thead th{position:sticky;top:0;z-index:1;font-weight:600}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0}thead th:first-child{z-index:2}
+td:nth-child(2),th:nth-child(2){text-align:left}
+.picture{overflow-x:auto;background:#fff;border:1px solid #e4e4de;border-radius:4px;padding:.6em}
+img{display:block;max-width:100%;margin:0 auto}
+@media(max-width:760px){body{padding:.8em}img{max-width:none;height:auto}}
+</style></head><body>
 """
-PANELS_ACROSS = 7
-HIGHEST_RATIO = 32
-LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, what it is, and one sentence on how to read it."""
+
+    title: str
+    caption: str
+    figure: Figure
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -33,95 +55,116 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(ordered, columns=[*LEADING, *figures])
 
 
-def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
-    """Share of the full rank by layer (down) and kind of matrix (across), a panel a variant; dense units are 1."""
-    columns = min(len(allocations), PANELS_ACROSS)
-    rows = math.ceil(len(allocations) / columns)
-    figure = Figure(figsize=(0.8 + 2.4 * columns, 5 * rows), layout="constrained")
-    for index, allocation in enumerate(allocations):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        table = _by_layer_and_kind(allocation, lambda unit: unit["rank"] / unit["full_rank"])
-        image = axes.imshow(table.to_numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        axes.set_xticks(range(table.shape[1]), [kind.removesuffix("_proj") for kind in table.columns], rotation=90)
-        axes.set_title(f"{allocation['variant']}\nkept {allocation['kept_ratio']:.3f}", fontsize=9)
-        axes.set_ylabel("layer" if index % columns == 0 else "")
-    figure.colorbar(image, ax=figure.axes, label="rank / full rank (dense = 1)")
-    return figure
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The summary as text: sizes, perplexities and their ratios to dense, accuracies ± one standard error."""
+    columns = {
+        "variant": table["variant"],
+        "preset": table["preset"],
+        "kept": table["kept_ratio"].map("{:.3f}".format),
+        "MB": (table["bytes"] / 1e6).map("{:.1f}".format),
+    }
+    for column in perplexity_columns(table):
+        text, base = column.removeprefix("token_perplexity/"), reference(table, column)
+        columns[f"perplexity, {text}"] = table[column].map(_figure)
+        if base is not None:
+            columns[f"×\u00a0{text}"] = (table[column] / base).map(_figure)
+    for column in table.columns:
+        metric, _, task = column.partition("/")
+        if metric.startswith("acc") and not metric.endswith("_stderr"):
+            errors = table[f"{metric}_stderr/{task}"]
+            cells = [f"{p:.2f} ± {e:.2f}" if p == p else "" for p, e in zip(table[column], errors, strict=True)]
+            columns[f"{metric}, {task.replace('_', ' ')}"] = pd.Series(cells)
+    return pd.DataFrame(columns)
 
 
-def spectra(energies: Mapping[str, np.ndarray], kinds: Mapping[str, str], layers: Mapping[str, int]) -> Figure:
-    """Share of the energy beyond rank k against k / full rank, a panel a kind, a line a layer (dark ones first)."""
-    names = list(dict.fromkeys(kinds.values()))
-    figure = Figure(figsize=(2.3 * len(names), 3), layout="constrained")
-    last = max(layers.values()) or 1
-    for index, kind in enumerate(names):
-        axes = figure.add_subplot(1, len(names), index + 1, sharey=figure.axes[0] if index else None)
-        for unit in (u for u in energies if kinds[u] == kind):
-            e = energies[unit]
-            tail = np.append(e[::-1].cumsum()[::-1], 0.0) / max(float(e.sum()), np.finfo(float).tiny)
-            shade = colormaps["viridis"](layers[unit] / last)
-            axes.semilogy(np.linspace(0, 1, len(tail)), tail.clip(1e-8), color=shade, linewidth=0.8)
-        axes.set_title(kind, fontsize=9)
-        axes.set_ylim(1e-6, 1.2)
-        axes.set_xlabel("k / full rank")
-    figure.axes[0].set_ylabel("energy beyond k")
-    return figure
+def pictures(
+    table: pd.DataFrame, allocations: Sequence[Allocation], spectra: Mapping[str, Spectrum]
+) -> dict[str, Picture]:
+    """What the page shows below the table, by file name, in its order. Dense variants have panels only if all are."""
+    compressed = [a for a in allocations if a["allocation"] != "dense"] or list(allocations)
+    shown = {
+        "perplexity": Picture(
+            "Quality against size",
+            "Lower and further left is better; no variant that is as small beats those on the grey band, the Pareto "
+            f"frontier.{_left_out(table)}",
+            perplexity_by_size(table),
+        ),
+        "ranks": Picture(
+            "Ranks",
+            "A cell is a matrix, layers downwards: the darker, the more of its rank was taken away; “channels” is "
+            "the share of its channels that an MLP kept, where it could lose any; its ranks are relative to the rest.",
+            rank_heat_map(compressed),
+        ),
+        "budget": Picture(
+            "Where the budget went",
+            "Left, a slot is as wide as that kind of matrix is in the dense model, and filled as far as its parameters "
+            "were kept (in per cent; beside the name the ratio over all kinds); right, the same by layer.",
+            budget(allocations),
+        ),
+        "losses": Picture(
+            "Where the loss is",
+            "A cell is a matrix's share of all the error that its variant makes (white: none; “channels”: what their "
+            "removal costs); with the metric kfac that error is a loss in nats, with the others energy, which weighs "
+            "differently from matrix to matrix and is no forecast of perplexity.",
+            loss_heat_map(compressed, spectra),
+        ),
+    }
+    for key, spectrum in spectra.items():
+        shown[f"spectra-{key}"] = Picture(
+            f"Spectra: {key}",
+            f"A line is a matrix, first layers dark: the share of its energy (metric {spectrum.metric}) that rank k "
+            "would lose; the faster it falls, the cheaper the matrix is to truncate.",
+            spectrum_curves(spectrum),
+        )
+    return shown
 
 
-def perplexity_by_size(table: pd.DataFrame) -> Figure:
-    """Token perplexity over the dense model's against bytes on disk, a panel a text, a line a preset.
-
-    Beyond HIGHEST_RATIO nobody would use the model, and the scale would hide the differences below: not drawn.
-    """
-    texts = [column.split("/", 1)[1] for column in table.columns if column.startswith("token_perplexity/")]
-    figure = Figure(figsize=(4.5 * len(texts) + 2, 4.2), layout="constrained")
-    for index, text in enumerate(texts):
-        axes = figure.add_subplot(1, len(texts), index + 1)
-        column = f"token_perplexity/{text}"
-        base = _reference(table, column)
-        for number, (preset, rows) in enumerate(table.groupby("preset", sort=False)):
-            points = rows.sort_values("bytes")
-            color = colormaps["tab20"](number % 20)
-            axes.plot(points["bytes"] / 1e6, points[column] / base, marker="o", label=str(preset), color=color)
-        axes.set_yscale("log")
-        if base != 1:
-            axes.set_ylim(0.9, min(float((table[column] / base).max()) * 1.1, HIGHEST_RATIO))
-        axes.set_xlabel("megabytes on disk")
-        axes.set_ylabel(f"token perplexity / dense, {text}")
-        axes.grid(visible=True, which="both", linewidth=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
+def page(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[Picture, bytes]]) -> str:
+    """One self-contained HTML page: what is compared, the table of variants, every picture with how to read it."""
+    table = readable(summary(rows)).to_html(index=False, border=0)
+    figures = "\n".join(_section(picture, data) for picture, data in shown.values())
+    head = f"{PAGE_HEAD}<h1>drank: variants</h1>\n<p>{escape(lead(rows))}</p>\n"
+    return f'{head}<div class="table">\n{table}\n</div>\n{figures}\n</body></html>\n'
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes (no date, no version inside)."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def page(table: pd.DataFrame, pictures: Mapping[str, bytes]) -> str:
-    """One self-contained HTML page: the table of variants and every picture, with nothing to fetch."""
-    images = "".join(
-        f'<h2>{name}</h2>\n<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
-        for name, picture in pictures.items()
+def lead(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is compared, in one paragraph: variants, what "kept" is a share of, and the protocol of the results."""
+    compressed = [row["preset"] for row in rows if row["preset"] != "dense"]
+    presets, targeted = len(set(compressed)), rows[0]["targeted_parameters"]
+    protocols = dict.fromkeys(_protocol(row["protocol"]) for row in rows)
+    return (
+        f"{len(rows)} variants of one model: {len(rows) - len(compressed)} dense, {len(compressed)} compressed by "
+        f"{presets} preset{'s' * (presets != 1)}. Kept is the share of the {targeted / 1e6:.4g} million "
+        "parameters in the targeted linear layers that a variant stores; MB are the weights of the whole model on "
+        f"disk, in millions of bytes. {' Other variants: '.join(protocols)}"
     )
-    rows = table.to_html(index=False, float_format=lambda value: f"{value:.4g}", border=0, na_rep="")
-    return f"{PAGE_HEAD}<h1>drank: variants</h1>\n{rows}\n{images}</body></html>\n"
 
 
-def _reference(table: pd.DataFrame, column: str) -> float:
-    """The dense model's figure; 1 where no dense variant was run, so that plain perplexities are shown."""
-    dense = table.loc[table["preset"] == "dense", column]
-    return float(dense.iloc[0]) if len(dense) else 1.0
+def _section(picture: Picture, data: bytes) -> str:
+    title, source = escape(picture.title), f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    image = f'<div class="picture"><img alt="{title}" src="{source}"></div>'
+    return f"<h2>{title}</h2>\n<p>{escape(picture.caption)}</p>\n{image}"
 
 
-def _by_layer_and_kind(allocation: Allocation, value: Any) -> pd.DataFrame:
-    rows = [
-        (unit["layer"] + offset, unit["kind"], value(unit))
-        for unit in allocation["units"]
-        for offset in range(len(unit["members"]))  # a group holds consecutive layers
-    ]
-    frame = pd.DataFrame(rows, columns=["layer", "kind", "value"])
-    kinds = list(dict.fromkeys(frame["kind"]))
-    return frame.pivot_table(index="layer", columns="kind", values="value")[kinds]
+def _protocol(protocol: Mapping[str, Any]) -> str:
+    shapes = protocol["test_windows"].items()
+    windows = " and ".join(f"{n} windows of {length} tokens of {text}" for text, (n, length) in shapes)
+    sentence = f"Perplexity is per token, over {windows}, in {protocol['dtype']}; × is its ratio to the dense model's."
+    if tasks := [task.replace("_", " ") for task in protocol["tasks"] if not task.endswith("_rolling")]:
+        limit = protocol["lm_eval_max_length"]
+        sentence += f" Accuracies ({', '.join(tasks)}) are lm-eval's, at most {limit} tokens, ± one standard error."
+    return sentence
+
+
+def _left_out(table: pd.DataFrame) -> str:
+    """How many variants the picture of perplexities leaves out, in some panel."""
+    bases = {column: reference(table, column) for column in perplexity_columns(table)}
+    beyond = pd.DataFrame({c: table[c] / base > HIGHEST_RATIO for c, base in bases.items() if base is not None})
+    count = int(beyond.any(axis=1).sum())
+    return f" Left out, beyond {HIGHEST_RATIO} times the dense model's: {count} variants." if count else ""
+
+
+def _figure(value: float) -> str:
+    if value != value:
+        return ""
+    return f"{value:.2f}" if value < 10_000 else f"{value:.0e}"
