@@ -250,8 +250,8 @@ def test_the_stage_writes_one_flat_record_and_the_same_bytes_again(tmp_path, tok
     params = yaml.safe_load(PARAMS.read_text())
     params["evaluation"]["tasks"] = ["news_rolling", "last_word"]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    tiny_llama().bfloat16().save_pretrained(tmp_path / "data/models/dense")
-    tokenizer.save_pretrained(tmp_path / "data/models/dense")
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "data/compression/dense")
+    tokenizer.save_pretrained(tmp_path / "data/compression/dense")
     write_json(tmp_path / "data/allocation/dense.json", {"kept_ratio": 1.0, "targeted_parameters": 3840})
     tests = {name: torch.randint(258, (2, 8)) for name in ("news", "commons")}
     write_tensors(tmp_path / "data/sampling/test.safetensors", tests)

@@ -2,9 +2,7 @@
 
 import ast
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,18 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from drank.workflow.files import read_json, read_rows, read_tensors
-from tests import tiny
+from tests.conftest import REPOSITORY, run
 
-REPOSITORY = Path(__file__).parent.parent
 STAGES = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-
-
-def run(root, *command, check=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def repro(root, *arguments):
@@ -47,26 +36,13 @@ def digests(root):
     return {f.relative_to(root).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A clone in small: our dvc.yaml, stages and package, a tiny model and texts, everything reproduced once."""
-    root = tmp_path_factory.mktemp("project")
-    tiny.project(root)
-    shutil.copy(REPOSITORY / "dvc.yaml", root)
-    shutil.copy(REPOSITORY / ".dvcignore", root)
-    for folder in ("stages", "src"):
-        shutil.copytree(REPOSITORY / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    run(root, "git", "init", "-q")
-    run(root, sys.executable, "-m", "dvc", "init", "-q")
-    assert len(repro(root)) == 18  # raw, sampling, covariance, two spectra, report, three a variant
-    return root
-
-
 def test_everything_is_there_and_up_to_date(project):
     assert repro(project) == []
     table = (project / "results/summary.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in table] == ["variant", "dense", "svd-llm-80", "d-rank-80", "kfac-80"]
     assert {f.name for f in (project / "results/figures").iterdir()} == {
+        "budget.png",
+        "losses.png",
         "perplexity.png",
         "ranks.png",
         "spectra-input.png",
@@ -77,17 +53,23 @@ def test_everything_is_there_and_up_to_date(project):
 def test_a_new_ratio_runs_that_variant_alone_and_the_old_one_runs_nothing(project):
     before = digests(project)
     set_ratio(project, "d-rank-80", 0.6)
-    assert repro(project) == ["allocation@d-rank-80", "compression@d-rank-80", "evaluation@d-rank-80", "report"]
+    steps = ("allocation", "compression", "evaluation", "release")
+    assert sorted(repro(project)) == sorted([*(f"{step}@d-rank-80" for step in steps), "report"])
     changed = {name for name, digest in digests(project).items() if before.get(name) != digest}
     assert changed == {
         "data/allocation/d-rank-80.csv",
         "data/allocation/d-rank-80.json",
         "data/evaluation/d-rank-80.json",
-        "data/models/d-rank-80/allocation.json",
-        "data/models/d-rank-80/config.json",
-        "data/models/d-rank-80/model.safetensors",
+        *(
+            f"data/{folder}/d-rank-80/{file}"
+            for folder in ("compression", "models")
+            for file in ("allocation.json", "config.json", "model.safetensors")
+        ),
+        *(f"data/models/d-rank-80/{file}" for file in ("README.md", "SHA256SUMS", "provenance.json")),
         "results/d-rank-80.json",
         "results/summary.csv",
+        "results/figures/budget.png",
+        "results/figures/losses.png",
         "results/figures/perplexity.png",
         "results/figures/ranks.png",
         "results/report.html",
@@ -99,7 +81,8 @@ def test_a_new_ratio_runs_that_variant_alone_and_the_old_one_runs_nothing(projec
 
 def test_every_stage_run_again_writes_the_same_bytes(project):
     before = digests(project)
-    assert len(repro(project, "--force", "--no-run-cache")) == 18
+    n_stages = 6 + 4 * 4  # raw, sampling, covariance, two spectra, report; four a variant
+    assert len(repro(project, "--force", "--no-run-cache")) == n_stages
     assert digests(project) == before
 
 

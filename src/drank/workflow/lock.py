@@ -18,6 +18,7 @@ from drank.workflow.params import Params, read_params
 from drank.workflow.resolved import resolved
 
 Stages = dict[str, dict[str, Any]]
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
 
 
 class LockError(ValueError):
@@ -85,7 +86,7 @@ def parse_lock(text: str, where: str) -> Stages:
         LockError: not a dvc.lock, or one without stages.
     """
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, LOADER)
     except yaml.YAMLError as error:
         raise LockError(f"{where}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
     if not isinstance(document, dict) or not document.get("stages"):
@@ -123,15 +124,21 @@ def writer(stages: Stages, path: str) -> str | None:
 
 
 def lineage(lock: Stages, stage: str) -> Stages:
-    """A stage and everything it depends on, in the lock's order."""
-    names, waiting = set(), [stage]
-    while waiting:
-        name = waiting.pop()
-        if name not in names:
-            names.add(name)
-            writers = (writer(lock, dependency["path"]) for dependency in lock[name].get("deps", ()))
-            waiting += [writer for writer in writers if writer]
-    return {name: row for name, row in lock.items() if name in names}
+    """A stage and everything it depends on: what a stage reads comes before it, the stage itself is last."""
+    ordered: Stages = {}
+    seen = set()
+
+    def visit(name: str) -> None:
+        if name not in seen:
+            seen.add(name)
+            for dependency in lock[name].get("deps", ()):
+                before = writer(lock, dependency["path"])
+                if before:
+                    visit(before)
+            ordered[name] = lock[name]
+
+    visit(stage)
+    return ordered
 
 
 def outs_of(stages: Stages) -> dict[str, str]:

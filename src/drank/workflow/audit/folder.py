@@ -109,7 +109,7 @@ def _files(folder: Folder) -> str:
     }
     told = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names)
     raise BrokenLinkError(
-        told or f"{CHECKSUMS} itself was edited: its lines are not those of sha256sum, sorted by name"
+        f"{CHECKSUMS} and the files disagree: {told or 'its lines are not sorted lines of sha256sum'}"
     )
 
 
@@ -136,9 +136,9 @@ def _allocation(folder: Folder) -> str:
         _same("sha256 of allocation.json in config.json", provenance.allocation_sha256, "the file", digest)
         _same("variant of config.json", provenance.variant, "allocation.json", variant)
         _same("base model of config.json", provenance.base_model_sha256, STATEMENT, statement.digests.get(base))
-    for name, digest in allocation.inputs.items():
+    for name, recorded in allocation.inputs.items():
         path = f"data/spectrum/{allocation.spectrum}/{name}"
-        _same(f"{name} of allocation.json", digest, STATEMENT, statement.digests.get(path))
+        _same(f"{name} of allocation.json", recorded, STATEMENT, statement.digests.get(path))
     return f"sha256 {digest}"
 
 
@@ -157,6 +157,9 @@ def _ranks(folder: Folder) -> str:
     modules = folder.quantization.modules if folder.quantization else {}
     compressed = set()
     for unit in allocation.units:
+        _same(f"full_rank of {unit.name}", unit.full_rank, "its shape", min(unit.out_features, unit.in_features))
+        if unit.form == "dense":
+            _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
         if unit.price != unit.price_of_form:
             raise BrokenLinkError(
                 f"{unit.name}: {unit.form} of rank {unit.rank} takes {unit.price_of_form} parameters, not {unit.price}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from drank.release import STATEMENT
 from drank.workflow.artefacts import AbsentError, Artefact, Store
@@ -52,9 +53,10 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
     ledger.check("working tree", lambda: _working_tree(record, root))
     ledger.check("chain", lambda: _chain(record, root))
     ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), needs=("parameters",))
-    store = Store(root, _present(root), record.commit.sha if record.commit else None)
+    present = outs_of(read_lock(root / "dvc.lock")) if ledger.holds("working tree") else {}
+    store = Store(root, present, record.commit.sha if record.commit else None)
     located: dict[str, Artefact] = {}
-    for path, md5 in outs_of(record.stages).items():
+    for path, md5 in tqdm(outs_of(record.stages).items(), "artefacts", leave=False, disable=None):
         if path != record.path:
             ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
     ledger.check("loss", lambda: _loss(folder.allocation, located), needs=("ranks",))
@@ -136,10 +138,6 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
         if before.get(key) != told.get(key):
             raise BrokenLinkError(f"{key} is {told.get(key)} in {STATEMENT}, but {before.get(key)} in {where}")
     return f"{len(told)} values: {where}, dvc.lock and {STATEMENT} agree"
-
-
-def _present(root: Path) -> Mapping[str, str]:
-    return outs_of(read_lock(root / "dvc.lock")) if (root / "dvc.lock").exists() else {}
 
 
 def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: str, md5: str) -> str:
