@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from stages import allocation, compression, covariance, raw, sampling, spectrum
+from stages import allocation, compression, covariance, evaluation, raw, release, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
 import drank.language_model.plugin  # noqa: F401
 from drank.language_model.linears import find_linears
+from drank.workflow.audit import audit
 from tests import tiny
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
@@ -66,13 +67,25 @@ def test_a_preset_fits_its_budget_and_the_folder_holds_what_was_allocated(projec
     assert found["price"] == sum(unit["price"] for unit in found["units"])
     assert found["objective"]["bound"] <= found["objective"]["value"]
     compression.main(preset, project)
-    model = AutoModelForCausalLM.from_pretrained(project / f"data/models/{preset}")
+    model = AutoModelForCausalLM.from_pretrained(project / f"data/compression/{preset}")
     dense = AutoModelForCausalLM.from_pretrained(project / "data/raw/model")
     targeted = sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"]))
     assert targeted == found["targeted_parameters"]
     saved = dense.num_parameters() - model.num_parameters()
     assert saved == targeted - found["price"], "shared bases count once, indices are no parameters"
     assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_released_as_a_folder_that_passes_an_audit(project, preset):
+    allocation.main(preset, project)
+    compression.main(preset, project)
+    evaluation.main(preset, project)
+    release.main(preset, project)
+    found = audit(project / f"data/models/{preset}", None)
+    states = {link.name: link.finding for link in found.links}
+    assert states.pop("dvc.lock") == "cannot be checked here"
+    assert set(states.values()) == {"holds"}, found.links
 
 
 def test_groups_of_two_layers_name_their_members(project):

@@ -103,8 +103,8 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
         raise LockError(f"{root / 'dvc.lock'}: no stage has written data/models/{name} yet; run `dvc repro`")
     stages = lineage(lock, released)
     check_order(stages, str(root / "dvc.lock"))
-    path = root / "params.yaml"
-    check_params(stages, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    written = root / "params.yaml"
+    check_params(stages, yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
     return Variant(name, stages, flat(resolved(params, name)), read_json(root / results), read_json(root / allocation))
 
 
