@@ -5,13 +5,17 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test check lock clean
+.PHONY: run test test-ui check lock clean
 
 run: $(VENV)/installed  ## the whole pipeline, then MLflow, then a table of variants
 	drank run
 
 test: check  ## linters, types, tests
 	python -m pytest
+
+test-ui: $(VENV)/installed  ## MLflow's pages and the report in the system's Chromium, which must be there
+	$(VENV)/bin/pip install --quiet --editable '.[ui]'
+	DRANK_UI=required python -m pytest tests/ui
 
 check: $(VENV)/installed
 	ruff format --check .

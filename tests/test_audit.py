@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from drank.release import CHECKSUMS, STATEMENT, checksums
 from drank.workflow.audit import AuditError, audit, find_root
 from drank.workflow.files import file_sha256, read_json
 from drank.workflow.lock import dvc_md5
+from drank.workflow.tracking import track
 from tests.conftest import run
 
 VARIANT, OTHER = "kfac-80", "svd-llm-80"
@@ -157,6 +159,21 @@ def test_a_lock_that_is_not_committed_is_said_to_be_so(project, tmp_path):
     assert "commit dvc.lock first" in broken(root / "data/models" / VARIANT, root)["dvc.lock"]
     run(root, "git", "commit", "-q", "-a", "-m", "At 0.7")
     assert audit(root / "data/models" / VARIANT, root).holds
+
+
+def test_the_run_in_mlflow_is_found_and_belied_by_another_allocation(project, folder, tmp_path, monkeypatch):
+    root = Path(shutil.copytree(project, tmp_path / "tracked", symlinks=True))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    track(root)
+    found = audit(folder, root)
+    (run,) = found.chain["mlflow"]
+    assert findings(found)["MLflow"] == "holds"
+    assert (run["name"], run["allocation_sha256"]) == (VARIANT, found.chain["allocation"]["sha256"])
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    client.set_tag(run["run_id"], "allocation.sha256", "0" * 64)
+    assert run["run_id"] in broken(folder, root)["MLflow"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/at/all.db")
+    assert findings(audit(folder, root))["MLflow"] == "cannot be checked here"
 
 
 # Tampering with the folder: at every file, bytes, presence and name.

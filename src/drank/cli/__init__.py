@@ -2,13 +2,17 @@
 
 import typer
 
-from drank.cli import audit, pipeline
+from drank.cli import audit, diff, pipeline, promote, sign
 from drank.workflow.stage import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 commands.command()(pipeline.run)
 commands.command()(pipeline.track)
 commands.command()(audit.audit)
+commands.command()(diff.diff)
+commands.command()(promote.promote)
+commands.command()(sign.sign)
+commands.command()(sign.verify)
 
 
 def app() -> None:

@@ -114,7 +114,7 @@ def told(chain: dict[str, Any]) -> list[tuple[str, str]]:
             ("commit", f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "no git here")
         )
     rows += [("results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))}))]
-    rows += [("MLflow", run) for run in chain.get("mlflow", ())]
+    rows += [("MLflow", run["link"]) for run in chain.get("mlflow", ())[:1]]
     return rows
 
 

@@ -4,14 +4,17 @@
 ``rebuilt`` compares it with one that was built again. Each link holds, does not hold, or cannot be checked here.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drank.workflow.audit.folder import Folder, check_folder
-from drank.workflow.audit.ledger import Ledger, Link, UncheckableError
+from drank.workflow.audit.ledger import BrokenLinkError, Ledger, Link, UncheckableError
 from drank.workflow.audit.repository import Record, check_repository
 from drank.workflow.history import origin
+
+if TYPE_CHECKING:
+    from drank.workflow.tracking import VariantRun
 
 __all__ = ["Audit", "AuditError", "Link", "audit", "find_root"]
 
@@ -56,16 +59,19 @@ def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
     folder, ledger = Folder(path), Ledger()
     check_folder(ledger, folder)
     record = None
+    runs: list[VariantRun] = []
     if root is None:
         ledger.check("dvc.lock", _no_repository)
     else:
         record = check_repository(ledger, folder, root)
-        ledger.check("MLflow", lambda: _mlflow(folder, root), needs=("allocation",))
+        ledger.check("MLflow", lambda: _mlflow(folder, root, runs), needs=("allocation",))
     if rebuilt is not None:
         from drank.workflow.audit.rebuilt import check_rebuilt
 
         ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt)), needs=("allocation",))
     chain = _chain(folder, record, root) if ledger.holds("allocation") else {}
+    if runs:
+        chain["mlflow"] = [asdict(run) for run in runs]
     return Audit(str(path), tuple(ledger), chain)
 
 
@@ -81,8 +87,27 @@ def _no_repository() -> str:
     raise UncheckableError("no repository here: call it from a clone, or name one with --root")
 
 
-def _mlflow(folder: Folder, root: Path) -> str:
-    raise UncheckableError("TODO")
+def _mlflow(folder: Folder, root: Path, runs: "list[VariantRun]") -> str:
+    from drank.workflow.tracking import TrackingError, find_runs
+
+    try:
+        found = find_runs(root, folder.md5)
+    except TrackingError as error:
+        raise UncheckableError(str(error)) from None
+    if found is None:
+        raise UncheckableError("no MLflow store here: `drank track` makes one")
+    if not found:
+        raise UncheckableError("MLflow has no run of this folder: `drank track` in the commit above makes one")
+    runs += found
+    for run in found:
+        if run.allocation_sha256 != folder.digests["allocation.json"]:
+            raise BrokenLinkError(
+                f"run {run.run_id} has an allocation of sha256 {run.allocation_sha256}, the folder has "
+                f"{folder.digests['allocation.json']}"
+            )
+    newest = found[0]
+    version = "" if newest.version is None else f", version {newest.version} of the registered model"
+    return f"run {newest.name} {newest.run_id}{version}{', which is champion' if newest.champion else ''}"
 
 
 def _chain(folder: Folder, record: Record | None, root: Path | None) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""How MLflow's pages show the experiment: its description, and a saved view of the variants of one state.
+
+MLflow keeps a saved view (menu "Views") as a tag of the experiment, in JSON that its documentation does not describe.
+A version of MLflow that reads another format shows its plain table instead; tests/ui looks at it in a browser.
+"""
+
+import json
+
+KEY = "variants"
+PAGE = f"runs?workflowType=machine_learning&viewStateShareKey={KEY}"
+WIDTH_OF_LETTER, WIDTH_OF_COLUMN = 7, 95  # pixels
+SECTION = "Size and quality"
+MOST_COLUMNS = 6  # of perplexities, and of accuracies: a tag holds 5000 characters
+MOST_CHARTS = 3
+DESCRIPTION = (
+    "Variants of one model, a run each, under a run for the state of `dvc.lock` that made them. The view **Variants** "
+    "(menu Views) has a table and charts of those tracked last. The step of `rank/<kind>` is the layer. Registered "
+    "model `drank`: the variants that were promoted; `champion` is the one to ship."
+)
+
+
+def experiment_tags(lock_sha256: str, metrics: list[str], has_dense: bool) -> dict[str, str]:
+    """Tags that describe the experiment, and hold the view of a state.
+
+    Args:
+        lock_sha256: the state.
+        metrics: names of all metrics of its variants.
+        has_dense: whether perplexities over the dense variant's are among them.
+    """
+    perplexities, accuracies = (
+        [metric for metric in metrics if metric.startswith(kind)][:MOST_COLUMNS]
+        for kind in ("ppl_over_dense/" if has_dense else "token_perplexity/", "acc/")
+    )
+    search = {
+        "searchFilter": f"tags.`drank.run` = 'variant' and tags.`dvc.lock_sha256` = '{lock_sha256}'",
+        "orderByKey": "metrics.`bytes`",
+        "orderByAsc": False,
+    }
+    columns = [
+        *(f"params.`{p}`" for p in ("preset", "size_ratio")),
+        "metrics.`bytes`",
+        *(f"metrics.`{m}`" for m in perplexities + accuracies),
+    ]
+    charts = [
+        {"type": "SCATTER", "xaxis": _axis("bytes"), "yaxis": _axis(perplexity), "runsCountToCompare": 100}
+        for perplexity in perplexities[:MOST_CHARTS]
+    ]
+    charts.append(
+        {
+            "type": "PARALLEL",
+            "selectedParams": ["preset"],
+            "selectedMetrics": ["bytes", *perplexities[:1], *accuracies[:1]],
+        }
+    )
+    page = {
+        "compareRunCharts": [
+            {"uuid": f"drank-{number}", "metricSectionId": SECTION, "deleted": False, "isGenerated": False, **chart}
+            for number, chart in enumerate(charts)
+        ],
+        "compareRunSections": [
+            {"uuid": SECTION, "name": SECTION, "display": True, "isReordered": False, "deleted": False}
+        ],
+        "isAccordionReordered": True,
+    }
+    widths = {column: max(WIDTH_OF_COLUMN, WIDTH_OF_LETTER * len(column.split("`")[1]) + 30) for column in columns}
+    view = search | page | {"selectedColumns": columns, "columnOrder": columns, "columnWidths": widths}
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.note.content": DESCRIPTION,
+        f"mlflow.sharedViewState.{KEY}": json.dumps(
+            {"name": "Variants", "createdAt": 0, "updatedAt": 0, "state": json.dumps(view)}
+        ),
+    }
+
+
+def _axis(metric: str) -> dict[str, str]:
+    return {"key": metric, "type": "METRIC"}
