@@ -98,16 +98,18 @@ def told(chain: dict[str, Any]) -> list[tuple[str, str]]:
             f"asked), {allocation['price']:,} spent ({allocation['kept_ratio']:.4f} kept)",
         ),
         ("objective", f"{objective['value']:.6g}, at most {objective['gap']:.2g} of it above the optimum"),
-        ("spectrum", f"{allocation['spectrum']}: {_listed(spectrum)}"),
-        ("covariance", _listed(parameters["covariance"])),
+        ("spectrum", f"{allocation['spectrum']}: {_listed(_set(spectrum))}"),
+        ("covariance", _listed(_set(parameters["covariance"]))),
         (
             "calibration",
             f"{sampling['n_windows']} windows of {sampling['window_length']} tokens of {sampling['calibration_text']}, "
             f"seed {spectrum['calibration_seed']}",
         ),
     ]
-    rows += [(m["name"], f"{m['uri']}{_digest(m)}") for m in chain["materials"] if "uri" in m]
-    rows += [("", f"{m['name']}{_digest(m)}") for m in chain["materials"] if m["name"].startswith("data/raw/model/")]
+    for material in chain["materials"]:
+        if "uri" in material:
+            label = "base model" if material["name"] == "model" else material["name"].replace(".", " ")
+            rows.append((label, f"{material['uri']}{_digest(material)}"))
     if "commit" in chain:
         commit = chain["commit"]
         rows.append(
@@ -119,9 +121,13 @@ def told(chain: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-    )
+    told = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    return ", ".join(f"{key} {text}" for key, text in told.items())
+
+
+def _set(values: dict[str, Any]) -> dict[str, Any]:
+    """What is not zero, empty or off."""
+    return {key: value for key, value in values.items() if value}
 
 
 def _digest(material: dict[str, Any]) -> str:
