@@ -49,7 +49,7 @@ def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
     Args:
         path: the folder, at any place.
         root: the folder of dvc.lock; None where there is none.
-        rebuilt: a folder that was built again, to compare the weights with.
+        rebuilt: a folder that was built again, to compare with.
 
     Raises:
         AuditError: ``path`` is no folder with a model.
@@ -68,7 +68,8 @@ def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
     if rebuilt is not None:
         from drank.workflow.audit.rebuilt import check_rebuilt
 
-        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt)), needs=("allocation",))
+        windows = root / "data/sampling/test.safetensors" if root else None
+        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt), windows), needs=("allocation",))
     chain = _chain(folder, record, root) if ledger.holds("allocation") else {}
     if runs:
         chain["mlflow"] = [asdict(run) for run in runs]

@@ -1,0 +1,41 @@
+"""Kullback-Leibler divergence of two models' predictions: by hand, against torch, and what must always hold."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from drank.divergence import token_divergence
+from tests import tiny
+
+
+class Fixed(nn.Module):
+    """The same distribution at every position."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log()
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.logits.expand(*ids.shape, -1))
+
+
+def test_by_hand():
+    windows = torch.zeros(2, 3, dtype=torch.long)
+    found = token_divergence(Fixed([0.5, 0.5]), Fixed([0.25, 0.75]), windows)
+    assert found == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
+
+
+def test_against_torch_on_real_models_and_zero_for_the_same(generator):
+    model, other = tiny.llama(), tiny.llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    windows = torch.randint(0, 320, (3, 10), generator=generator)
+    log_p, log_q = (m(windows).logits.log_softmax(-1).flatten(0, 1) for m in (model, other))
+    expected = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    assert token_divergence(model, other, windows) == pytest.approx(expected.item(), rel=1e-4)
+    assert token_divergence(model, model, windows) == 0
+    assert token_divergence(other, model, windows) > 0
