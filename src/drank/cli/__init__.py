@@ -2,7 +2,7 @@
 
 import typer
 
-from drank.cli import audit, diff, pipeline, promote, sign
+from drank.cli import audit, bench, diff, pipeline, promote, sign
 from drank.workflow.stage import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -10,6 +10,7 @@ commands.command()(pipeline.run)
 commands.command()(pipeline.track)
 commands.command()(audit.audit)
 commands.command()(diff.diff)
+commands.command()(bench.bench)
 commands.command()(promote.promote)
 commands.command()(sign.sign)
 commands.command()(sign.verify)

@@ -22,6 +22,7 @@ What is logged is what MLflow's pages can show at once; the rest is in the artif
 
 from drank.workflow.tracking.projection import Tracked, track, where_to_look
 from drank.workflow.tracking.registry import Promotion, PromotionError, VariantRun, find_runs, promote
+from drank.workflow.tracking.speed import log_speed
 from drank.workflow.tracking.store import TrackingError
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "TrackingError",
     "VariantRun",
     "find_runs",
+    "log_speed",
     "promote",
     "track",
     "where_to_look",
