@@ -67,9 +67,10 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
 def _find(folder: Folder, root: Path, found: list[Record]) -> str:
     if has_history(root):
         for commit in find_commits(root, folder.md5, "dvc.lock"):
-            text = (file_at(root, commit.sha, "dvc.lock") or b"").decode(errors="replace")
-            if folder.md5 in text:
-                found.append(_record(parse_lock(text, f"dvc.lock at {commit.sha[:10]}"), folder.md5, commit))
+            text = file_at(root, commit.sha, "dvc.lock")
+            stages = parse_lock(text.decode(), f"dvc.lock at {commit.sha[:10]}") if text else {}
+            if folder.md5 in outs_of(stages).values():
+                found.append(_record(stages, folder.md5, commit))
                 return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
         if is_shallow(root):
             raise UncheckableError(
