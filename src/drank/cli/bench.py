@@ -218,9 +218,11 @@ def _load(folder: Path, conditions: Conditions) -> int:
     quieten_libraries()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from drank.benchmark import Subject, peak_memory
 
+    disable_progress_bar()
     if conditions.threads is not None:
         torch.set_num_threads(conditions.threads)
     # On the CPU libraries count too; so they are imported before, by building the model without its weights.
