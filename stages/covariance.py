@@ -1,59 +1,124 @@
 """Covariance: the model and calibration windows -> data/covariance/<seed>/: inputs/, gradients/ and summary.json."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from drank.covariance import NotFiniteError, SecondMoment
-from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
-from drank.language_model.linears import find_linears, shared_inputs
-from drank.workflow.files import read_tensors, replacing_folder, write_json, write_tensors
-from drank.workflow.params import read_params
+from drank.language_model.capture import (
+    Callback,
+    run_backward,
+    run_windows,
+    split_windows,
+    watching_inputs,
+    watching_output_gradients,
+)
+from drank.language_model.linears import Linear, find_linears, shared_inputs
+from drank.language_model.offload import Sweep, disk_map, find_blocks, offloaded_sweeps
+from drank.workflow.files import read_tensors, scratch_folder, write_json, write_tensors
+from drank.workflow.params import Covariance, read_params
+from drank.workflow.processes import Group, launch, must_launch, process_group
 from drank.workflow.stage import run_stage
 
 
 def main(seed: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml").covariance
-    torch.set_num_threads(params.threads)
-    windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"]
-    model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16).eval()
+    if must_launch(params.processes):
+        launch(params.processes, "stages.covariance", seed, "--root", str(root))
+        return
+    with process_group(params.threads) as group, group.replacing_folder(root / "data/covariance" / seed) as folder:
+        windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"]
+        with scratch_folder(folder / f".offloaded-{group.rank}") as scratch:
+            collect(root / "data/raw/model", windows, params, group, folder, scratch)
+
+
+def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Group, folder: Path, scratch: Path) -> None:
+    model = load(model_folder, params, scratch)
     linears = find_linears(model, params.targets, params.ignore)
     owners = shared_inputs(model, linears, windows[:1, :8])
-    modules = {linear.name: linear.module for linear in linears}
-    inputs = {linear.name: SecondMoment(linear.in_features) for linear in linears if owners[linear.name] == linear.name}
-    gradients = {linear.name: SecondMoment(linear.out_features) for linear in linears if params.fisher != "none"}
-    if gradients:
-        passes = run_backward(model, windows, params.batch_windows, params.fisher, params.fisher_seed)
-    else:
-        passes = run_windows(model, windows, params.batch_windows)
-    with (
-        watching_inputs({name: modules[name] for name in inputs}, lambda name, x: inputs[name].add(x)),
-        watching_output_gradients({name: modules[name] for name in gradients}, lambda name, g: gradients[name].add(g)),
-        tqdm(total=len(windows), desc=f"covariance {seed}", unit="window") as bar,
-    ):
-        for n in passes:
-            bar.update(n)
-    with replacing_folder(root / "data/covariance" / seed) as folder:
-        for name, moment in inputs.items():
-            tensors = {
-                "covariance": _mean(f"activations entering {name}", moment),
-                "magnitude": moment.mean_magnitude(),
-            }
-            write_tensors(folder / f"inputs/{name}.safetensors", {key: t.float() for key, t in tensors.items()})
-        for name, moment in gradients.items():
-            covariance = _mean(f"gradients leaving {name}", moment).float()
-            write_tensors(folder / f"gradients/{name}.safetensors", {"covariance": covariance})
+    for sweep in sweeps(model, linears, windows, params, group, scratch):
+        within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
+        inputs = {n: SecondMoment(a.in_features) for n, a in within.items() if sweep.inputs and owners[n] == n}
+        gradients = {n: SecondMoment(a.out_features) for n, a in within.items() if sweep.gradients}
+        with (
+            watching_inputs({name: within[name].module for name in inputs}, adding_to(inputs)),
+            watching_output_gradients({name: within[name].module for name in gradients}, adding_to(gradients)),
+            tqdm(desc=f"covariance {sweep.prefix}", unit="window", disable=group.rank > 0 or None) as bar,
+        ):
+            for n_windows in sweep.passes:
+                bar.update(n_windows)
+        write("inputs", "activations entering", inputs, group, folder)
+        write("gradients", "gradients leaving", gradients, group, folder)
+    if group.rank == 0:
         summary = {"fisher": params.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
         write_json(folder / "summary.json", summary)
 
 
-def _mean(what: str, moment: SecondMoment) -> torch.Tensor:
-    try:
-        return moment.mean()
-    except NotFiniteError as error:
-        raise NotFiniteError(f"{what}: {error}") from None
+def adding_to(moments: dict[str, SecondMoment]) -> Callback:
+    return lambda name, rows: moments[name].add(rows)
+
+
+def load(model_folder: Path, params: Covariance, scratch: Path) -> Any:
+    if not params.offload:
+        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    places = disk_map(skeleton, find_blocks(skeleton, find_linears(skeleton, params.targets, params.ignore)))
+    return AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.bfloat16, device_map=places, offload_folder=scratch / "weights"
+    ).eval()
+
+
+def sweeps(
+    model: Any, linears: list[Linear], windows: Tensor, params: Covariance, group: Group, scratch: Path
+) -> Iterator[Sweep]:
+    """All passes at once, or block after block."""
+    if params.offload:
+        blocks, batches = find_blocks(model, linears), split_windows(windows, params.batch_windows, group.share)
+        yield from offloaded_sweeps(model, blocks, batches, params.fisher, params.fisher_seed, Files(scratch))
+    elif params.fisher == "none":
+        yield Sweep("", True, False, run_windows(model, windows, params.batch_windows, group.share))
+    else:
+        passes = run_backward(model, windows, params.batch_windows, params.fisher, params.fisher_seed, group.share)
+        yield Sweep("", True, True, passes)
+
+
+class Files:
+    """Tensors by name, each a file of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        write_tensors(self.folder / f"{name}.safetensors", {name: tensor})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_tensors(self.folder / f"{name}.safetensors")[name]
+
+    def __delitem__(self, name: str) -> None:
+        (self.folder / f"{name}.safetensors").unlink()
+
+
+def write(kind: str, what: str, moments: dict[str, SecondMoment], group: Group, folder: Path) -> None:
+    """Means over the tokens of all processes; inputs have their magnitudes beside them."""
+    for name, moment in moments.items():
+        n_tokens = torch.tensor(moment.n_tokens)
+        group.sum(moment.total, moment.magnitude, n_tokens)
+        moment.n_tokens = int(n_tokens)
+        if group.rank:
+            continue
+        try:
+            tensors = {"covariance": moment.mean()}
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{what} {name}: {error}") from None
+        if kind == "inputs":
+            tensors["magnitude"] = moment.mean_magnitude()
+        write_tensors(folder / f"{kind}/{name}.safetensors", {key: t.float() for key, t in tensors.items()})
 
 
 if __name__ == "__main__":

@@ -11,27 +11,40 @@ import drank.language_model.plugin  # noqa: F401  the format of data/compression
 from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks
 from drank.perplexity import token_perplexity
 from drank.workflow.files import read_json, read_tensors, write_json
-from drank.workflow.params import read_params
+from drank.workflow.params import Params, read_params
+from drank.workflow.processes import Group, launch, must_launch, process_group
 from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
+    params.variant(variant)
+    if must_launch(params.evaluation.processes):
+        launch(params.evaluation.processes, "stages.evaluation", variant, "--root", str(root))
+        return
+    with process_group(params.evaluation.threads) as group:
+        evaluate(variant, root, params, group)
+
+
+def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     asked, _ = params.variant(variant)
     allocation = read_json(root / "data/allocation" / f"{variant}.json")
     tests = read_tensors(root / "data/sampling/test.safetensors")
-    torch.set_num_threads(params.evaluation.threads)
     batch = params.evaluation.batch_windows
     folder = root / "data/compression" / variant
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
-    figures: dict[str, float] = {}
-    nats: dict[str, list[float]] = {}
-    for name, windows in tests.items():
+    perplexities: dict[str, tuple[float, list[float]]] = {}
+    for name in sorted(tests)[group.share]:
         bar = partial(tqdm, desc=f"{variant}, {name}", unit="batch")
-        figures[f"token_perplexity/{name}"], nats[name] = token_perplexity(model, windows, batch, bar)
+        perplexities[name] = token_perplexity(model, tests[name], batch, bar)
+    together = {name: found for part in group.gather(perplexities) for name, found in part.items()}
+    figures = {f"token_perplexity/{name}": perplexity for name, (perplexity, _) in together.items()}
+    nats = {name: nats for name, (_, nats) in together.items()}
     tasks, tokenizer = params.evaluation.tasks, AutoTokenizer.from_pretrained(folder)
     figures |= run_tasks(model, tokenizer, root / "data/sampling/tasks", tasks, batch)
+    if group.rank:
+        return
 
     sizes = {
         "size_ratio": asked.size_ratio,

@@ -1,6 +1,7 @@
 """Spectrum: weights and covariances -> data/spectrum/<key>/: summary.json, singular_values, factors a unit, cuts."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from drank.language_model.linears import Linear, find_linears
 from drank.language_model.substitution import measure_sensitivity
 from drank.language_model.units import Mlp, find_groups, find_mlps
 from drank.spectrum import damped, effective_rank, whitened_spectrum
-from drank.workflow.files import read_json, read_rows, read_tensors, replacing_folder, write_json, write_tensors
-from drank.workflow.params import Spectrum, read_params
+from drank.workflow.files import read_json, read_rows, read_tensors, write_json, write_tensors
+from drank.workflow.params import Params, Spectrum, read_params
+from drank.workflow.processes import Group, launch, must_launch, process_group
 from drank.workflow.stage import run_stage
 
 VECTORS = ("output_vectors", "input_vectors")
@@ -24,8 +26,16 @@ VECTORS = ("output_vectors", "input_vectors")
 
 def main(key: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
+    if must_launch(params.covariance.processes):
+        launch(params.covariance.processes, "stages.spectrum", key, "--root", str(root))
+        return
+    destination = root / "data/spectrum" / key
+    with process_group(params.covariance.threads) as group, group.replacing_folder(destination) as folder:
+        collect(key, root, params, group, folder)
+
+
+def collect(key: str, root: Path, params: Params, group: Group, folder: Path) -> None:
     asked = params.spectrum[key]
-    torch.set_num_threads(params.covariance.threads)
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
     mlps = find_mlps(linears) if asked.units == "block" else []
@@ -33,18 +43,43 @@ def main(key: str, root: Path = Path()) -> None:
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
     metrics = Metrics(asked, root / "data/covariance" / str(asked.calibration_seed))
-    with replacing_folder(root / "data/spectrum" / key) as folder:
-        writer = Writer(folder)
-        units = [unit(group, metrics, writer) for group in tqdm(groups, desc=f"spectrum {key}", unit="unit")]
-        blocks = [block(mlp, asked.cuts, metrics, writer) for mlp in tqdm(mlps, desc=f"spectrum {key}", unit="MLP")]
-        summary: dict[str, Any] = {"metric": asked.metric, "units": units, "blocks": blocks}
-        if asked.sensitivity_windows:
-            windows = read_tensors(root / f"data/sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
-            windows, batch = windows[: asked.sensitivity_windows], params.covariance.batch_windows
-            ratios = asked.sensitivity_ratios
-            summary["sensitivity"] = sensitivity(model.eval(), linears, writer, windows, ratios, batch)
+    writer = Writer(folder)
+    bar = partial(tqdm, desc=f"spectrum {key}", disable=group.rank > 0 or None)
+    units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="unit")}
+    members = [(*mlp.before, mlp.down) for mlp in mlps]
+    blocks = {i: block(mlps[i], asked.cuts, metrics, writer) for i in bar(shared_out(members, group), unit="MLP")}
+    summary: dict[str, Any] = {
+        "metric": asked.metric,
+        "units": in_order(group.gather(list(units.items()))),
+        "blocks": in_order(group.gather(list(blocks.items()))),
+    }
+    # After the gathering: the factors of all processes are there.
+    values = {name: values.tolist() for name, values in writer.singular_values.items()}
+    for others in group.gather(values):
+        writer.singular_values |= {name: torch.tensor(v, dtype=torch.float64) for name, v in others.items()}
+    if asked.sensitivity_windows:
+        windows = read_tensors(root / f"data/sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
+        windows, batch = windows[: asked.sensitivity_windows], params.covariance.batch_windows
+        mine = linears[group.share]
+        parts = group.gather(sensitivity(model.eval(), mine, writer, windows, asked.sensitivity_ratios, batch))
+        summary["sensitivity"] = {name: scores for part in parts for name, scores in part.items()}
+    if group.rank == 0:
         write_tensors(folder / "singular_values.safetensors", writer.singular_values)
         write_json(folder / "summary.json", summary)
+
+
+def shared_out(units: Sequence[tuple[Linear, ...]], group: Group) -> list[int]:
+    """Indices of the units that this process takes: in turn by size, so that all have as much to do."""
+
+    def flops(i: int) -> int:
+        return sum(a.out_features * a.in_features * min(a.out_features, a.in_features) for a in units[i])
+
+    return sorted(sorted(range(len(units)), key=flops, reverse=True)[group.share])
+
+
+def in_order(parts: list[list[tuple[int, Any]]]) -> list[Any]:
+    """What the processes found by index, as one list."""
+    return [found for _, found in sorted((i, found) for part in parts for i, found in part)]
 
 
 class Metrics:

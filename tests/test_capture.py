@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
+from drank.language_model.capture import (
+    run_backward,
+    run_windows,
+    split_windows,
+    watching_inputs,
+    watching_output_gradients,
+)
 from tests import tiny
 
 
@@ -78,3 +84,36 @@ def test_sampled_labels_follow_the_models_own_prediction_and_their_seed():
 
     assert torch.equal(gradients(0), gradients(0))
     assert not torch.equal(gradients(0), gradients(1))
+
+
+@pytest.mark.parametrize("fisher", ["gaussian", "sampled"])
+def test_draws_depend_neither_on_the_batching_nor_on_who_has_the_window(fisher):
+    model, windows = tiny.llama(), torch.randint(0, 300, (5, 6))
+
+    def gradients(batch_windows, part=slice(None)):
+        parts = []
+        with watching_output_gradients({"head": model.lm_head}, lambda _, g: parts.append(g)):
+            list(run_backward(model, windows, batch_windows, fisher, 7, part))
+        return torch.cat(parts).unflatten(0, (-1, 6))
+
+    whole = gradients(5)
+    assert not torch.equal(whole[0], whole[1])
+    for batch_windows in (1, 2):
+        torch.testing.assert_close(gradients(batch_windows), whole, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradients(2, slice(1, None, 2)), whole[2:4], rtol=1e-3, atol=1e-5)
+
+
+def test_windows_with_one_text_have_draws_of_their_own():
+    model, drawn = tiny.llama(), []
+    with watching_output_gradients({"head": model.lm_head}, lambda _, g: drawn.append(g)):
+        list(run_backward(model, torch.randint(0, 300, (1, 6)).repeat(2, 1), 2, "gaussian"))
+    assert not torch.equal(drawn[0][:5], drawn[0][6:11])
+
+
+def test_shares_of_the_batches_are_all_windows_once():
+    windows = torch.arange(14).unflatten(0, (7, 2))
+    assert [(batch.first, len(batch.ids)) for batch in split_windows(windows, 2)] == [(0, 2), (2, 2), (4, 2), (6, 1)]
+    shares = [split_windows(windows, 2, slice(rank, None, 3)) for rank in range(3)]
+    assert [[batch.first for batch in share] for share in shares] == [[0, 6], [2], [4]]
+    for batch in split_windows(windows, 3):
+        assert torch.equal(batch.ids, windows[batch.first : batch.first + 3])

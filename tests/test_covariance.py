@@ -21,7 +21,7 @@ def test_streaming_equals_one_shot_whatever_the_batching(batches, size, seed):
     moment = SecondMoment(size)
     for part in x.split(batches):
         moment.add(part)
-    torch.testing.assert_close(moment.mean(), x.double().T @ x.double() / len(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moment.mean().double(), x.double().T @ x.double() / len(x), rtol=1e-6, atol=1e-6)
 
 
 def test_result_is_symmetric_and_positive_semidefinite(generator):
@@ -42,6 +42,18 @@ def test_bfloat16_products_are_exact_so_only_the_float32_sum_rounds(tokens, size
     error = (moment.mean() * tokens - rows.T @ rows).abs() / (rows.abs().T @ rows.abs())
     assert error.max() < 4e-6
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_many_batches_of_a_wide_input_stay_within_the_bound_of_the_docstring(generator):
+    batches, tokens, size = 200, 16, 600  # wider than a panel, and no multiple of it
+    moment, exact, absolute = SecondMoment(size), torch.zeros(size, size, dtype=torch.float64), 0
+    for _ in range(batches):
+        x = torch.randn(tokens, size, generator=generator).bfloat16()
+        moment.add(x)
+        exact += x.double().T @ x.double()
+        absolute += x.double().abs().T @ x.double().abs()
+    error = (moment.mean() * batches * tokens - exact).abs() / absolute
+    assert error.max() < (tokens + batches) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])

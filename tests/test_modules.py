@@ -142,12 +142,12 @@ def test_dense_weight_of_a_half_precision_module_is_rounded_once(build, dtype):
 
 def test_kept_rows_are_verbatim_in_the_dense_weight():
     module = pivot_linear(dtype=torch.bfloat16)
-    assert torch.equal(module.dense_weight()[module.order[:3].long()], module.weight)
+    assert torch.equal(module.dense_weight()[module.places.argsort()[:3]], module.weight)
 
 
 def test_kept_rows_of_the_shared_basis_are_verbatim_in_the_dense_weight():
     module = shared_pivot_linear(dtype=torch.bfloat16)
-    assert torch.equal(module.dense_weight()[module.order[:2].long()], module.basis.weight[1:3])
+    assert torch.equal(module.dense_weight()[module.places.argsort()[:2]], module.basis.weight[1:3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -169,7 +169,7 @@ def test_a_module_of_a_group_may_have_all_its_rows_in_the_basis():
 
 
 @ALL
-def test_the_whole_module_moves_to_another_dtype_but_for_the_order(build):
+def test_the_whole_module_moves_to_another_dtype_but_for_the_places(build):
     module = build().to(torch.bfloat16)
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert module(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -204,7 +204,7 @@ def test_parameters_are_counted_as_they_are_priced_and_the_index_beside_them():
 def test_a_full_rank_pivot_form_is_the_matrix_with_its_rows_permuted():
     module = pivot_linear(6, 4, 4)
     assert module.n_parameters == 24
-    assert torch.equal(module.dense_weight()[module.order.long()], module.weight)
+    assert torch.equal(module.dense_weight()[module.places.argsort()], module.weight)
 
 
 @pytest.mark.parametrize(

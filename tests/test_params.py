@@ -33,6 +33,15 @@ def test_the_shipped_file_is_valid():
 
 
 @pytest.mark.parametrize(
+    ("key", "left_out"),
+    [("covariance/processes", 1), ("covariance/offload", False), ("evaluation/processes", 1)],
+)
+def test_files_older_than_a_key_are_read_as_before(tmp_path, key, left_out):
+    section, name = key.split("/")
+    assert getattr(getattr(read_params(changed(tmp_path, key, None)), section), name) == left_out
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("sampling/n_window", 3, "unknown key 'sampling.n_window' .value 3."),
@@ -72,6 +81,9 @@ def test_the_shipped_file_is_valid():
         ("sampling/calibration_text", "nwes", "sampling.calibration_text = 'nwes' is not in section 'text'"),
         ("model/source", "SmolLM2", "model.source"),
         ("model/sha256", "bcc8", "model.sha256"),
+        ("covariance/processes", 0, "'covariance.processes' = 0.* greater than or equal to 1"),
+        ("covariance/offload", "some", "'covariance.offload' = 'some'"),
+        ("evaluation/processes", 1.5, "'evaluation.processes' = 1.5"),
         ("model", None, "'model' is missing"),
         ("variants", None, "'variants' is missing"),
     ],

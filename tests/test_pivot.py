@@ -60,6 +60,28 @@ def test_kept_rows_are_rows_of_the_matrix_itself_and_the_order_is_a_permutation(
 
 @settings(deadline=None)
 @given(shape=shapes(), seed=st.integers(0, 10_000))
+def test_rows_are_those_of_discrete_empirical_interpolation(shape, seed):
+    k = shape[2]
+    left, right = factors(*shape, seed=seed)
+    taken = []
+    for i in range(k):  # each column's largest entry that the columns before it, interpolated at the rows taken, miss
+        known = torch.linalg.solve(left[taken, :i], left[taken, i]) if taken else torch.zeros(0, dtype=torch.float64)
+        taken.append(int((left[:, i] - left[:, :i] @ known).abs().argmax()))
+    assert pivot_rows(left, right).order[:k].tolist() == sorted(taken)
+
+
+@settings(deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 10_000), data=st.data())
+def test_a_smaller_rank_keeps_some_of_the_same_rows(shape, seed, data):
+    k = shape[2]
+    left, right = factors(*shape, seed=seed)
+    smaller = data.draw(st.integers(1, k))
+    few = pivot_rows(left[:, :smaller], right[:smaller]).order[:smaller]
+    assert set(few.tolist()) <= set(pivot_rows(left, right).order[:k].tolist())
+
+
+@settings(deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 10_000))
 def test_coefficients_depend_on_the_rows_kept_and_not_on_the_factorisation(shape, seed):
     left, right = factors(*shape, seed=seed)
     form = pivot_rows(left, right)

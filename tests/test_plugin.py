@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
+from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear, places
 from drank.language_model.plugin import DrankConfig, DrankQuantizer, FormatError, attach, register, swap_modules
 from drank.pivot import pivot_rows, split_group
 from tests import tiny
@@ -120,7 +120,7 @@ def compressed(architecture, specs=None, dtype=torch.float32):
             for parameter in module.parameters():
                 parameter.normal_(std=0.3)
             if isinstance(module, PivotLinear | SharedPivotLinear):
-                module.order.copy_(torch.randperm(module.out_features))
+                module.places.copy_(torch.randperm(module.out_features))
     return attach(model, specs, {"variant": "d-rank-80", "ratios": [0.8]})
 
 
@@ -226,7 +226,7 @@ def test_bfloat16_and_shards_survive_the_round_trip(architecture, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}
-    assert {m.order.dtype for m in reloaded.modules() if hasattr(m, "order")} == {torch.int32}
+    assert {m.places.dtype for m in reloaded.modules() if hasattr(m, "places")} == {torch.int32}
     assert torch.equal(logits(reloaded), logits(model))
 
 
@@ -282,18 +282,27 @@ def test_keys_of_later_versions_survive_a_round_trip(llama, tmp_path_factory):
     assert config["license"] == {"name": "x"}
     assert config["modules"][DOWN]["note"] == [1, 2]
     assert config["provenance"] == {"variant": "d-rank-80", "ratios": [0.8]}
-    assert (config["quant_method"], config["format_version"]) == ("drank", 1)
+    assert (config["quant_method"], config["format_version"]) == ("drank", 2)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
-def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, version):
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        (3, "upgrade with 'pip install"),
+        (1, "build the folder again"),
+        (0, "upgrade"),
+        ("1", "upgrade"),
+        (None, "upgrade"),
+    ],
+)
+def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, version, remedy):
     _, folder = llama
     edit_config(folder, lambda config: config.update(format_version=version))
-    with pytest.raises(FormatError, match=rf"format_version is {version!r}.* reads 1 to 1: upgrade with 'pip install"):
+    with pytest.raises(FormatError, match=rf"format_version is {version!r}.* reads 2: {remedy}"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("key", ["basis", "weight", "order", "coefficients", "basis.weight"])
+@pytest.mark.parametrize("key", ["basis", "weight", "places", "coefficients", "basis.weight"])
 def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
     _, folder = llama
     path = folder / "model.safetensors"
@@ -450,7 +459,7 @@ def grouped_llama(rank=12):
     model.get_submodule(names[0]).basis.weight.copy_(form.kept)
     for name, member in members.items():
         model.get_submodule(name).weight.copy_(member.coefficients)
-        model.get_submodule(name).order.copy_(member.order)
+        model.get_submodule(name).places.copy_(places(member.order))
     for name, block in zip(names, (U[:, :rank] * S[:rank] @ Vh[:rank]).split(32), strict=True):
         dense.get_submodule(name).weight.copy_(block)
     return attach(model, specs, {}), dense
@@ -463,7 +472,7 @@ def test_a_group_over_two_layers_in_pivot_form_is_the_low_rank_model(tmp_path):
     torch.testing.assert_close(logits(reloaded), logits(dense), rtol=0, atol=1e-5)
     assert torch.equal(logits(reloaded), logits(model))
     tensors = load_file(tmp_path / "grouped" / "model.safetensors")
-    floats = [tensor.numel() for key, tensor in tensors.items() if "q_proj" in key and "order" not in key]
+    floats = [tensor.numel() for key, tensor in tensors.items() if "q_proj" in key and "places" not in key]
     assert sum(floats) == 12 * (2 * 32 + 32 - 12)
     reloaded.save_pretrained(tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "grouped")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from drank.language_model.linears import is_conv1d
+from drank.language_model.modules import places
 from drank.language_model.plugin import attach, swap_modules
 from drank.pivot import PivotForm, pivot_rows, split_group
 
 Tensors = dict[str, Tensor]
 
-# Coefficients of the pivot form are stored in bfloat16; rows chosen by pivoted QR keep them near 1. One of this size
+# Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 5. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
 LARGEST_COEFFICIENT = 64.0
 
@@ -59,9 +60,9 @@ def compress(
     swap_modules(model, specs)
     for module in stored:
         target = model.get_submodule(module.name)
-        places = target.state_dict()
+        stored_in = target.state_dict()
         for name, tensor in module.tensors.items():
-            places[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
+            stored_in[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
     return attach(model, specs, dict(provenance))
 
 
@@ -89,12 +90,12 @@ def _stored(
         return
     pivot = _safe(members[0], pivot_rows(left.T, right))
     if len(members) == 1:
-        tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "order": pivot.order}
+        tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}
         yield Stored(members[0], spec, tensors | bias)
         return
     for name, part in zip(members, split_group(pivot, [sizes["out_features"]] * len(members)), strict=True):
         shared = {"basis": members[0], "first": part.first, "kept": sizes["out_features"] - len(part.coefficients)}
-        tensors = {"basis.weight": pivot.kept, "weight": part.coefficients, "order": part.order}
+        tensors = {"basis.weight": pivot.kept, "weight": part.coefficients, "places": places(part.order)}
         yield Stored(name, spec | shared, tensors)
 
 

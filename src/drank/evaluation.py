@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 MAX_LENGTH = 2048  # tokens lm-eval shows the model at once, fewer if the model has fewer positions
 
@@ -58,12 +58,14 @@ def run_tasks(
 
     A task whose items are in ``tasks_folder`` (``<task>.jsonl``) is ours and needs no network; any other name
     is one of lm-eval's own. The suffix ``_rolling`` is dropped, so that a text has one name in all its figures.
-    An accuracy p of n items has the standard error sqrt(p (1 - p) / n).
+    An accuracy p of n items has the standard error sqrt(p (1 - p) / n). In a group of torch.distributed, each process
+    takes its share of the items, and all figures are process 0's; the others get none.
 
     Raises:
         EvaluationError: a task is neither ours nor lm-eval's, or a figure is not finite.
     """
     import lm_eval
+    from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -80,6 +82,11 @@ def run_tasks(
         max_length=min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)),
         logits_cache=False,
     )
+    if distributed.is_initialized():
+        _check_enough_items(ours, tasks_folder, distributed.get_world_size())
+        # HFLM takes its share of the requests only of models that it loads by itself.
+        lm._rank, lm._world_size = distributed.get_rank(), distributed.get_world_size()
+        lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=[_task(tasks_folder, task) if task in ours else task for task in tasks],
@@ -87,7 +94,7 @@ def run_tasks(
         bootstrap_iters=0,
         log_samples=False,
     )
-    return _flat(results["results"], results["n-samples"])
+    return _flat(results["results"], results["n-samples"]) if results else {}
 
 
 def _check_known(names: set[str], known: Iterable[str], tasks_folder: Path) -> None:
@@ -97,6 +104,15 @@ def _check_known(names: set[str], known: Iterable[str], tasks_folder: Path) -> N
             f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one of those in "
             f"{tasks_folder} ({', '.join(ours) or 'there are none'})"
         )
+
+
+def _check_enough_items(ours: set[str], tasks_folder: Path, n_processes: int) -> None:
+    for task in sorted(ours):
+        n_items = len((tasks_folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines())
+        if n_items < n_processes:
+            raise EvaluationError(
+                f"evaluation.processes = {n_processes}, but task {task} has {n_items} items, and each process needs one"
+            )
 
 
 def _task(tasks_folder: Path, name: str) -> dict[str, Any]:

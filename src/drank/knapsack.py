@@ -49,7 +49,7 @@ class Solution:
         return max(0.0, self.cost - self.bound) / abs(self.cost) if self.cost else 0.0
 
 
-def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, nodes: int = 10_000) -> Solution:
+def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, nodes: int = 20) -> Solution:
     """Least-cost choice of one option a unit within the budget, with a certified bound.
 
     Args:
@@ -57,7 +57,8 @@ def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, 
         budget: in parameters.
         relative_gap: HiGHS is not started, or stops, once cost and bound are this close.
         nodes: limit of the search, in nodes rather than seconds, so that a busy machine finds the same ranks; what the
-            search then has is returned with its honest bound.
+            search then has is returned with its honest bound. Models of 210 matrices are within 1e-4 of their bound
+            after 20; 10,000 change the seventh digit of the cost, and take up to 30 seconds.
 
     Raises:
         InfeasibleBudgetError: even the lightest options do not fit.
@@ -111,16 +112,22 @@ def _relaxed(units: Sequence[Options], budget: int) -> tuple[Solution, float]:
 
 def _lower_hull(unit: Options) -> list[int]:
     """Options on the lower convex hull, by weight; along it the cost falls, at ever smaller rates."""
+    weights, costs = unit.weights.tolist(), unit.costs.tolist()  # numbers of Python, which this loop reads far faster
     hull: list[int] = []
     for j in np.lexsort((unit.costs, unit.weights)).tolist():
-        if hull and unit.costs[j] >= unit.costs[hull[-1]]:
+        if hull and costs[j] >= costs[hull[-1]]:
             continue
-        while len(hull) > 1 and _rate(unit, hull[-1], j) >= _rate(unit, hull[-2], hull[-1]):
+        while len(hull) > 1 and _slope(weights, costs, hull[-1], j) >= _slope(weights, costs, hull[-2], hull[-1]):
             hull.pop()
-        if hull and unit.weights[j] == unit.weights[hull[-1]]:
+        if hull and weights[j] == weights[hull[-1]]:
             hull.pop()
         hull.append(j)
     return hull
+
+
+def _slope(weights: list[int], costs: list[float], i: int, j: int) -> float:
+    weight = weights[j] - weights[i]
+    return (costs[i] - costs[j]) / weight if weight else np.inf
 
 
 def _rate(unit: Options, i: int, j: int) -> float:

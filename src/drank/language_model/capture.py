@@ -5,10 +5,10 @@ Knows nothing of covariances: what is done with activations and gradients is the
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -55,55 +55,86 @@ def _removed_afterwards(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+class Batch(NamedTuple):
+    """Token windows that pass together: ids (n, length), the first of which is window number ``first`` of all."""
+
+    first: int
+    ids: Tensor
+
+
+def split_windows(windows: Tensor, batch_windows: int, part: slice = slice(None)) -> list[Batch]:
+    """Windows (n, length) in batches; ``part`` takes some: ``slice(rank, None, n_ranks)`` is the share of a process."""
+    return [Batch(i * batch_windows, ids) for i, ids in enumerate(windows.split(batch_windows))][part]
+
+
 @torch.inference_mode()
-def run_windows(model: nn.Module, windows: Tensor, batch_windows: int) -> Iterator[int]:
+def run_windows(model: nn.Module, windows: Tensor, batch_windows: int, part: slice = slice(None)) -> Iterator[int]:
     """Forward passes over windows (n, length) in batches; yields how many windows each batch had.
 
     Only the decoder runs: the output head of a small model costs as much as its layers, and nothing here needs logits.
     """
-    decoder_of: Any = getattr(model, "get_decoder", None)
-    decoder = decoder_of() if decoder_of else model
-    for batch in windows.split(batch_windows):
-        decoder(input_ids=batch, use_cache=False)
-        yield len(batch)
+    for batch in split_windows(windows, batch_windows, part):
+        run_decoder(model, batch.ids)
+        yield len(batch.ids)
 
 
-def run_backward(model: nn.Module, windows: Tensor, batch_windows: int, fisher: str, seed: int = 0) -> Iterator[int]:
-    r"""Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
+def run_backward(
+    model: nn.Module, windows: Tensor, batch_windows: int, fisher: str, seed: int = 0, part: slice = slice(None)
+) -> Iterator[int]:
+    """Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
 
     Gradients flow from the embeddings' output on; no weight needs one, which saves a third of the backward pass.
+    ``fisher`` and ``seed`` are those of :func:`send_back`.
+    """
+    model.requires_grad_(False)
+    for batch in split_windows(windows, batch_windows, part):
+        send_back(run_from_embeddings(model, batch.ids).logits, batch, fisher, seed)
+        yield len(batch.ids)
+
+
+def run_decoder(model: nn.Module, ids: Tensor) -> Any:
+    """A forward pass without the output head."""
+    decoder_of: Any = getattr(model, "get_decoder", None)
+    return (decoder_of() if decoder_of else model)(input_ids=ids, use_cache=False)
+
+
+def run_from_embeddings(model: nn.Module, ids: Tensor) -> Any:
+    """A forward pass whose graph begins behind the embeddings; the model's output, which has logits."""
+    embeddings: Any = getattr(model, "get_input_embeddings")()  # noqa: B009  mypy takes an attribute for a submodule
+    return model(inputs_embeds=embeddings(ids).detach().requires_grad_(True), use_cache=False)
+
+
+def send_back(logits: Tensor, batch: Batch, fisher: str, seed: int = 0) -> None:
+    r"""Backward pass from logits (n, length, vocabulary), all but those of each window's last token.
 
     Args:
         fisher: what flows back from the logits of a token with prediction p. "empirical": the gradient p - e_y of the
             loss of the text's own next token y. "sampled": the same with y drawn from p. "gaussian":
             :math:`\sqrt p \circ ε - p (\sqrt p \cdot ε)` with standard normal ε. The last two have the covariance
             diag(p) - p pᵀ of the Fisher matrix; the gaussian one has light tails.
-        seed: of the draws.
+        seed: of the draws. Each window has its own generator, from the seed and its number, so draws depend neither
+            on the batching nor on which process has the window.
     """
-    generator = torch.Generator().manual_seed(seed)
-    embeddings: Any = getattr(model, "get_input_embeddings")()  # noqa: B009  mypy takes an attribute for a submodule
-    model.requires_grad_(False)
-    for batch in windows.split(batch_windows):
-        inputs = embeddings(batch).detach().requires_grad_(True)
-        logits = model(inputs_embeds=inputs, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+    logits = logits[:, :-1].float()
+    gradient = logits.detach().softmax(-1)
+    for index, p in enumerate(gradient):
+        generator = _generator(seed, batch.first + index, p.device)
         if fisher == "gaussian":
-            logits.backward(_gaussian(logits.detach(), generator))
+            noise = torch.randn(p.shape, generator=generator, device=p.device).mul_(p.sqrt())
+            p.mul_(-noise.sum(-1, keepdim=True)).add_(noise)
         else:
-            labels = batch[:, 1:].flatten() if fisher == "empirical" else _draw(logits, generator)
-            F.cross_entropy(logits, labels, reduction="sum").backward()
-        yield len(batch)
-
-
-def _gaussian(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw of mean zero and covariance diag(p) - p pᵀ for every row."""
-    noise = torch.randn(logits.shape, generator=generator)
-    p = logits.softmax(-1)
-    noise.mul_(p.sqrt())
-    return noise.addcmul_(p, noise.sum(-1, keepdim=True), value=-1)
+            scores = logits[index].detach()
+            labels = batch.ids[index, 1:].to(p.device) if fisher == "empirical" else _draw(scores, generator)
+            p.scatter_add_(-1, labels[:, None], p.new_full((len(p), 1), -1.0))
+    logits.backward(gradient)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One label a row by the Gumbel trick, whose memory is that of the logits."""
-    with torch.no_grad():
-        uniform = torch.rand(logits.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
-        return (logits - uniform.log().neg().log()).argmax(-1)
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+    return (logits - uniform.clamp_min(torch.finfo(torch.float32).tiny).log().neg().log()).argmax(-1)
+
+
+def _generator(seed: int, window: int, device: torch.device) -> torch.Generator:
+    """Streams of neighbouring seeds and windows are unrelated: NumPy hashes the pair."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, window)).generate_state(1)[0]))

@@ -64,31 +64,33 @@ class FactorLinear(nn.Module):
 
 
 class _OrderedLinear(nn.Module):
-    """Linear layer computed as two blocks of output features, kept and rest, whose places `order` gives."""
+    """Linear layer computed as two blocks of output features, kept and rest; `places` says where each feature is."""
 
-    order: Tensor
+    places: Tensor
 
     @property
     def index_bytes(self) -> int:
-        """Size of `order`, 4 bytes an output feature: on disk and in memory, on top of the parameters."""
-        return self.order.numel() * self.order.element_size()
+        """Size of `places`, 4 bytes an output feature: on disk and in memory, on top of the parameters."""
+        return self.places.numel() * self.places.element_size()
 
     def _in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
-        # Both parts go straight to their places. Concatenating and then gathering writes all twice: on CPU in
-        # bfloat16 the whole layer took 1.2 to 2.3 times as long (512 tokens). index_copy_ wants int64.
-        order, n_kept = self.order.long(), kept.shape[-1]
-        y = kept.new_empty(*kept.shape[:-1], len(order))
-        return y.index_copy_(-1, order[:n_kept], kept).index_copy_(-1, order[n_kept:], rest)
+        # On CPU a gather with one index for all tokens takes half of the time of two index_copy, in both dtypes, and
+        # index_select takes four times as long in bfloat16 (benchmarks/output_order.py). gather wants int64.
+        y = torch.cat([kept, rest], -1)
+        return y.gather(-1, self.places.long().expand_as(y))
+
+    def _rows_in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
+        return torch.cat([kept, rest]).index_select(0, self.places.long())
 
 
 class PivotLinear(_OrderedLinear):
     r"""Linear layer of rank r as r of its own rows, and coefficients that give the others.
 
-    .. math:: h = K x, \qquad y_{order} = [h; C h] + b_{order}
+    .. math:: h = K x, \qquad y = [h; C h]_{places} + b
 
-    K = `weight` (r, in), C = `coefficients` (out - r, r), `order` (out,) int32, the output feature that entry
-    i of [h; C h] is: r (out + in - r) parameters without the bias, and 4 out bytes of order. A new module is
-    uninitialised but for `order`, the identity.
+    K = `weight` (r, in), C = `coefficients` (out - r, r), `places` (out,) int32, where in [h; C h] each output
+    feature is: r (out + in - r) parameters without the bias, and 4 out bytes of places. A new module is
+    uninitialised but for `places`, the identity.
     """
 
     def __init__(
@@ -104,14 +106,17 @@ class PivotLinear(_OrderedLinear):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank, device=device, dtype=dtype))
-        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+        self.register_buffer("places", torch.arange(out_features, device=device, dtype=torch.int32))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_factors(
         cls, kept: Tensor, coefficients: Tensor, order: Tensor, bias: Tensor | None = None
     ) -> "PivotLinear":
-        """Module around given tensors, without copies (`order` is stored as int32).
+        """Module around given tensors, without copies.
+
+        Args:
+            order: (out,), the output feature that entry i of [h; C h] is, as in :class:`drank.pivot.PivotForm`.
 
         Raises:
             ValueError: kept (r, in), coefficients (out - r, r), order (out,) and bias (out,) do not fit
@@ -123,7 +128,7 @@ class PivotLinear(_OrderedLinear):
         _check_bias(bias, n_out)
         module = cls(kept.shape[1], n_out, len(kept), bias=bias is not None, device="meta")
         module.weight, module.coefficients = _parameter(kept), _parameter(coefficients)
-        module.order = order.to(kept.device, torch.int32)
+        module.places = places(order).to(kept.device)
         module.bias = None if bias is None else _parameter(bias)
         return module
 
@@ -135,8 +140,7 @@ class PivotLinear(_OrderedLinear):
     def dense_weight(self) -> Tensor:
         """W (out, in): the kept rows as they are; the others in float32 or better, rounded once."""
         rest = _product(self.coefficients, self.weight).to(self.weight.dtype)
-        dense = self.weight.new_empty(self.out_features, self.in_features)
-        return dense.index_copy(0, self.order.long(), torch.cat([self.weight, rest]))
+        return self._rows_in_order(self.weight, rest)
 
     @property
     def n_parameters(self) -> int:
@@ -165,16 +169,16 @@ class Basis(nn.Module):
 class SharedPivotLinear(_OrderedLinear):
     r"""Linear layer of rank r whose rows are some of the rows of a shared basis, and combinations of all of them.
 
-    .. math:: h = K x, \qquad y_{order} = [h_{first:first+kept}; C h] + b_{order}
+    .. math:: h = K x, \qquad y = [h_{first:first+kept}; C h]_{places} + b
 
     K = `basis.weight` (r, in), one Parameter of a group of modules: r rows that span the stack of their weights, of
-    which `kept` are this module's own, from row `first` on. C = `weight` (out - kept, r), the coefficients; `order`
-    (out,) int32, the output feature that entry i of [h[first:first+kept]; C h] is. A group takes r (Σ out + in - r)
-    parameters without biases, and 4 bytes of order an output feature.
+    which `kept` are this module's own, from row `first` on. C = `weight` (out - kept, r), the coefficients; `places`
+    (out,) int32, where in [h[first:first+kept]; C h] each output feature is. A group takes r (Σ out + in - r)
+    parameters without biases, and 4 bytes of places an output feature.
 
     The coefficients and not the rows are called `weight`, since a module may have no row of its own. They are of
     another shape than the dense weight, (out, in) or transposed, for every r < in; a larger r would save nothing.
-    A new module is uninitialised but for `order`, the identity.
+    A new module is uninitialised but for `places`, the identity.
     """
 
     def __init__(
@@ -193,15 +197,15 @@ class SharedPivotLinear(_OrderedLinear):
         self.first, self.kept = first, kept
         self.basis = Basis(nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype)))
         self.weight = nn.Parameter(torch.empty(out_features - kept, rank, device=device, dtype=dtype))
-        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+        self.register_buffer("places", torch.arange(out_features, device=device, dtype=torch.int32))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_factors(
         cls, basis: Tensor, first: int, coefficients: Tensor, order: Tensor, bias: Tensor | None = None
     ) -> "SharedPivotLinear":
-        """Module around given tensors, without copies (`order` is stored as int32); a basis that already is a
-        Parameter is shared. The rows of the basis that are kept are as many as `coefficients` lacks.
+        """Module around given tensors, without copies; a basis that already is a Parameter is shared. The rows of the
+        basis that are kept are as many as `coefficients` lacks; `order` is that of :class:`drank.pivot.GroupMember`.
 
         Raises:
             ValueError: basis (r, in), coefficients (out - kept, r), order (out,) and bias (out,) do not fit
@@ -219,7 +223,7 @@ class SharedPivotLinear(_OrderedLinear):
         _check_bias(bias, n_out)
         module = cls(basis.shape[1], n_out, rank, first, kept, bias=bias is not None, device="meta")
         module.basis.weight, module.weight = _parameter(basis), _parameter(coefficients)
-        module.order = order.to(basis.device, torch.int32)
+        module.places = places(order).to(basis.device)
         module.bias = None if bias is None else _parameter(bias)
         return module
 
@@ -231,8 +235,7 @@ class SharedPivotLinear(_OrderedLinear):
     def dense_weight(self) -> Tensor:
         """W (out, in): the kept rows as they are; the others in float32 or better, rounded once."""
         rest = _product(self.weight, self.basis.weight).to(self.weight.dtype)
-        dense = self.weight.new_empty(self.out_features, self.in_features)
-        return dense.index_copy(0, self.order.long(), torch.cat([self.basis.weight[self._own_rows], rest]))
+        return self._rows_in_order(self.basis.weight[self._own_rows], rest)
 
     @property
     def n_parameters(self) -> int:
@@ -246,6 +249,11 @@ class SharedPivotLinear(_OrderedLinear):
     @property
     def _own_rows(self) -> slice:
         return slice(self.first, self.first + self.kept)
+
+
+def places(order: Tensor) -> Tensor:
+    """The inverse permutation, int32: where in `order` each output feature is."""
+    return order.long().argsort().int()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

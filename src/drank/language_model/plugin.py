@@ -2,7 +2,7 @@
 
 ``config.json`` of a compressed folder says, under ``quantization_config``::
 
-    {"quant_method": "drank", "format_version": 1, "modules": {dotted name: spec}, "provenance": {...}}
+    {"quant_method": "drank", "format_version": 2, "modules": {dotted name: spec}, "provenance": {...}}
     spec: {"form": "factors" | "pivot" | "dense", "rank": r, "out_features": n, "in_features": n,
            "basis": name, "first": n, "kept": n}
 
@@ -50,7 +50,7 @@ from drank.language_model.linears import ROLES
 from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
 
 METHOD = "drank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FORMS = ("factors", "pivot", "dense")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,7 +81,7 @@ def swap_modules(model: Model, specs: Mapping[str, Mapping[str, Any]]) -> Model:
     """Replace the modules named in specs by the forms they are stored in, in place.
 
     New modules have dtype and device of the old ones. Their bias is the old one where the output size is
-    unchanged; everything else is uninitialised, to be loaded or filled (in form pivot, order is the identity).
+    unchanged; everything else is uninitialised, to be loaded or filled (in form pivot, places is the identity).
     `dense` with unchanged sizes leaves the module alone. Modules that share a basis have one Parameter, which
     save_pretrained and from_pretrained are told of. An error leaves the model as it was.
 
@@ -129,10 +129,14 @@ class DrankConfig(QuantizationConfigMixin):
         provenance: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
+            older = type(format_version) is int and 0 < format_version < FORMAT_VERSION
+            remedy = (
+                "build the folder again with 'dvc repro'" if older else "upgrade with 'pip install --upgrade drank'"
+            )
             raise FormatError(
-                f"quantization_config.format_version is {format_version!r}; drank {__version__} reads 1 to "
-                f"{FORMAT_VERSION}: upgrade with 'pip install --upgrade drank'"
+                f"quantization_config.format_version is {format_version!r}; drank {__version__} reads "
+                f"{FORMAT_VERSION}: {remedy}"
             )
         _parse_specs(modules or {})
         self.__dict__.update(unknown)

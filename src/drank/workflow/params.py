@@ -60,6 +60,8 @@ class Covariance(Section):
     threads: Count
     fisher: Literal["none", "empirical", "sampled", "gaussian"]
     fisher_seed: Seed = 0
+    offload: bool = False
+    processes: Count = 1
     targets: tuple[str, ...]
     ignore: tuple[str, ...] = ()
 
@@ -146,6 +148,7 @@ class Variant(Section):
 class Evaluation(Section):
     batch_windows: Count
     threads: Count
+    processes: Count = 1
     tasks: tuple[str, ...]
 
 
