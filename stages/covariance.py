@@ -31,8 +31,9 @@ def main(seed: str, root: Path = Path()) -> None:
     if must_launch(params.processes):
         launch(params.processes, "stages.covariance", seed, "--root", str(root))
         return
-    with process_group(params.threads) as group, group.replacing_folder(root / "data/covariance" / seed) as folder:
-        windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"]
+    destination = root / "data/covariance" / seed
+    with process_group(params.threads, params.device) as group, group.replacing_folder(destination) as folder:
+        windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"].to(params.device)
         with scratch_folder(folder / f".offloaded-{group.rank}") as scratch:
             collect(root / "data/raw/model", windows, params, group, folder, scratch)
 
@@ -43,8 +44,9 @@ def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Grou
     owners = shared_inputs(model, linears, windows[:1, :8])
     for sweep in sweeps(model, linears, windows, params, group, scratch):
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
-        inputs = {n: SecondMoment(a.in_features) for n, a in within.items() if sweep.inputs and owners[n] == n}
-        gradients = {n: SecondMoment(a.out_features) for n, a in within.items() if sweep.gradients}
+        owning = {name: linear for name, linear in within.items() if owners[name] == name}
+        inputs = {n: SecondMoment(a.in_features, params.device) for n, a in owning.items() if sweep.inputs}
+        gradients = {n: SecondMoment(a.out_features, params.device) for n, a in within.items() if sweep.gradients}
         with (
             watching_inputs({name: within[name].module for name in inputs}, adding_to(inputs)),
             watching_output_gradients({name: within[name].module for name in gradients}, adding_to(gradients)),
@@ -65,10 +67,11 @@ def adding_to(moments: dict[str, SecondMoment]) -> Callback:
 
 def load(model_folder: Path, params: Covariance, scratch: Path) -> Any:
     if not params.offload:
-        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval().to(params.device)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
-    places = disk_map(skeleton, find_blocks(skeleton, find_linears(skeleton, params.targets, params.ignore)))
+    blocks = find_blocks(skeleton, find_linears(skeleton, params.targets, params.ignore))
+    places = disk_map(skeleton, blocks, params.device)
     return AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.bfloat16, device_map=places, offload_folder=scratch / "weights"
     ).eval()
@@ -118,7 +121,7 @@ def write(kind: str, what: str, moments: dict[str, SecondMoment], group: Group, 
             raise NotFiniteError(f"{what} {name}: {error}") from None
         if kind == "inputs":
             tensors["magnitude"] = moment.mean_magnitude()
-        write_tensors(folder / f"{kind}/{name}.safetensors", {key: t.float() for key, t in tensors.items()})
+        write_tensors(folder / f"{kind}/{name}.safetensors", {key: t.float().cpu() for key, t in tensors.items()})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main(variant: str, root: Path = Path()) -> None:
     if must_launch(params.evaluation.processes):
         launch(params.evaluation.processes, "stages.evaluation", variant, "--root", str(root))
         return
-    with process_group(params.evaluation.threads) as group:
+    with process_group(params.evaluation.threads, params.evaluation.device) as group:
         evaluate(variant, root, params, group)
 
 
@@ -32,7 +32,7 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     tests = read_tensors(root / "data/sampling/test.safetensors")
     batch = params.evaluation.batch_windows
     folder = root / "data/compression" / variant
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(params.evaluation.device)
 
     perplexities: dict[str, tuple[float, list[float]]] = {}
     for name in sorted(tests)[group.share]:

@@ -26,23 +26,25 @@ VECTORS = ("output_vectors", "input_vectors")
 
 def main(key: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
-    if must_launch(params.covariance.processes):
-        launch(params.covariance.processes, "stages.spectrum", key, "--root", str(root))
+    on = params.covariance
+    if must_launch(on.processes):
+        launch(on.processes, "stages.spectrum", key, "--root", str(root))
         return
     destination = root / "data/spectrum" / key
-    with process_group(params.covariance.threads) as group, group.replacing_folder(destination) as folder:
+    with process_group(on.threads, on.device) as group, group.replacing_folder(destination) as folder:
         collect(key, root, params, group, folder)
 
 
 def collect(key: str, root: Path, params: Params, group: Group, folder: Path) -> None:
     asked = params.spectrum[key]
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
+    model = model.to(params.covariance.device)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
     mlps = find_mlps(linears) if asked.units == "block" else []
     in_mlps = {linear.name for mlp in mlps for linear in (*mlp.before, mlp.down)}
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
-    metrics = Metrics(asked, root / "data/covariance" / str(asked.calibration_seed))
+    metrics = Metrics(asked, root / "data/covariance" / str(asked.calibration_seed), params.covariance.device)
     writer = Writer(folder)
     bar = partial(tqdm, desc=f"spectrum {key}", disable=group.rank > 0 or None)
     units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="unit")}
@@ -85,8 +87,8 @@ def in_order(parts: list[list[tuple[int, Any]]]) -> list[Any]:
 class Metrics:
     """Input and output metric of a linear; None is the identity."""
 
-    def __init__(self, asked: Spectrum, covariances: Path) -> None:
-        self.asked, self.covariances = asked, covariances
+    def __init__(self, asked: Spectrum, covariances: Path, device: str = "cpu") -> None:
+        self.asked, self.covariances, self.device = asked, covariances, device
         self.owners = read_json(covariances / "summary.json")["owners"]
 
     def of(self, linear: Linear) -> tuple[Tensor | None, Tensor | None]:
@@ -100,12 +102,16 @@ class Metrics:
         return self.kfac(linear)
 
     def kfac(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        gradients = read_tensors(self.covariances / f"gradients/{linear.name}.safetensors")
+        gradients = self._read(f"gradients/{linear.name}")
         both = self._inputs(linear)["covariance"], gradients["covariance"]
         return damped(both[0].double(), self.asked.damping), damped(both[1].double(), self.asked.damping)
 
     def _inputs(self, linear: Linear) -> dict[str, Tensor]:
-        return read_tensors(self.covariances / f"inputs/{self.owners[linear.name]}.safetensors")
+        return self._read(f"inputs/{self.owners[linear.name]}")
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        tensors = read_tensors(self.covariances / f"{name}.safetensors")
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
 
 class Writer:
@@ -117,9 +123,9 @@ class Writer:
 
     def factors(self, file: str, members: tuple[Linear, ...], W: Tensor, H: Tensor | None, G: Tensor | None) -> dict:
         spectrum = whitened_spectrum(W, H, G)
-        vectors = (spectrum.output_vectors, spectrum.input_vectors)
+        vectors = (spectrum.output_vectors.cpu(), spectrum.input_vectors.cpu())
         write_tensors(self.folder / f"factors/{file}.safetensors", dict(zip(VECTORS, vectors, strict=True)))
-        self.singular_values[file] = spectrum.singular_values
+        self.singular_values[file] = spectrum.singular_values.cpu()
         first = members[0]
         return {
             "name": first.name, "members": [m.name for m in members], "factors": file,
@@ -146,9 +152,8 @@ def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -
     described = []
     for alive, down, loss in remove_channels(mlp.down.weight.detach(), H_down, G_down, kept):
         suffix = "" if len(alive) == mlp.n_channels else f".{len(alive)}"
-        write_tensors(
-            writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", {"alive": alive, "down": down.float()}
-        )
+        stored = {"alive": alive.cpu(), "down": down.float().cpu()}
+        write_tensors(writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", stored)
         matrices = []
         for linear in mlp.before:
             W, G = linear.weight.detach()[alive].float(), G_before[linear.name][alive][:, alive]

@@ -291,8 +291,8 @@ def test_flops_of_passes_are_those_that_torch_counts():
 
 
 def test_flops_of_a_sum_by_hand():
-    assert footprint.PANEL == 256
-    assert footprint.moment_flops(600) == 2 * (256 * 600 + 256 * 344 + 88 * 88)
+    assert footprint.PANEL == 128
+    assert footprint.moment_flops(300) == 2 * (128 * 300 + 128 * 172 + 44 * 44)
 
 
 @pytest.mark.parametrize(("out", "n"), [(12, 12), (5, 12), (12, 5)])

@@ -58,12 +58,12 @@ def remove_channels(
     W = torch.cat([down.double(), square_root(output_metric) @ down.double()])
     out = len(down)
     inverse = torch.linalg.inv(input_metric.double())
-    alive, loss, cuts = torch.arange(n), 0.0, []
+    alive, loss, cuts = torch.arange(n, device=down.device), 0.0, []
     for m in kept:
         while len(alive) > m:
             costs = (W[out:] ** 2).sum(0) / inverse.diagonal()
             removed = costs.argsort()[: min(at_once, len(alive) - m)]
-            stays = torch.ones(len(alive), dtype=torch.bool)
+            stays = torch.ones_like(alive, dtype=torch.bool)
             stays[removed] = False
             block = torch.linalg.inv(inverse[removed][:, removed])
             loss += float(((W[out:, removed] @ block) * W[out:, removed]).sum())

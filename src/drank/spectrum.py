@@ -44,7 +44,8 @@ def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 def damped(covariance: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
     """The covariance plus ``share`` of its mean diagonal on the diagonal: no direction is entirely free."""
-    return covariance + share * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+    ridge = torch.full_like(covariance.diagonal(), share) * covariance.diagonal().mean()
+    return covariance + torch.diag(ridge)
 
 
 def whitened_spectrum(

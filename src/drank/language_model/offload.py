@@ -54,14 +54,14 @@ def find_blocks(model: nn.Module, linears: Sequence[Linear]) -> str:
     return names[0]
 
 
-def disk_map(model: nn.Module, blocks: str) -> dict[str, str]:
+def disk_map(model: nn.Module, blocks: str, device: str = "cpu") -> dict[str, str]:
     """``device_map`` for ``from_pretrained``: blocks stay on disk, everything else is loaded."""
     n_blocks = len(list(model.get_submodule(blocks).children()))
     placed = {f"{blocks}.{i}": "disk" for i in range(n_blocks)}
     path = blocks.split(".")
     for depth, inside in enumerate(path):
         siblings = [name for name, _ in model.get_submodule(".".join(path[:depth])).named_children() if name != inside]
-        placed |= {".".join([*path[:depth], name]): "cpu" for name in siblings}
+        placed |= {".".join([*path[:depth], name]): device for name in siblings}
     return placed
 
 
@@ -85,7 +85,7 @@ def offloaded_sweeps(
         for batch in batches:
             before = f"{i - 1}-{batch.first}"
             with torch.no_grad():
-                store[f"{i}-{batch.first}"] = stack.run(i, batch, store[before] if i else None)
+                store[f"{i}-{batch.first}"] = stack.run(i, batch, store[before].to(batch.ids.device) if i else None)
             if i and fisher == "none":
                 del store[before]
             yield len(batch.ids)
@@ -93,13 +93,13 @@ def offloaded_sweeps(
     def backward(i: int) -> Iterator[int]:
         for batch in batches:
             before, gradient = f"{i - 1}-{batch.first}", f"gradient-{batch.first}"
-            entering = store[before].requires_grad_(True) if i else None
+            entering = store[before].to(batch.ids.device).requires_grad_(True) if i else None
             with torch.enable_grad():
                 output = stack.run(i, batch, entering)
             if i == n_blocks:
                 send_back(output, batch, fisher, seed)
             else:
-                output.backward(store[gradient])
+                output.backward(store[gradient].to(output.device))
             if entering is not None:
                 assert entering.grad is not None
                 store[gradient] = entering.grad

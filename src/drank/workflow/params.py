@@ -17,6 +17,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SourceName = Annotated[str, StringConstraints(pattern=r"^(pypi|hub|local):.+$")]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Device = Literal["cpu", "cuda"]
 
 
 class ParamsError(ValueError):
@@ -62,6 +63,7 @@ class Covariance(Section):
     fisher_seed: Seed = 0
     offload: bool = False
     processes: Count = 1
+    device: Device = "cpu"
     targets: tuple[str, ...]
     ignore: tuple[str, ...] = ()
 
@@ -149,6 +151,7 @@ class Evaluation(Section):
     batch_windows: Count
     threads: Count
     processes: Count = 1
+    device: Device = "cpu"
     tasks: tuple[str, ...]
 
 

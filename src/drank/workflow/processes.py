@@ -115,11 +115,20 @@ def launch(n_processes: int, module: str, *arguments: str) -> None:
 
 
 @contextmanager
-def process_group(threads: int) -> Iterator[Group]:
+def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
     """This process as one of its group, with its share of the machine's ``threads``; alone without torchrun.
 
-    A user's error in the block goes to the launching process, which shows it once.
+    Of several GPUs, each process of a machine takes the one of its number. A user's error in the block goes to the
+    launching process, which shows it once.
+
+    Raises:
+        ProcessError: no such device here.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ProcessError(
+            f"device is cuda, but torch {torch.__version__} finds no GPU: install a build of torch for yours, or set "
+            f"covariance.device and evaluation.device to cpu"
+        )
     threads = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     if "WORLD_SIZE" not in os.environ:
