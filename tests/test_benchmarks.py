@@ -64,7 +64,9 @@ def test_alternatives_take_turns():
     assert len(ratios(times, "a", "b")) == 2
 
 
-@pytest.mark.parametrize("script", ["ratio_sweep", "first_run", "covariance_overhead", "linear_cost", "output_order", "memory"])
+@pytest.mark.parametrize(
+    "script", ["ratio_sweep", "first_run", "covariance_overhead", "linear_cost", "output_order", "memory"]
+)
 def test_scripts_explain_themselves(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

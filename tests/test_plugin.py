@@ -378,6 +378,8 @@ def group(owner, other):
         (group({"rank": 4}, {}), "layers.1.*: rank 3 and in_features 16 differ .*layers.0.*: 4 and 16"),
         (group({}, {"in_features": 15}), "layers.1.*: rank 3 and in_features 15 differ .*layers.0.*: 3 and 16"),
         (group({"rank": 16}, {"rank": 16}), "layers.0.*: rank 16 is more than 15, the largest .* in form 'pivot'"),
+        (group({"in_order": True}, {}), "layers.0.*: in_order is True; .* for 'pivot' without a shared basis"),
+        ({Q.format(0): {**FINE, "form": "pivot", "in_order": 1}}, "layers.0.*: in_order is 1; it is true or false"),
         (group({"first": None}, {}), "layers.0.*: first is None; it must be an integer of at least 0"),
         (group({"first": -1}, {}), "layers.0.*: first is -1; it must be an integer of at least 0"),
         (group({}, {"kept": 2.0}), r"layers.1.*: kept is 2\.0; it must be an integer of at least 0"),

@@ -1,18 +1,17 @@
 """Put the ranks of an allocation into a model. Knows tensors and modules; files and folders belong to the stage."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from drank.language_model.folding import fold_channel_order
 from drank.language_model.linears import is_conv1d
 from drank.language_model.modules import places
 from drank.language_model.plugin import attach, swap_modules
+from drank.language_model.stored import Stored, Tensors
 from drank.pivot import PivotForm, pivot_rows, split_group
-
-Tensors = dict[str, Tensor]
 
 # Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 5. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
@@ -21,15 +20,6 @@ LARGEST_COEFFICIENT = 64.0
 
 class UnsafePivotError(ValueError):
     """A unit's rows are too nearly dependent to be stored in pivot form; the message says what to do instead."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One module of the compressed model: what config.json says of it, and its tensors by name."""
-
-    name: str
-    spec: dict[str, Any]
-    tensors: Tensors
 
 
 @torch.no_grad()
@@ -56,6 +46,7 @@ def compress(
     stored = [module for unit in units for module in _stored(model, unit, read_factors, read_cut)]
     if not stored:
         return model
+    stored = fold_channel_order(model, stored)
     specs = {module.name: module.spec for module in stored}
     swap_modules(model, specs)
     for module in stored:

@@ -64,23 +64,25 @@ class FactorLinear(nn.Module):
 
 
 class _OrderedLinear(nn.Module):
-    """Linear layer computed as two blocks of output features, kept and rest; `places` says where each feature is."""
+    """Linear layer computed as two blocks of output features, kept and rest; `places` says where each feature is, or
+    is None where what reads the outputs takes them as they are computed."""
 
-    places: Tensor
+    places: Tensor | None
 
     @property
     def index_bytes(self) -> int:
         """Size of `places`, 4 bytes an output feature: on disk and in memory, on top of the parameters."""
-        return self.places.numel() * self.places.element_size()
+        return 0 if self.places is None else self.places.numel() * self.places.element_size()
 
     def _in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
         # On CPU a gather with one index for all tokens takes half of the time of two index_copy, in both dtypes, and
         # index_select takes four times as long in bfloat16 (benchmarks/output_order.py). gather wants int64.
         y = torch.cat([kept, rest], -1)
-        return y.gather(-1, self.places.long().expand_as(y))
+        return y if self.places is None else y.gather(-1, self.places.long().expand_as(y))
 
     def _rows_in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
-        return torch.cat([kept, rest]).index_select(0, self.places.long())
+        rows = torch.cat([kept, rest])
+        return rows if self.places is None else rows.index_select(0, self.places.long())
 
 
 class PivotLinear(_OrderedLinear):
@@ -89,8 +91,9 @@ class PivotLinear(_OrderedLinear):
     .. math:: h = K x, \qquad y = [h; C h]_{places} + b
 
     K = `weight` (r, in), C = `coefficients` (out - r, r), `places` (out,) int32, where in [h; C h] each output
-    feature is: r (out + in - r) parameters without the bias, and 4 out bytes of places. A new module is
-    uninitialised but for `places`, the identity.
+    feature is: r (out + in - r) parameters without the bias, and 4 out bytes of places. With `in_order`, output
+    features are numbered as they are computed, and there are no places. A new module is uninitialised but for
+    `places`, the identity.
     """
 
     def __init__(
@@ -101,22 +104,26 @@ class PivotLinear(_OrderedLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        in_order: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank, device=device, dtype=dtype))
-        self.register_buffer("places", torch.arange(out_features, device=device, dtype=torch.int32))
+        self.in_order = in_order
+        identity = None if in_order else torch.arange(out_features, device=device, dtype=torch.int32)
+        self.register_buffer("places", identity)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def from_factors(
-        cls, kept: Tensor, coefficients: Tensor, order: Tensor, bias: Tensor | None = None
+        cls, kept: Tensor, coefficients: Tensor, order: Tensor | None = None, bias: Tensor | None = None
     ) -> "PivotLinear":
         """Module around given tensors, without copies.
 
         Args:
-            order: (out,), the output feature that entry i of [h; C h] is, as in :class:`drank.pivot.PivotForm`.
+            order: (out,), the output feature that entry i of [h; C h] is, as in :class:`drank.pivot.PivotForm`; None
+                for feature i itself.
 
         Raises:
             ValueError: kept (r, in), coefficients (out - r, r), order (out,) and bias (out,) do not fit
@@ -124,11 +131,12 @@ class PivotLinear(_OrderedLinear):
         """
         _check_product("coefficients", coefficients, "kept", kept)
         n_out = len(kept) + len(coefficients)
-        _check_order(order, n_out)
+        if order is not None:
+            _check_order(order, n_out)
         _check_bias(bias, n_out)
-        module = cls(kept.shape[1], n_out, len(kept), bias=bias is not None, device="meta")
+        module = cls(kept.shape[1], n_out, len(kept), bias=bias is not None, device="meta", in_order=order is None)
         module.weight, module.coefficients = _parameter(kept), _parameter(coefficients)
-        module.places = places(order).to(kept.device)
+        module.places = None if order is None else places(order).to(kept.device)
         module.bias = None if bias is None else _parameter(bias)
         return module
 
@@ -148,7 +156,7 @@ class PivotLinear(_OrderedLinear):
         return self.weight.numel() + self.coefficients.numel()
 
     def extra_repr(self) -> str:
-        return _describe(self)
+        return _describe(self) + (", in_order=True" if self.in_order else "")
 
 
 class Basis(nn.Module):

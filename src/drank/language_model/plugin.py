@@ -4,7 +4,7 @@
 
     {"quant_method": "drank", "format_version": 2, "modules": {dotted name: spec}, "provenance": {...}}
     spec: {"form": "factors" | "pivot" | "dense", "rank": r, "out_features": n, "in_features": n,
-           "basis": name, "first": n, "kept": n}
+           "basis": name, "first": n, "kept": n, "in_order": true}
 
 `out_features` and `in_features` are the sizes in the compressed model, at most those of the architecture:
 removed MLP channels make them smaller. `rank` is absent for dense. `basis` names the module whose basis this one
@@ -14,7 +14,8 @@ of a spec, are kept when the model is saved again.
 
 `first` and `kept` go with `basis` in form `pivot`, where the owner does name itself: rows first ... first + kept - 1
 of the basis are the module's own output features, and each row of a basis is so of exactly one module. `kept` may be
-0. A `pivot` module without `basis` has its own rows, all of them kept, and neither key.
+0. A `pivot` module without `basis` has its own rows, all of them kept, and neither key; with `in_order` its output
+features are numbered as it computes them, and it has no `places`.
 
 Importing this module registers the format; ``import drank`` arranges for that once transformers is there.
 Without it ``from_pretrained`` stops with mismatched shapes, because every compressed module has a `weight` of
@@ -67,6 +68,7 @@ class Spec:
     Attributes:
         basis: the owner of the module's basis, None where that is the module itself.
         own_rows: (first, kept), None but in form pivot with a shared basis.
+        in_order: whether there are no `places`; in form pivot without a shared basis.
     """
 
     form: Literal["factors", "pivot", "dense"]
@@ -75,6 +77,7 @@ class Spec:
     rank: int
     basis: str | None = None
     own_rows: tuple[int, int] | None = None
+    in_order: bool = False
 
 
 def swap_modules(model: Model, specs: Mapping[str, Mapping[str, Any]]) -> Model:
@@ -229,7 +232,12 @@ def _parse(name: str, spec: Any) -> Spec:
             "store it as 'dense'"
         )
     own_rows = _own_rows(name, spec, n_out) if form == "pivot" and basis is not None else None
-    return Spec(form, n_out, n_in, rank, None if basis == name else basis, own_rows)
+    in_order = spec.get("in_order", False)
+    if type(in_order) is not bool or (in_order and not unshared_pivot):
+        raise FormatError(
+            f"{name}: in_order is {in_order!r}; it is true or false, and for 'pivot' without a shared basis"
+        )
+    return Spec(form, n_out, n_in, rank, None if basis == name else basis, own_rows, in_order)
 
 
 def _own_rows(name: str, spec: Mapping[str, Any], n_out: int) -> tuple[int, int]:
@@ -314,6 +322,7 @@ def _check_swapped(module: Any, name: str, spec: Spec) -> None:
     fits = isinstance(module, expected) and _sizes(module) == sizes
     fits = fits and (spec.form == "dense" or module.rank == spec.rank)
     fits = fits and (spec.own_rows is None or (module.first, module.kept) == spec.own_rows)
+    fits = fits and getattr(module, "in_order", False) == spec.in_order
     if not fits:
         shown, rows = " ".join(str(module).split()), spec.own_rows
         shared = "" if rows is None else f" with first {rows[0]} and kept {rows[1]}"
@@ -347,7 +356,7 @@ def _empty(old: Any, spec: Spec) -> nn.Module:
     if spec.own_rows is not None:
         return SharedPivotLinear(*sizes, spec.rank, *spec.own_rows, bias, **place)
     if spec.form == "pivot":
-        return PivotLinear(*sizes, spec.rank, bias, **place)
+        return PivotLinear(*sizes, spec.rank, bias, **place, in_order=spec.in_order)
     with torch.device("meta"):
         new = Conv1D(*reversed(sizes)) if isinstance(old, Conv1D) else nn.Linear(*sizes, bias)
     return _materialised(new, **place)

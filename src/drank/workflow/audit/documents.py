@@ -76,6 +76,7 @@ class ModuleSpec(Document):
     in_features: int
     rank: int | None = None
     kept: int = 0
+    in_order: bool = False
 
 
 class Provenance(Document):

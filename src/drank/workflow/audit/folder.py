@@ -200,7 +200,8 @@ def _expected(unit: UnitRow, modules: Mapping[str, ModuleSpec]) -> Iterator[tupl
     else:
         yield f"{owner}.weight", (unit.rank, unit.in_features)
         yield f"{owner}.coefficients", (n_out - unit.rank, unit.rank)
-        yield f"{owner}.places", (n_out,)
+        if not (owner in modules and modules[owner].in_order):
+            yield f"{owner}.places", (n_out,)
 
 
 def _sizes(folder: Folder) -> str:

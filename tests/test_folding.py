@@ -1,0 +1,75 @@
+"""Output order of pivot layers folded into their MLP: the same function with fewer indices, in any mixture of forms."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from drank.compression import compress
+from drank.language_model.folding import fold_channel_order
+from drank.language_model.linears import find_linears
+from drank.language_model.modules import PivotLinear
+from drank.language_model.units import find_mlps
+from tests import tiny
+from tests.test_compression import IDS, factors_of, no_cut, row, singles
+
+
+def biased(build):
+    model = build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model
+
+
+def compressed(build, forms, rank=9):
+    """A model whose linears before and behind the nonlinearity of the first MLP have the forms given."""
+    model = biased(build)
+    mlp = find_mlps(find_linears(model, ["re:.*"]))[0]
+    rows = [row((x,), form, rank) for x, form in zip((*mlp.before, mlp.down), forms, strict=True)]
+    return compress(model, rows, factors_of(singles(model)), no_cut, {}), mlp
+
+
+FORMS = ("dense", "factors", "pivot")
+
+
+@pytest.mark.parametrize(
+    ("build", "forms"),
+    [(tiny.llama, forms) for forms in itertools.product(FORMS, repeat=3)]
+    + [(tiny.gpt2, forms) for forms in itertools.product(FORMS, repeat=2)],
+)
+def test_the_model_is_the_same_function_and_the_first_pivot_layer_has_no_places(build, forms, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    folded, mlp = compressed(build, forms)
+    monkeypatch.setattr("drank.compression.fold_channel_order", lambda _model, stored: list(stored))
+    torch.manual_seed(0)
+    plain, _ = compressed(build, forms)
+    torch.testing.assert_close(folded(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-5)
+    leader = next((x.name for x, form in zip(mlp.before, forms, strict=False) if form == "pivot"), None)
+    in_order = [n for n, m in folded.named_modules() if isinstance(m, PivotLinear) and m.in_order]
+    assert in_order == ([leader] if leader else [])
+    assert not any(isinstance(m, PivotLinear) and m.in_order for m in plain.modules())
+    folded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, folded(IDS).logits)
+    if set(forms) != {"dense"}:
+        dense = again.dequantize()
+        torch.testing.assert_close(dense(IDS).logits, folded(IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_an_mlp_with_parameters_of_its_own_is_left_alone():
+    model = biased(tiny.llama)
+    mlp = find_mlps(find_linears(model, ["re:.*"]))[0]
+    model.get_submodule(mlp.name).register_parameter("scale", torch.nn.Parameter(torch.ones(mlp.n_channels)))
+    rows = [row((x,), "pivot", 9) for x in (*mlp.before, mlp.down)]
+    compress(model, rows, factors_of(singles(model)), no_cut, {})
+    assert not any(isinstance(m, PivotLinear) and m.in_order for m in model.modules())
+
+
+def test_nothing_stored_is_nothing_folded():
+    model = tiny.llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert fold_channel_order(model, []) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
