@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from drank.pivot import pivot_rows
 from drank.workflow.files import read_json, read_rows, read_tensors
 from tests.conftest import REPOSITORY, run
 
@@ -105,11 +106,26 @@ def test_pivot_units_rebuild_the_slice_of_the_cached_factors(project):
     assert allocation["price"] <= allocation["budget"]
     pivots = [unit for unit in allocation["units"] if unit["form"] == "pivot"]
     assert pivots
+    slices = {unit["name"]: factors_of(project, unit) for unit in pivots}
+    orders = {  # an MLP's channels are numbered as its first pivot layer before the nonlinearity computes them
+        unit["name"].rpartition(".")[0]: pivot_rows(left.T, right).order.long()
+        for unit in reversed(pivots)
+        for left, right in [slices[unit["name"]]]
+        if unit["role"] in ("gate", "up")
+    }
     for unit in pivots:
-        factors = project / "data/spectrum/kfac/factors" / f"{unit['name']}.safetensors"
-        left, right = read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
+        left, right = slices[unit["name"]]
+        order = orders.get(unit["name"].rpartition(".")[0])
+        expected = left.T @ right
+        if order is not None:
+            expected = expected[:, order] if unit["role"] == "down" else expected[order]
         rebuilt = model.get_submodule(unit["name"]).dense_weight().float()
-        assert torch.linalg.norm(rebuilt - left.T @ right) < 0.02 * torch.linalg.norm(left.T @ right)
+        assert torch.linalg.norm(rebuilt - expected) < 0.02 * torch.linalg.norm(expected)
+
+
+def factors_of(project, unit):
+    factors = project / "data/spectrum/kfac/factors" / f"{unit['factors']}.safetensors"
+    return read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
 
 
 def test_the_dense_variant_is_the_model_itself(project):

@@ -13,7 +13,7 @@ from drank.language_model.plugin import attach, swap_modules
 from drank.language_model.stored import Stored, Tensors
 from drank.pivot import PivotForm, pivot_rows, split_group
 
-# Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 5. One of this size
+# Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 10. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
 LARGEST_COEFFICIENT = 64.0
 

@@ -4,7 +4,7 @@ Precision: activations are bfloat16 or float32; products and sums are float32. P
 float32, so the multiplication itself runs in bfloat16 units. The sum has a *componentwise* bound,
 |ΔH_ij| <= (n + b) ε Σ|x_i||x_j| / N with n the tokens of a batch, b the batches and N = n b, ε = 6e-8, so a channel of
 huge activations cannot drown the others. The bound is loose: measured against float64 on the default model, the largest
-error is 2e-6 of √(H_ii H_jj) (docs/log.md).
+error is 4e-6 of √(H_ii H_jj) (docs/log.md).
 
 A covariance is symmetric: only panels of rows from the diagonal on are multiplied, half of the work where the matrix is
 wide.

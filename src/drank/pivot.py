@@ -63,7 +63,7 @@ def pivot_rows(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Pi
     .. math:: W_{kept} = left_{kept} R, \qquad C = left_{rest} left_{kept}^{-1} = L_2 L_1^{-1}
 
     by a triangular solve. Entries of L_2 are at most 1; those of C are bounded by 2^k only in theory, in practice they
-    are below 5. Pivoted QR of leftᵀ gives half of that, at several times the cost (docs/log.md).
+    are below 10. Pivoted QR of leftᵀ gives half of that, at several times the cost (docs/log.md).
 
     Raises:
         NotFiniteError: a factor holds NaN or infinity.
