@@ -75,8 +75,8 @@ class _OrderedLinear(nn.Module):
         return 0 if self.places is None else self.places.numel() * self.places.element_size()
 
     def _in_order(self, kept: Tensor, rest: Tensor) -> Tensor:
-        # On CPU a gather with one index for all tokens is the fastest way at many tokens: two index_copy take up to twice
-        # as long, index_select in bfloat16 up to three times (benchmarks/output_order.py). gather wants int64.
+        # On CPU a gather with one index for all tokens is the fastest way: two index_copy take up to twice as long,
+        # index_select in bfloat16 up to three times (benchmarks/output_order.py). gather wants int64.
         y = torch.cat([kept, rest], -1)
         return y if self.places is None else y.gather(-1, self.places.long().expand_as(y))
 
