@@ -21,7 +21,7 @@ from drank.language_model.modules import FactorLinear, PivotLinear
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in, out: queries, gate and up, down of a Llama of 7B
 SIZES = (0.8, 0.5)
 ROUNDS = {1: 41, 512: 15}
-MULTIPLE = 32  # of ranks, as in the preset kfac-aligned; others are up to a tenth slower
+MULTIPLE = 32  # of ranks, as in the preset kfac-aligned
 
 
 def factor_rank(n_in: int, n_out: int, size: float) -> int:
