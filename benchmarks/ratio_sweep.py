@@ -13,7 +13,7 @@ import pstats
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,11 @@ def yardstick_layers(root: Path, layers: list[int]) -> tuple[int, list[tuple[Lin
     folder = root / "data/covariance/0"
     owners = read_json(folder / "summary.json")["owners"]
 
-    def xtx(linear: Linear) -> torch.Tensor:
-        return read_tensors(folder / f"inputs/{owners[linear.name]}.safetensors")["covariance"]
+    @cache
+    def xtx(owner: str) -> torch.Tensor:
+        return read_tensors(folder / f"inputs/{owner}.safetensors")["covariance"]
 
-    return len({x.layer for x in linears}), [(x, xtx(x)) for x in linears if x.layer in layers]
+    return len({x.layer for x in linears}), [(x, xtx(owners[x.name])) for x in linears if x.layer in layers]
 
 
 def yardstick_parts(layers: list[tuple[Linear, torch.Tensor]]) -> dict[str, Any]:

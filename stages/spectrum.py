@@ -15,7 +15,7 @@ from drank.channels import remove_channels
 from drank.language_model.linears import Linear, find_linears
 from drank.language_model.substitution import measure_sensitivity
 from drank.language_model.units import Mlp, find_groups, find_mlps
-from drank.spectrum import damped, effective_rank, whitened_spectrum
+from drank.spectrum import Metric, damped, effective_rank, whitened_spectrum
 from drank.workflow.files import read_json, read_rows, read_tensors, write_json, write_tensors
 from drank.workflow.params import Params, Spectrum, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
@@ -40,7 +40,7 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
     model = model.to(params.covariance.device)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
-    mlps = find_mlps(linears) if asked.units == "block" else []
+    mlps = find_mlps(model, linears) if asked.units == "block" else []
     in_mlps = {linear.name for mlp in mlps for linear in (*mlp.before, mlp.down)}
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
@@ -52,6 +52,7 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     blocks = {i: block(mlps[i], asked.cuts, metrics, writer) for i in bar(shared_out(members, group), unit="MLP")}
     summary: dict[str, Any] = {
         "metric": asked.metric,
+        "left_dense": read_json(metrics.covariances / "summary.json")["left_dense"],
         "units": in_order(group.gather(list(units.items()))),
         "blocks": in_order(group.gather(list(blocks.items()))),
     }
@@ -85,29 +86,34 @@ def in_order(parts: list[list[tuple[int, Any]]]) -> list[Any]:
 
 
 class Metrics:
-    """Input and output metric of a linear; None is the identity."""
+    """Input and output metric of a linear; None is the identity. Linears that share their input share its metric."""
 
     def __init__(self, asked: Spectrum, covariances: Path, device: str = "cpu") -> None:
         self.asked, self.covariances, self.device = asked, covariances, device
         self.owners = read_json(covariances / "summary.json")["owners"]
+        self._latest: tuple[str, Metric] | None = None
 
-    def of(self, linear: Linear) -> tuple[Tensor | None, Tensor | None]:
+    def of(self, linear: Linear) -> tuple[Metric | None, Metric | None]:
         if self.asked.metric == "none":
             return None, None
-        if self.asked.metric == "diagonal":
-            magnitude = self._inputs(linear)["magnitude"].double()
-            return torch.diag(magnitude ** (2 * (self.asked.alpha or 0))), None
-        if self.asked.metric == "input":
-            return damped(self._inputs(linear)["covariance"].double(), self.asked.damping), None
-        return self.kfac(linear)
+        gradients = self.asked.metric == "kfac"
+        return self._of_inputs(self.owners[linear.name]), self._of_gradients(linear.name) if gradients else None
 
-    def kfac(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        gradients = self._read(f"gradients/{linear.name}")
-        both = self._inputs(linear)["covariance"], gradients["covariance"]
-        return damped(both[0].double(), self.asked.damping), damped(both[1].double(), self.asked.damping)
+    def kfac(self, linear: Linear) -> tuple[Metric, Metric]:
+        return self._of_inputs(self.owners[linear.name]), self._of_gradients(linear.name)
 
-    def _inputs(self, linear: Linear) -> dict[str, Tensor]:
-        return self._read(f"inputs/{self.owners[linear.name]}")
+    def _of_inputs(self, owner: str) -> Metric:
+        if self._latest is None or self._latest[0] != owner:  # one is kept: those that share an input follow each other
+            tensors = self._read(f"inputs/{owner}")
+            if self.asked.metric == "diagonal":
+                metric = Metric(torch.diag(tensors["magnitude"].double() ** (2 * (self.asked.alpha or 0))))
+            else:
+                metric = Metric(damped(tensors["covariance"].double(), self.asked.damping))
+            self._latest = owner, metric
+        return self._latest[1]
+
+    def _of_gradients(self, name: str) -> Metric:
+        return Metric(damped(self._read(f"gradients/{name}")["covariance"].double(), self.asked.damping))
 
     def _read(self, name: str) -> dict[str, Tensor]:
         tensors = read_tensors(self.covariances / f"{name}.safetensors")
@@ -121,7 +127,7 @@ class Writer:
         self.folder = folder
         self.singular_values: dict[str, Tensor] = {}
 
-    def factors(self, file: str, members: tuple[Linear, ...], W: Tensor, H: Tensor | None, G: Tensor | None) -> dict:
+    def factors(self, file: str, members: tuple[Linear, ...], W: Tensor, H: Metric | None, G: Metric | None) -> dict:
         spectrum = whitened_spectrum(W, H, G)
         vectors = (spectrum.output_vectors.cpu(), spectrum.input_vectors.cpu())
         write_tensors(self.folder / f"factors/{file}.safetensors", dict(zip(VECTORS, vectors, strict=True)))
@@ -138,8 +144,10 @@ class Writer:
 def unit(group: tuple[Linear, ...], metrics: Metrics, writer: Writer) -> dict[str, Any]:
     """A matrix, or several stacked, in the mean of their input metrics: the loss of the stack is that of its parts."""
     inputs, outputs = zip(*(metrics.of(linear) for linear in group), strict=True)
-    H = None if inputs[0] is None else torch.stack(inputs).mean(0)
-    G = None if outputs[0] is None else torch.block_diag(*outputs)
+    if len(group) == 1:
+        return writer.factors(group[0].name, group, group[0].weight.detach().float(), inputs[0], outputs[0])
+    H = None if inputs[0] is None else Metric(torch.stack([metric.covariance for metric in inputs]).mean(0))
+    G = None if outputs[0] is None else Metric(torch.block_diag(*(metric.covariance for metric in outputs)))
     return writer.factors(group[0].name, group, torch.cat([linear.weight.detach().float() for linear in group]), H, G)
 
 
@@ -147,18 +155,19 @@ def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -
     """An MLP at every number of channels on offer."""
     H_down, G_down = metrics.kfac(mlp.down)
     H_before, _ = metrics.kfac(mlp.before[0])
-    G_before = {linear.name: metrics.kfac(linear)[1] for linear in mlp.before}
+    G_before = {linear.name: metrics.kfac(linear)[1].covariance for linear in mlp.before}
     kept = [round(mlp.n_channels * (1 - share)) for share in cuts]
     described = []
-    for alive, down, loss in remove_channels(mlp.down.weight.detach(), H_down, G_down, kept):
+    cuts_of_down = remove_channels(mlp.down.weight.detach(), H_down.covariance, G_down.covariance, kept)
+    for alive, down, loss in cuts_of_down:
         suffix = "" if len(alive) == mlp.n_channels else f".{len(alive)}"
         stored = {"alive": alive.cpu(), "down": down.float().cpu()}
         write_tensors(writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", stored)
         matrices = []
         for linear in mlp.before:
-            W, G = linear.weight.detach()[alive].float(), G_before[linear.name][alive][:, alive]
+            W, G = linear.weight.detach()[alive].float(), Metric(G_before[linear.name][alive][:, alive])
             matrices.append(writer.factors(linear.name + suffix, (linear,), W, H_before, G))
-        H = H_down[alive][:, alive]
+        H = Metric(H_down.covariance[alive][:, alive])
         matrices.append(writer.factors(mlp.down.name + suffix, (mlp.down,), down.float(), H, G_down))
         matrices[-1]["base_loss"] = loss
         described.append({"channels": len(alive), "matrices": matrices})

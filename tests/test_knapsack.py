@@ -117,6 +117,26 @@ def test_merged_units_hold_the_best_combination_at_any_price_of_a_parameter(unit
     assert float((one.costs + price * one.weights).min()) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
+def test_equal_weights_are_solved_without_a_search(monkeypatch):
+    # Ranks of matrices of one shape: the last multiple within the budget is reached, and rounding down is optimal.
+    monkeypatch.setattr("drank.knapsack.milp", None)
+    rng = np.random.default_rng(0)
+    units = [Options(np.arange(1, 300) * 1152, rng.uniform(1, 300) / np.arange(1, 300)) for _ in range(30)]
+    budget = 2000 * 1152 + 700
+    found = solve(units, budget)
+    assert found.weight == 2000 * 1152
+    assert found.gap <= 1e-12
+    assert relax(units, budget).gap > 1e-4
+
+
+def test_a_budget_between_two_reachable_weights_is_bounded_by_the_lower_by_hand():
+    # Weights 1, 4 and 7 within 6: the relaxation takes two thirds of the step from 4 to 7.
+    unit = Options(np.array([1, 4, 7]), np.array([9.0, 3.0, 0.0]))
+    assert relax([unit], 6).bound == 1.0
+    found = solve([unit], 6)
+    assert (found.choices, found.cost, found.bound) == ([1], 3.0, 3.0)
+
+
 def test_what_the_search_leaves_is_spent():
     # The gap allows HiGHS to stop early; the last unit's cheap improvement fits the budget and must be taken.
     rng = np.random.default_rng(0)

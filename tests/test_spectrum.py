@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.covariance import NotFiniteError
-from drank.spectrum import damped, effective_rank, square_root, whitened_spectrum
+from drank.spectrum import Metric, damped, effective_rank, square_root, whitened_spectrum
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
 
@@ -20,6 +20,17 @@ def rebuilt(spectrum, k=None):
 def covariance(size, rank, seed=0):
     x = torch.randn(rank, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return x.T @ x / rank
+
+
+def test_a_metric_keeps_its_root_for_the_next_weight(monkeypatch):
+    shared, roots = Metric(covariance(4, 9)), []
+    monkeypatch.setattr("drank.spectrum.square_root", lambda H: roots.append(H) or square_root(H))
+    for seed in (0, 1):
+        W = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(
+            whitened_spectrum(W, shared).singular_values, whitened_spectrum(W, covariance(4, 9)).singular_values
+        )
+    assert len(roots) == 3  # one for both weights, and one each for the covariances given as tensors
 
 
 def test_diagonal_case_by_hand():

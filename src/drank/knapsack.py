@@ -6,15 +6,17 @@ a multiple-choice knapsack with option costs c (any unit, the same in all units 
 (parameters). Numbers only: no tensors, no models.
 
 The lower convex hull of each unit's (weight, cost) points gives the linear relaxation exactly, and with it a bound: no
-solution costs less. The relaxation, rounded down and filled up, gives a first solution. Between the two SciPy's HiGHS
-searches, over those options alone that could still beat the first solution (reduced cost below the gap), so the integer
-program is small however many ranks there are.
+solution costs less. The relaxation, rounded down and filled up, gives a first solution, which only options with a
+reduced cost below the gap can still beat. Where the weights of those have a common divisor, as ranks of matrices of one
+shape have, the part of the budget that no choice can reach is taken off the bound. If a gap is left, SciPy's HiGHS
+searches, over these options alone, so the integer program is small however many ranks there are.
 
 Reference: Kellerer, Pferschy, Pisinger, Knapsack Problems (2004), ch. 11.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -64,9 +66,11 @@ def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, 
         InfeasibleBudgetError: even the lightest options do not fit.
     """
     solution, multiplier = _relaxed(units, budget)
+    kept = _worth_trying(units, solution, multiplier)
+    solution = _within_reach(units, solution, kept, multiplier, budget)
     if solution.gap <= relative_gap:
         return solution
-    return _search(units, solution, multiplier, budget, relative_gap, nodes)
+    return _search(units, solution, kept, budget, relative_gap, nodes)
 
 
 def relax(units: Sequence[Options], budget: int) -> Solution:
@@ -180,22 +184,39 @@ def _solution(units: Sequence[Options], choices: list[int], bound: float) -> Sol
     return Solution(choices, weight, cost, min(bound, cost))
 
 
+def _worth_trying(units: Sequence[Options], first: Solution, multiplier: float) -> list[list[int]]:
+    """Options of each unit whose reduced cost is below the gap of the first solution, and that solution's own."""
+    gap = (first.cost - first.bound) * (1 + 1e-9)
+    kept = []
+    for unit, choice in zip(units, first.choices, strict=True):
+        reduced = unit.costs + multiplier * unit.weights
+        kept.append(sorted({*np.flatnonzero(reduced - reduced.min() <= gap).tolist(), choice}))
+    return kept
+
+
+def _within_reach(
+    units: Sequence[Options], first: Solution, kept: list[list[int]], multiplier: float, budget: int
+) -> Solution:
+    """The same solution with a bound for the largest weight within the budget that options worth trying can have.
+
+    A solution of other options costs more than the first one, so the bound holds for all.
+    """
+    steps = [int(unit.weights[j]) - int(unit.weights[js[0]]) for unit, js in zip(units, kept, strict=True) for j in js]
+    divisor = math.gcd(*steps)
+    out_of_reach = (budget - first.weight) % divisor if divisor else budget - first.weight
+    return replace(first, bound=min(first.bound + multiplier * out_of_reach, first.cost))
+
+
 def _search(
     units: Sequence[Options],
     first: Solution,
-    multiplier: float,
+    options: list[list[int]],
     budget: int,
     relative_gap: float,
     nodes: int,
 ) -> Solution:
-    """HiGHS over the options whose reduced cost is below the gap of the first solution; the others cannot be better."""
-    gap = first.cost - first.bound
-    kept: list[tuple[int, int]] = []
-    for u, unit in enumerate(units):
-        reduced = unit.costs + multiplier * unit.weights
-        allowed = np.flatnonzero(reduced - reduced.min() <= gap * (1 + 1e-9))
-        kept += [(u, int(j)) for j in {*allowed.tolist(), first.choices[u]}]
-    kept.sort()
+    """HiGHS over some options of each unit, those of the first solution among them."""
+    kept = [(u, j) for u, js in enumerate(options) for j in js]
     costs = np.array([units[u].costs[j] for u, j in kept])
     weights = np.array([units[u].weights[j] for u, j in kept], dtype=float)
     one_each = csr_array((np.ones(len(kept)), ([u for u, _ in kept], range(len(kept)))), shape=(len(units), len(kept)))

@@ -6,6 +6,7 @@ Z = G^½ W H^½ = U S Vᵀ, and keeping k components costs Σ_{i>k} s_i² (Eckar
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -42,6 +43,22 @@ def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
 
 
+class Metric:
+    """A covariance (d, d) in float64, and its square root where one is asked for: computed once for all weights that
+    are measured in it.
+
+    Raises:
+        NotFiniteError: the covariance holds NaN or infinity.
+    """
+
+    def __init__(self, covariance: Float[Tensor, "d d"], what: str = "metric") -> None:
+        self.covariance = _finite(covariance, what).double()
+
+    @cached_property
+    def root(self) -> Float[Tensor, "d d"]:
+        return square_root(self.covariance)
+
+
 def damped(covariance: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
     """The covariance plus ``share`` of its mean diagonal on the diagonal: no direction is entirely free."""
     ridge = torch.full_like(covariance.diagonal(), share) * covariance.diagonal().mean()
@@ -50,22 +67,21 @@ def damped(covariance: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d
 
 def whitened_spectrum(
     weight: Float[Tensor, "out in"],
-    input_metric: Float[Tensor, "in in"] | None = None,
-    output_metric: Float[Tensor, "out out"] | None = None,
+    input_metric: Metric | Float[Tensor, "in in"] | None = None,
+    output_metric: Metric | Float[Tensor, "out out"] | None = None,
 ) -> Spectrum:
     r"""Spectrum of Z = G^½ W H^½ and the components of W, without inverse or Cholesky, so any H and G will do.
 
     With Z Zᵀ = U S² Uᵀ (out, out) and c_i = G^½ u_i, component i of W is (W H Wᵀ c_i) (c_iᵀ W) / s_i². With
     Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i, it is (W a_i) (a_iᵀ Wᵀ G W) / s_i². The smaller of the two eigenproblems
     is solved, in float64: squaring Z loses singular values below 1e-8 of the largest, which cost less than 1e-16 of the
-    total. H or G = None is the identity (both: plain SVD).
+    total. H or G = None is the identity (both: plain SVD); a :class:`Metric` keeps its root for the next weight.
 
     Raises:
         NotFiniteError: W, H or G holds NaN or infinity.
     """
     W = _finite(weight, "weight").double()
-    H = None if input_metric is None else _finite(input_metric, "input metric").double()
-    G = None if output_metric is None else _finite(output_metric, "output metric").double()
+    H, G = _metric(input_metric, "input metric"), _metric(output_metric, "output metric")
     if len(W) <= W.shape[1]:
         energies, right, left = _components(W.T, G, H)
     else:
@@ -82,13 +98,13 @@ def whitened_spectrum(
     )
 
 
-def _components(W: Tensor, near: Tensor | None, far: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _components(W: Tensor, near: Metric | None, far: Metric | None) -> tuple[Tensor, Tensor, Tensor]:
     """Energies, and the vectors of both sides as rows, from the eigenproblem on the side of W's columns.
 
     near is the metric of the columns' side, far that of the rows'.
     """
-    gram = W.T @ (W if far is None else far @ W)
-    root = None if near is None else square_root(near)
+    gram = W.T @ (W if far is None else far.covariance @ W)
+    root = None if near is None else near.root
     energies, V = _descending_eigh(gram if root is None else root @ gram @ root)
     a = V if root is None else root @ V
     return energies, (W @ a).T, (gram @ a / energies.clamp_min(torch.finfo(torch.float64).tiny)).T
@@ -114,6 +130,10 @@ def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
 def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _metric(given: Metric | Tensor | None, what: str) -> Metric | None:
+    return Metric(given, what) if isinstance(given, Tensor) else given
 
 
 def _finite(matrix: Tensor, what: str) -> Tensor:
