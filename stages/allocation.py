@@ -29,7 +29,7 @@ def main(variant: str, root: Path = Path()) -> None:
         **asked.model_dump(),
     }
     hashes = {name: file_sha256(folder / name) for name in ("singular_values.safetensors", "summary.json")}
-    described = describe(units, allocation, rows_by_file(summary))
+    described = describe(units, allocation, rows_by_file(summary)) | {"left_dense": summary["left_dense"]}
     write_json(root / "data/allocation" / f"{variant}.json", header | described | {"inputs": hashes})
     table = pd.DataFrame(described["units"]).drop(columns="members").to_csv(index=False, lineterminator="\n")
     write_text(root / "data/allocation" / f"{variant}.csv", table)

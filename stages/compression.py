@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drank.compression import compress
-from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors, replacing_folder
+from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors, replacing_folder, weights_sha256
 from drank.workflow.stage import run_stage
 
 
@@ -15,11 +15,12 @@ def main(variant: str, root: Path = Path()) -> None:
     source = root / "data/allocation" / f"{variant}.json"
     allocation = read_json(source)
     spectrum = root / "data/spectrum" / allocation["spectrum"]
-    model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
+    base = root / "data/raw/model"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     provenance = {
         "variant": variant,
         "allocation_sha256": file_sha256(source),
-        "base_model_sha256": file_sha256(root / "data/raw/model/model.safetensors"),
+        "base_model_sha256": weights_sha256({file.name: file_sha256(file) for file in base.glob("*.safetensors")}),
     }
     compress(
         model,
@@ -32,7 +33,7 @@ def main(variant: str, root: Path = Path()) -> None:
     )
     with replacing_folder(root / "data/compression" / variant) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(root / "data/raw/model").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
         shutil.copyfile(source, folder / "allocation.json")
 
 

@@ -1,6 +1,8 @@
 """Covariance: the model and calibration windows -> data/covariance/<seed>/: inputs/, gradients/ and summary.json."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from drank.language_model.capture import (
     watching_inputs,
     watching_output_gradients,
 )
-from drank.language_model.linears import Linear, find_linears, shared_inputs
+from drank.language_model.linears import LeftDense, Linear, find_linears, shared_inputs, survey, unreached
 from drank.language_model.offload import Sweep, disk_map, find_blocks, offloaded_sweeps
 from drank.workflow.files import read_tensors, scratch_folder, write_json, write_tensors
 from drank.workflow.params import Covariance, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
 from drank.workflow.stage import run_stage
+
+log = logging.getLogger("drank.covariance")
 
 
 def main(seed: str, root: Path = Path()) -> None:
@@ -40,7 +44,9 @@ def main(seed: str, root: Path = Path()) -> None:
 
 def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Group, folder: Path, scratch: Path) -> None:
     model = load(model_folder, params, scratch)
-    linears = find_linears(model, params.targets, params.ignore)
+    linears, left = survey(model, params.targets, params.ignore)
+    if group.rank == 0:
+        log.info(told(linears, left))
     owners = shared_inputs(model, linears, windows[:1, :8])
     for sweep in sweeps(model, linears, windows, params, group, scratch):
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
@@ -58,7 +64,14 @@ def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Grou
         write("gradients", "gradients leaving", gradients, group, folder)
     if group.rank == 0:
         summary = {"fisher": params.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary | {"left_dense": [asdict(row) for row in left]})
+
+
+def told(linears: Sequence[Linear], left: Sequence[LeftDense]) -> str:
+    """What is compressed, and what is not, for the log."""
+    rows = [f"  {row.parameters:>14,}  {row.name}: {row.reason}" for row in left]
+    parameters = sum(linear.weight.numel() for linear in linears)
+    return "\n".join([f"{len(linears)} linears with {parameters:,} parameters to compress; left as it is:", *rows])
 
 
 def adding_to(moments: dict[str, SecondMoment]) -> Callback:
@@ -109,11 +122,15 @@ class Files:
 
 def write(kind: str, what: str, moments: dict[str, SecondMoment], group: Group, folder: Path) -> None:
     """Means over the tokens of all processes; inputs have their magnitudes beside them."""
+    missed = []
     for name, moment in moments.items():
         n_tokens = torch.tensor(moment.n_tokens)
         group.sum(moment.total, moment.magnitude, n_tokens)
         moment.n_tokens = int(n_tokens)
         if group.rank:
+            continue
+        if not moment.magnitude.any():  # no token, or only zeros: a metric in which every matrix is as good as none
+            missed.append(name)
             continue
         try:
             tensors = {"covariance": moment.mean()}
@@ -122,6 +139,8 @@ def write(kind: str, what: str, moments: dict[str, SecondMoment], group: Group, 
         if kind == "inputs":
             tensors["magnitude"] = moment.mean_magnitude()
         write_tensors(folder / f"{kind}/{name}.safetensors", {key: t.float().cpu() for key, t in tensors.items()})
+    if missed:
+        raise unreached("nothing entered" if kind == "inputs" else "no gradient came back to", missed)
 
 
 if __name__ == "__main__":

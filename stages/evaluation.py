@@ -30,6 +30,8 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     asked, _ = params.variant(variant)
     allocation = read_json(root / "data/allocation" / f"{variant}.json")
     tests = read_tensors(root / "data/sampling/test.safetensors")
+    short = root / "data/sampling/last.safetensors"
+    last_windows = read_tensors(short) if short.is_file() else {}
     batch = params.evaluation.batch_windows
     folder = root / "data/compression" / variant
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(params.evaluation.device)
@@ -37,7 +39,7 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     perplexities: dict[str, tuple[float, list[float]]] = {}
     for name in sorted(tests)[group.share]:
         bar = partial(tqdm, desc=f"{variant}, {name}", unit="batch")
-        perplexities[name] = token_perplexity(model, tests[name], batch, bar)
+        perplexities[name] = token_perplexity(model, tests[name], batch, bar, last_windows.get(name))
     together = {name: found for part in group.gather(perplexities) for name, found in part.items()}
     figures = {f"token_perplexity/{name}": perplexity for name, (perplexity, _) in together.items()}
     nats = {name: nats for name, (_, nats) in together.items()}
@@ -59,6 +61,8 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
         "tasks": list(tasks),
         "test_windows": {name: list(windows.shape) for name, windows in tests.items()},
     }
+    if last_windows:
+        protocol["last_windows"] = {name: len(window) for name, window in last_windows.items()}
     header = {"variant": variant, "preset": asked.preset, "protocol": protocol}
     results = header | sizes | figures
     write_json(root / "results" / f"{variant}.json", results)

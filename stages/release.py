@@ -37,6 +37,11 @@ def dependencies(root: Path, variant: str, params: Params, allocation: dict[str,
     files += [f"data/raw/text/{name}.jsonl" for name in params.text]
     files += [f"data/sampling/calibration/{seed}.safetensors", "data/sampling/test.safetensors"]
     files += [f"data/allocation/{variant}.json"]
+    healed = []
+    if variant in params.healing:
+        config = read_json(root / "data/compression" / variant / "config.json")
+        trained = config["quantization_config"]["provenance"]["healed_from_sha256"]
+        healed = [{"name": f"data/compression/{params.healing[variant].variant}", "digest": {"sha256": trained}}]
     sources: list[tuple[str, ModelSource | TextSource]] = [("model", params.model)]
     sources += [(f"text.{name}", text) for name, text in params.text.items()]
     spectrum = f"data/spectrum/{allocation['spectrum']}"
@@ -46,6 +51,7 @@ def dependencies(root: Path, variant: str, params: Params, allocation: dict[str,
             for name, source in sources
         ),
         *({"name": file, "digest": {"sha256": file_sha256(root / file)}} for file in files),
+        *healed,
         *({"name": f"{spectrum}/{file}", "digest": {"sha256": d}} for file, d in sorted(allocation["inputs"].items())),
     ]
 

@@ -11,8 +11,8 @@ from drank.workflow.stage import run_stage
 
 def main(root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
-    rows = [read_json(root / "data/evaluation" / f"{name}.json")["results"] for name in params.variants]
-    allocations = [read_json(root / "data/allocation" / f"{name}.json") for name in params.variants]
+    rows = [read_json(root / "data/evaluation" / f"{name}.json")["results"] for name in params.compared]
+    allocations = [read_json(root / "data/allocation" / f"{name}.json") for name in params.compared]
     spectra = {key: read_spectrum(root / "data/spectrum" / key) for key in params.spectrum}
     table = summary(rows)
     write_text(root / "results/summary.csv", table.to_csv(index=False, lineterminator="\n"))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from drank.channels import remove_channels
+from drank.covariance import NotFiniteError
 from drank.language_model.linears import Linear, find_linears
 from drank.language_model.substitution import measure_sensitivity
 from drank.language_model.units import Mlp, find_groups, find_mlps
@@ -128,7 +129,10 @@ class Writer:
         self.singular_values: dict[str, Tensor] = {}
 
     def factors(self, file: str, members: tuple[Linear, ...], W: Tensor, H: Metric | None, G: Metric | None) -> dict:
-        spectrum = whitened_spectrum(W, H, G)
+        try:
+            spectrum = whitened_spectrum(W, H, G)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{file}: {error}; is the base model damaged?") from None
         vectors = (spectrum.output_vectors.cpu(), spectrum.input_vectors.cpu())
         write_tensors(self.folder / f"factors/{file}.safetensors", dict(zip(VECTORS, vectors, strict=True)))
         self.singular_values[file] = spectrum.singular_values.cpu()

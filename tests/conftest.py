@@ -49,6 +49,12 @@ def reproduced(tmp_path_factory):
     Copy it before changing anything.
     """
     root = tmp_path_factory.mktemp("reproduced") / "project"
+    reproduce(root)
+    return root
+
+
+def reproduce(root):
+    """What the fixture is, in any folder."""
     tiny.project(root)
     for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(REPOSITORY / file, root)
@@ -61,7 +67,6 @@ def reproduced(tmp_path_factory):
     run(root, sys.executable, "-m", "dvc", "repro")
     run(root, "git", "add", ".")
     run(root, "git", "commit", "-q", "-m", "Everything reproduced")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -117,3 +117,37 @@ def test_shares_of_the_batches_are_all_windows_once():
     assert [[batch.first for batch in share] for share in shares] == [[0, 6], [2], [4]]
     for batch in split_windows(windows, 3):
         assert torch.equal(batch.ids, windows[batch.first : batch.first + 3])
+
+
+@pytest.mark.parametrize("read", ["ids", "embeddings"])
+def test_the_graph_begins_behind_the_embeddings_whatever_the_model_does_with_ids_and_embeddings(read):
+    model = tiny.llama()
+    ids = torch.randint(0, 300, (1, 12))
+    forward = model.model.forward
+
+    def peculiar(input_ids, **options):
+        if read == "ids":  # as with hash routing, or with further embeddings in each layer
+            return forward(input_ids=input_ids.clone(), **options)
+        embedded = model.model.embed_tokens(input_ids)
+        embedded *= 2
+        return forward(**options | {"inputs_embeds": embedded})
+
+    model.model.forward = peculiar
+    seen = []
+    with watching_output_gradients({"up": model.model.layers[0].mlp.up_proj}, lambda _, g: seen.append(g)):
+        assert sum(run_backward(model, ids, 1, "empirical")) == 1
+    assert seen[0].any()
+    assert not model.model.embed_tokens._forward_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_output_that_has_no_gradient_shows_none():
+    model = tiny.llama()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: x + mlp.up_proj(x.detach()).argmax()
+    seen = []
+    with watching_output_gradients(
+        {"up": mlp.up_proj, "q": model.model.layers[0].self_attn.q_proj}, lambda n, _: seen.append(n)
+    ):
+        assert sum(run_backward(model, torch.randint(0, 300, (1, 12)), 1, "empirical")) == 1
+    assert seen == ["q"]

@@ -73,7 +73,7 @@ def test_full_rank_but_one_stays_close_and_the_reloaded_model_has_the_same_logit
     rows = units(model, form, 15)
     expected = {unit["name"]: read(unit["name"], 15)[0].T @ read(unit["name"], 15)[1] for unit in rows}
     if form == "pivot":
-        renumber(find_mlps(find_linears(model, ["re:.*"])), expected, read, 15)
+        renumber(find_mlps(model, find_linears(model, ["re:.*"])), expected, read, 15)
     compress(model, rows, read, no_cut, {"variant": "test"})
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
@@ -111,7 +111,7 @@ def test_an_mlp_that_lost_channels_is_really_smaller_and_keeps_its_biases(build,
             if name.endswith("bias"):
                 parameter.normal_()
     linears = find_linears(model, ["re:.*"])
-    mlp = find_mlps(linears)[1]
+    mlp = find_mlps(model, linears)[1]
     n_out, n = mlp.down.out_features, mlp.n_channels
     (cut,) = remove_channels(weight_of([mlp.down]), torch.eye(n), torch.eye(n_out), [n - 20])
     weights = {linear.name: weight_of([linear])[cut.alive] for linear in mlp.before} | {mlp.down.name: cut.down.float()}
@@ -165,3 +165,12 @@ def test_a_unit_whose_pivot_coefficients_pass_the_limit_is_refused_by_name(monke
     linear = find_linears(model, ["layers.0.self_attn.q_proj"])[0]
     with pytest.raises(UnsafePivotError, match=f"{linear.name}: pivot coefficients reach .* use storage 'factors'"):
         compress(model, [row((linear,), "pivot", 2)], factors_of([(linear,)]), no_cut, {})
+
+
+def test_a_matrix_of_zeros_is_stored_as_one_row_of_zeros(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    zero = find_linears(model, ["layers.0.self_attn.q_proj"])
+    compress(model, [row(zero, "pivot", 1)], factors_of([tuple(zero)]), no_cut, {})
+    assert not reloaded(model, tmp_path).model.layers[0].self_attn.q_proj.dense_weight().any()

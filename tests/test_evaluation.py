@@ -93,6 +93,14 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(
     assert token_perplexity(model, torch.randint(258, (3, 9)), 2)[0] == pytest.approx(258)
 
 
+def test_a_short_last_window_counts_as_much_as_a_long_one_by_hand():
+    windows, last = torch.tensor([[0, 0, 1], [1, 0, 0]]), torch.tensor([0, 1])
+    perplexity, nats = token_perplexity(Unigram(3 / 4, 1 / 4), windows, 2, last=last)
+    means = [(math.log(4 / 3) + math.log(4)) / 2, math.log(4 / 3), math.log(4)]
+    assert perplexity == pytest.approx(math.exp(sum(means) / 3))
+    assert nats == pytest.approx([2 * means[0], 2 * means[1], means[2]])
+
+
 @pytest.mark.parametrize("batch_windows", [1, 2, 5, 8])
 def test_perplexity_is_the_exponential_of_the_mean_loss_whatever_the_batching(batch_windows):
     model, windows = tiny_llama(), torch.randint(258, (5, 12))
@@ -141,6 +149,14 @@ def certain(nats: float) -> Unigram:
     with torch.no_grad():
         model.logits.copy_(torch.tensor([0.0, -nats]))
     return model
+
+
+def test_buffers_of_floating_point_count_where_they_are_stored():
+    model = torch.nn.Linear(3, 2)
+    model.register_buffer("correction", torch.zeros(5))
+    model.register_buffer("positions", torch.zeros(7, dtype=torch.int32))
+    model.register_buffer("made_anew", torch.zeros(11), persistent=False)
+    assert count_parameters(model) == 3 * 2 + 2 + 5
 
 
 @pytest.mark.parametrize("tied", [False, True])

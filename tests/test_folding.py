@@ -27,7 +27,7 @@ def biased(build):
 def compressed(build, forms, rank=9):
     """A model whose linears before and behind the nonlinearity of the first MLP have the forms given."""
     model = biased(build)
-    mlp = find_mlps(find_linears(model, ["re:.*"]))[0]
+    mlp = find_mlps(model, find_linears(model, ["re:.*"]))[0]
     rows = [row((x,), form, rank) for x, form in zip((*mlp.before, mlp.down), forms, strict=True)]
     return compress(model, rows, factors_of(singles(model)), no_cut, {}), mlp
 
@@ -61,7 +61,7 @@ def test_the_model_is_the_same_function_and_the_first_pivot_layer_has_no_places(
 
 def test_an_mlp_with_parameters_of_its_own_is_left_alone():
     model = biased(tiny.llama)
-    mlp = find_mlps(find_linears(model, ["re:.*"]))[0]
+    mlp = find_mlps(model, find_linears(model, ["re:.*"]))[0]
     model.get_submodule(mlp.name).register_parameter("scale", torch.nn.Parameter(torch.ones(mlp.n_channels)))
     rows = [row((x,), "pivot", 9) for x in (*mlp.before, mlp.down)]
     compress(model, rows, factors_of(singles(model)), no_cut, {})

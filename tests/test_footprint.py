@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks import first_run, footprint
+from benchmarks import footprint as tables
+from benchmarks import gpu
 from benchmarks.covariance_overhead import collect
-from benchmarks.footprint import Setting
-from benchmarks.gpu import Shape, spectrum_flops
 from safetensors import safe_open
 from safetensors.torch import save_file
 from stages import covariance, spectrum
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from drank import footprint
 from drank.channels import remove_channels
 from drank.covariance import SecondMoment
+from drank.footprint import Setting, Shape, spectrum_flops
 from drank.language_model.capture import (
     Batch,
     run_backward,
@@ -65,7 +66,7 @@ def test_parameters_and_linears_are_those_of_transformers(shape):
 
 
 def test_published_sizes():
-    billions = [footprint.model_parameters(shape) / 1e9 for shape in footprint.MODELS]
+    billions = [footprint.model_parameters(shape) / 1e9 for shape in tables.MODELS]
     assert billions == pytest.approx([6.738, 13.016, 68.977], abs=1e-3)  # of the checkpoints of Llama 2
 
 
@@ -184,23 +185,27 @@ def calibrated(root, linears):
 @pytest.mark.parametrize("shape", [Shape("7B", 1, 192, 516, 4, 4, 64), Shape("70B", 1, 192, 672, 8, 1, 64)])
 @pytest.mark.parametrize("metric", ["input", "kfac"])
 def test_peak_of_spectra(shape, metric, tmp_path):
-    linears = find_linears(llama(shape), ["re:.*"])
+    model = llama(shape)
+    linears = find_linears(model, ["re:.*"])
     units = "block" if metric == "kfac" else "matrix"
     asked = {"calibration_seed": 0, "metric": metric, "damping": 1e-4}
     asked = Spectrum(units=units, **asked | ({"cuts": Setting.cuts} if units == "block" else {}))
-    metrics = spectrum.Metrics(asked, calibrated(tmp_path, linears))
-    writer = spectrum.Writer(tmp_path)
-    single = max(peak(lambda down=down: spectrum.unit((down,), metrics, writer)) for down in linears[-3:])
+    covariances, writer = calibrated(tmp_path, linears), spectrum.Writer(tmp_path)
+
+    def metrics():  # anew each time: the latest metric of inputs is kept
+        return spectrum.Metrics(asked, covariances)
+
+    single = max(peak(lambda down=down: spectrum.unit((down,), metrics(), writer)) for down in linears[-3:])
     assert single == pytest.approx(footprint.spectrum_memory(shape, False)["unit"], rel=0.15)
     if units == "block":
-        (mlp,) = find_mlps(linears)
-        block = peak(lambda: spectrum.block(mlp, asked.cuts, metrics, writer))
+        (mlp,) = find_mlps(model, linears)
+        block = peak(lambda: spectrum.block(mlp, asked.cuts, metrics(), writer))
         assert block == pytest.approx(footprint.spectrum_memory(shape, True)["unit"], rel=0.15)
 
 
 @pytest.mark.parametrize("kfac", [False, True])
 def test_offloaded_memory_knows_neither_depth_nor_windows(kfac):
-    shape = footprint.MODELS[0]
+    shape = tables.MODELS[0]
     bounded = footprint.memory(shape, Setting(), kfac, offload=True)
     deep = footprint.memory(replace(shape, n_layers=96), Setting(n_windows=9999), kfac, offload=True)
     assert bounded == deep
@@ -297,8 +302,9 @@ def test_flops_of_a_sum_by_hand():
 
 @pytest.mark.parametrize(("out", "n"), [(12, 12), (5, 12), (12, 5)])
 def test_flops_of_spectra_agree_with_the_other_benchmark(out, n):
-    linear = next(iter(find_linears(tiny.llama(), ["re:.*"])))
-    assert spectrum_flops(out, n, False) == first_run.spectrum_flops(replace(linear, out_features=out, in_features=n))
+    assert [spectrum_flops(out, n, kfac) for kfac in (False, True)] == [
+        gpu.spectrum_flops(out, n, kfac) for kfac in (False, True)
+    ]
 
 
 def test_flops_of_removing_channels_are_about_those_that_torch_counts():
@@ -311,17 +317,17 @@ def test_flops_of_removing_channels_are_about_those_that_torch_counts():
 
 
 def test_flops_of_pivot_rows_by_hand(monkeypatch):
-    monkeypatch.setattr(footprint, "rank_of", lambda _form, out, n, _size, _multiple: min(out, n))
+    monkeypatch.setattr(footprint, "pivot_rank", lambda out, n, _size: min(out, n))
     square = Shape("square", 1, 6, 6, 1, 1, 8)  # LU of a square matrix takes 2/3 n³; there is no other row to express
     assert footprint.pivot_flops(square, 1.0) == pytest.approx(7 * (2 / 3 + 2) * 6**3)
 
 
 def test_tables(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["footprint", "--bf16", "500000", "--float64", "40000"])
-    footprint.main()
+    tables.main()
     printed = capsys.readouterr().out
     assert "at 500000 GFLOP/s in bfloat16 and 40000 in float64 (given)" in printed
     assert printed.count("| 70B | kfac |") == 4
     hours = next(line for line in printed.splitlines()[::-1] if line.startswith("| 7B | input |")).split("|")
-    expected = footprint.covariance_flops(footprint.MODELS[0], Setting(), False, False) / 5e14 / 3600
+    expected = footprint.covariance_flops(tables.MODELS[0], Setting(), False, False) / 5e14 / 3600
     assert float(hours[3]) == pytest.approx(expected, rel=1e-2)

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+import yaml
+from torch import nn
 
-from drank.language_model.linears import NoTargetsError, find_linears, layer_index, shared_inputs
+from drank.language_model.linears import (
+    NoTargetsError,
+    PatternError,
+    UnreachedError,
+    find_linears,
+    layer_index,
+    shared_inputs,
+    survey,
+    unreached,
+)
 from tests import tiny
 
 IDS = torch.arange(6)[None]
@@ -37,29 +48,165 @@ def test_shared_inputs_are_seen_not_assumed():
     ("targets", "ignore", "count"),
     [
         (["q_proj"], [], 2),
+        (["model.layers.0.self_attn.q_proj"], [], 1),
         (["mlp.up_proj", "down_proj"], [], 4),
         (["re:.*"], ["re:.*layers\\.0\\..*"], 7),
-        (["proj"], [], 0),
+        (
+            ["re:.*self_attn"],
+            [],
+            8,
+        ),  # from the beginning on, but not to the end: re.match, as compressed-tensors has it
+        (["Linear"], ["lm_head"], 14),
+        (["Linear"], ["re:.*mlp", "Embedding"], 8),
     ],
 )
-def test_patterns_are_suffixes_or_whole_expressions(targets, ignore, count):
-    if not count:
-        with pytest.raises(NoTargetsError, match="no linear layer matches.*down_proj, gate_proj"):
-            find_linears(tiny.llama(), targets, ignore)
-    else:
-        assert len(find_linears(tiny.llama(), targets, ignore)) == count
+def test_patterns_are_those_of_compressed_tensors_and_ends_of_names(targets, ignore, count):
+    assert len(find_linears(tiny.llama(), targets, ignore)) == count
 
 
-def test_a_model_without_layers_of_linears_is_refused():
-    with pytest.raises(NoTargetsError, match="none"):
-        find_linears(torch.nn.Sequential(torch.nn.ReLU()), ["re:.*"])
+@pytest.mark.parametrize(
+    ("targets", "ignore", "message"),
+    [
+        (["proj"], [], "covariance.targets: 'proj' matches nothing.*down_proj, gate_proj, k_proj, lm_head, o_proj"),
+        (["q_proj", "k_prj"], [], "covariance.targets: 'k_prj' matches nothing"),
+        (["re:.*"], ["lm_haed"], "covariance.ignore: 'lm_haed' matches nothing"),
+        (["re:.*"], ["mlp"], "covariance.ignore: 'mlp' matches nothing"),
+        (["re:self_attn"], [], "matches from the name's beginning on"),
+        (["re:*"], [], "covariance.targets: 're:\\*' is no regular expression: nothing to repeat"),
+        (["embed_tokens"], [], "covariance.targets: 'embed_tokens' matches nothing"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(targets, ignore, message):
+    with pytest.raises(PatternError, match=message):
+        find_linears(tiny.llama(), targets, ignore)
 
 
-def test_a_linear_that_no_token_reaches_is_named():
+def test_patterns_that_leave_nothing_are_refused_with_what_the_model_has():
+    with pytest.raises(NoTargetsError, match=r"targets \['lm_head'\].*q_proj.weight \(matches no target\)"):
+        find_linears(tiny.llama(), ["lm_head"])
+    with pytest.raises(PatternError, match="there is no linear"):
+        find_linears(nn.Sequential(nn.ReLU()), ["re:.*"])
+
+
+def test_a_linear_that_no_token_reaches_is_named_with_the_pattern_that_leaves_it_out():
     model = tiny.llama()
-    model.model.layers[0].mlp.spare_proj = torch.nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="no input reached model.layers.0.mlp.spare_proj"):
+    for layer in model.model.layers:
+        layer.mlp.spare_proj = nn.Linear(3, 3)
+    with pytest.raises(
+        UnreachedError, match="through model.layers.0.mlp.spare_proj, model.layers.1.*2 linears"
+    ) as error:
         shared_inputs(model, find_linears(model, ["re:.*"]), IDS)
+    (pattern,) = yaml.safe_load(str(error.value).partition("covariance.ignore: ")[2])
+    linears = find_linears(model, ["re:.*"], [pattern])
+    assert len(linears) == 14
+    assert len(shared_inputs(model, linears, IDS)) == 14
+
+
+def test_an_expert_that_a_few_tokens_miss_reads_alone():
+    model = tiny.llama()
+    model.model.layers[0].mlp.experts = nn.ModuleList([nn.ModuleDict({"w1": nn.Linear(3, 3)})])
+    owners = shared_inputs(model, find_linears(model, ["q_proj", "w1"]), IDS)
+    name = "model.layers.0.mlp.experts.0.w1"
+    assert owners[name] == name
+    (pattern,) = yaml.safe_load(str(unreached("nothing entered", [name])).partition("covariance.ignore: ")[2])
+    assert pattern == r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.w1"
+
+
+# What stays as it is.
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Choosing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).topk(1)
+
+
+class Spelled(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+def left_of(model, targets=("re:.*",), ignore=()):
+    return {row.name: row.reason for row in survey(model, targets, ignore)[1]}
+
+
+def test_every_parameter_is_a_target_or_left_with_a_reason():
+    model = tiny.llama(tie_word_embeddings=False)
+    chosen, left = survey(model, ["re:.*"], ["re:.*layers.0.*mlp"])
+    assert sum(x.weight.numel() for x in chosen) + sum(row.parameters for row in left) == model.num_parameters()
+    rows = {(row.name, row.reason): (row.tensors, row.parameters) for row in left}
+    assert rows == {
+        ("model.embed_tokens.weight", "embedding"): (1, 320 * 32),
+        ("lm_head.weight", "output head"): (1, 320 * 32),
+        ("vectors", "norms, biases and the like"): (5, 5 * 32),
+        ("model.layers.*.mlp.gate_proj.weight", "ignored: re:.*layers.0.*mlp"): (1, 64 * 32),
+        ("model.layers.*.mlp.up_proj.weight", "ignored: re:.*layers.0.*mlp"): (1, 64 * 32),
+        ("model.layers.*.mlp.down_proj.weight", "ignored: re:.*layers.0.*mlp"): (1, 64 * 32),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss"])
+def test_weights_of_experts_and_routers_are_left_by_name(architecture):
+    changes = {"kv_lora_rank": 8, "q_lora_rank": 8, "n_routed_experts": 4} if architecture == "deepseek_v2" else {}
+    model = tiny.decoder(architecture, **changes)
+    chosen, left = survey(model, ["re:.*"], ["re:.*experts$", "re:.*(gate|router)$"])
+    experts = {row.name.rpartition("experts.")[2]: row for row in left if ".mlp.experts." in row.name}
+    assert experts["gate_up_proj"].reason == f"no linear, but {type(model.model.layers[1].mlp.experts).__name__}"
+    assert experts["down_proj"].parameters == sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith("experts.down_proj")
+    )
+    assert sum(x.weight.numel() for x in chosen) + sum(row.parameters for row in left) == model.num_parameters()
+
+
+def test_modules_that_are_more_than_a_matrix_are_left():
+    model = tiny.llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.gate_proj, first.extra, second.router = Doubled(32, 64), Spelled(32, 64), Choosing(32, 4)
+    second.narrow = nn.Linear(32, 1)
+    second.tied = nn.Linear(64, 32)
+    second.tied.weight = second.down_proj.weight
+    left = left_of(model)
+    layers = "model.layers.*.mlp."
+    assert left[layers + "gate_proj.weight"] == "Doubled computes something else than W x + b"
+    assert left[layers + "router.weight"] == "Choosing computes something else than W x + b"
+    assert left[layers + "narrow.weight"] == "a single row or column: no rank is smaller"
+    assert left[layers + "down_proj.weight"] == f"the same tensor as {layers}tied.weight"
+    assert layers + "extra.weight" not in left, "another spelling of the same"
+
+
+def test_a_kind_tells_a_linear_from_the_others_of_its_layer():
+    kinds = [x.kind for x in find_linears(tiny.gpt2(), ["re:.*"])]
+    assert kinds == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"] * 2
+    alone = [x.kind for x in find_linears(tiny.gpt2(), ["mlp.c_proj"])]
+    assert alone == ["mlp.c_proj"] * 2, "whatever is targeted"
+
+
+ROLES_OF = {
+    "bloom": "query_key_value output up down",
+    "codegen": "query_key_value output up down",
+    "gpt2": "query_key_value output up down",
+    "gpt_bigcode": "query_key_value output up down",
+    "gpt_neox": "query_key_value output up down",
+    "gptj": "key value query output up down",
+    "lfm2": "query key value output gate up down",
+    "modernbert-decoder": "query key value output gate_up down",
+    "mpt": "query_key_value output up down",
+    "opt": "key value query output up down",
+    "persimmon": "query_key_value output up down",
+    "phi": "query key value output up down",
+    "phi3": "output query_key_value gate_up down",
+}
+
+
+@pytest.mark.parametrize("architecture", ROLES_OF)
+def test_roles_of_other_names(architecture):
+    roles = [x.role for x in find_linears(tiny.decoder(architecture), ["re:.*"]) if x.layer == 1]
+    assert set(roles) == set(ROLES_OF[architecture].split())
 
 
 @pytest.mark.parametrize(

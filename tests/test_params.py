@@ -78,6 +78,9 @@ def test_files_older_than_a_key_are_read_as_before(tmp_path, key, left_out):
         ("sampling/n_windows", 0, "'sampling.n_windows' = 0.* greater than or equal to 1"),
         ("sampling/n_windows", "many", "'sampling.n_windows' = 'many'"),
         ("sampling/held_out_share", 1.0, "held_out_share"),
+        ("sampling/held_out_share", -0.1, "'sampling.held_out_share' = -0.1.* greater than or equal to 0"),
+        ("sampling/n_test_windows", "most", "'sampling.n_test_windows.literal.*' = 'most': Input should be 'whole' or"),
+        ("sampling/test_begin", "line", "'sampling.test_begin' = 'line': Input should be 'window', 'document' or"),
         ("sampling/calibration_text", "nwes", "sampling.calibration_text = 'nwes' is not in section 'text'"),
         ("model/source", "SmolLM2", "model.source"),
         ("model/sha256", "bcc8", "model.sha256"),
@@ -101,6 +104,16 @@ def test_files_that_hold_no_parameters_are_named(tmp_path, text, message):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ParamsError, match=message):
+        read_params(path)
+
+
+def test_a_calibration_text_of_which_nothing_is_held_out_needs_another_to_test_on(tmp_path):
+    path = changed(tmp_path, "sampling/held_out_share", 0.0)
+    assert read_params(path).sampling.held_out_share == 0
+    document = yaml.safe_load(path.read_text())
+    del document["text"]["commons"]
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(ParamsError, match="held_out_share = 0.0 leaves nothing to test on: 'news' is the only text"):
         read_params(path)
 
 

@@ -140,7 +140,7 @@ def test_a_mistake_that_all_processes_meet_is_one_message(project):
     set_params(project, "covariance", targets=["no_such_proj"])
     returned, errors = run(project, "covariance", "0")
     assert returned == 1
-    assert errors.count("no linear layer matches") == 1
+    assert errors.count("'no_such_proj' matches nothing") == 1
     assert "Traceback" not in errors
 
 

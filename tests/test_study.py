@@ -1,10 +1,10 @@
 """The study runs the stages of the main pipeline, and holds every preset at every size that its page speaks of."""
 
-import re
 from pathlib import Path
 
 import yaml
 
+from drank.workflow.experiments import pipeline_in, prepare
 from drank.workflow.files import read_json
 from drank.workflow.params import read_params
 
@@ -12,23 +12,9 @@ REPOSITORY = Path(__file__).parent.parent
 PEERS = ("svd", "asvd", "svd-llm", "basis-sharing", "d-rank", "d-rank-released", "kfac")
 
 
-def moved(stage):
-    """A stage of dvc.yaml as the study has it: other files, the same code."""
-    text = yaml.safe_dump(stage)
-    text = re.sub(r"^( *- )(data|results)/", r"\1study/\2/", text, flags=re.MULTILINE)
-    document = yaml.safe_load(text)
-    inner = document.get("do", document)
-    inner["cmd"] += " --root study"
-    inner["wdir"] = ".."
-    if "params" in inner:
-        inner["params"] = [{"study/params.yaml": inner["params"]}]
-    return document
-
-
 def test_the_stages_are_those_of_the_main_pipeline_over_other_files():
-    main, study = (yaml.safe_load((REPOSITORY / f).read_text())["stages"] for f in ("dvc.yaml", "study/dvc.yaml"))
-    del main["release"]  # nothing of the study is shipped
-    assert {name: moved(stage) for name, stage in main.items()} == study
+    main, study = (yaml.safe_load((REPOSITORY / f).read_text()) for f in ("dvc.yaml", "study/dvc.yaml"))
+    assert pipeline_in(main, "study", without=["release", "healed-release"]) == study  # nothing of the study is shipped
 
 
 def test_every_preset_is_there_at_every_size_and_the_headline_rows_with_three_draws_of_windows():
@@ -85,3 +71,22 @@ def test_ours_is_never_worse_than_a_peer_of_the_same_size():
             theirs = read_json(REPOSITORY / f"study/results/{preset}-{size}.json")
             for text in ("news", "commons"):
                 assert ours[f"token_perplexity/{text}"] < theirs[f"token_perplexity/{text}"], (preset, size, text)
+
+
+def test_the_experiment_of_healing_runs_the_main_pipeline_over_its_parameters(tmp_path):
+    for file in ("dvc.yaml", "experiments/healing.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes((REPOSITORY / file).read_bytes())
+    folder = prepare(tmp_path, "healing")
+    for file in ("params.yaml", "dvc.yaml"):
+        assert (tmp_path / folder / file).read_bytes() == (REPOSITORY / folder / file).read_bytes()
+    shipped, ours = (read_params(REPOSITORY / f) for f in ("params.yaml", "experiments/healing.yaml"))
+    assert (ours.model, ours.text, ours.sampling, ours.covariance) == (
+        shipped.model, shipped.text, shipped.sampling, shipped.covariance,
+    )  # fmt: skip
+    assert ours.presets["kfac"] == shipped.presets["kfac-aligned"]
+    assert ours.presets["d-rank"] == shipped.presets["d-rank"]
+    assert (
+        ours.healing["d-rank-60-distilled"].model_copy(update={"variant": "kfac-60"})
+        == ours.healing["kfac-60-distilled"]
+    )

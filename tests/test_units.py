@@ -1,5 +1,8 @@
 """What is factored together: groups of layers by the paper's rules, and MLPs, in several architectures."""
 
+import pytest
+import torch
+
 from drank.language_model.linears import find_linears
 from drank.language_model.units import find_groups, find_mlps, has_grouped_heads
 from tests import tiny
@@ -35,15 +38,47 @@ def test_layers_with_a_gap_between_them_are_no_group():
     ]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "grouped"),
+    [
+        ("llama", {"num_key_value_heads": 4}, False),
+        ("llama", {"num_key_value_heads": 1}, True),
+        ("phi3", {"num_key_value_heads": 4}, False),
+        ("phi3", {"num_key_value_heads": 2}, True),
+        ("gpt_neox", {}, False),
+        ("gpt2", {}, False),
+        ("gpt_bigcode", {"multi_query": True}, True),
+        ("gpt_bigcode", {"multi_query": False}, False),
+        ("gemma3_text", {"head_dim": 16, "num_key_value_heads": 4}, False),  # heads wider than the residual stream
+    ],
+)
+def test_grouped_heads_are_seen_in_the_widths_fused_or_not(architecture, changes, grouped):
+    linears = find_linears(tiny.decoder(architecture, **changes), ["re:.*"])
+    assert has_grouped_heads(linears) is grouped
+    without_output = [linear for linear in linears if linear.role != "output"]
+    assert has_grouped_heads(without_output) is grouped
+
+
+def mlps(model, targets):
+    return find_mlps(model, find_linears(model, targets))
+
+
 def test_mlps_with_and_without_a_gate():
-    first, second = find_mlps(find_linears(tiny.llama(), ["re:.*"]))
+    first, second = mlps(tiny.llama(), ["re:.*"])
     assert first.name == "model.layers.0.mlp"
     assert [linear.kind for linear in first.before] == ["gate_proj", "up_proj"]
     assert (first.down.kind, first.n_channels, second.down.layer) == ("down_proj", 64, 1)
-    gpt2 = find_mlps(find_linears(tiny.gpt2(), ["re:.*"]))
+    gpt2 = mlps(tiny.gpt2(), ["re:.*"])
     assert [[linear.kind for linear in mlp.before] for mlp in gpt2] == [["c_fc"], ["c_fc"]]
 
 
 def test_an_mlp_of_which_a_part_is_targeted_cannot_lose_channels():
-    assert find_mlps(find_linears(tiny.llama(), ["gate_proj", "down_proj"])) == []
-    assert find_mlps(find_linears(tiny.llama(), ["gate_proj", "up_proj"])) == []
+    assert mlps(tiny.llama(), ["gate_proj", "down_proj"]) == []
+    assert mlps(tiny.llama(), ["gate_proj", "up_proj"]) == []
+
+
+def test_an_mlp_with_a_norm_over_its_channels_keeps_them():
+    assert mlps(tiny.decoder("bitnet"), ["re:.*"]) == []
+    model = tiny.llama()
+    model.model.layers[0].mlp.act_fn.register_parameter("slope", torch.nn.Parameter(torch.ones(1)))
+    assert len(mlps(model, ["re:.*"])) == 2, "one slope for all channels is none of their own"

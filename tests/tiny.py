@@ -55,11 +55,30 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)).eval()
 
 
-def project(root: Path) -> None:
+SIZES = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "num_local_experts": 4,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "ffn_dim": 64, "word_embed_proj_dim": 32,
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def decoder(architecture, **changes):
+    """A random two-layer decoder of that model type of transformers, with those of the sizes above that it has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = AutoConfig.for_model(architecture)
+    sizes = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | changes)).eval()
+
+
+def project(root: Path, model=None) -> None:
     """A model folder and two texts under root/source, and a params.yaml that names them by local:."""
     source = root / "source"
     source.mkdir(parents=True)
-    llama().to(torch.bfloat16).save_pretrained(source / "model")
+    (model or llama()).to(torch.bfloat16).save_pretrained(source / "model")
     tokenizer().save_pretrained(source / "model")
     for name, seed in (("news", 1), ("commons", 2)):
         lines = [json.dumps({"text": text}) for text in documents(120, seed)]
@@ -137,6 +156,7 @@ variants:
     preset: kfac
     spectrum: kfac
     size_ratio: 0.8
+healing: {}
 evaluation:
   batch_windows: 4
   threads: 1

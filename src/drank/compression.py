@@ -79,6 +79,8 @@ def _stored(
             shared = {"basis": members[0]} if len(members) > 1 else {}
             yield Stored(name, spec | shared, {"weight": rows, "basis": right} | bias)
         return
+    if not left.any():
+        left = torch.eye(*left.shape, dtype=left.dtype)  # a matrix of zeros: one row is as good as another
     pivot = _safe(members[0], pivot_rows(left.T, right))
     if len(members) == 1:
         tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}

@@ -47,8 +47,11 @@ class EvaluationError(ValueError):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model; those that several modules share (tied embeddings) count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Numbers that a model is stored as: parameters, those that several modules share (tied embeddings) once, and the
+    few floating-point buffers that are saved with them, such as the bias of a router."""
+    stored = model.state_dict().keys()
+    buffers = [b for name, b in model.named_buffers() if name in stored and b.is_floating_point()]
+    return sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
 
 
 def run_tasks(

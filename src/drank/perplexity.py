@@ -18,6 +18,7 @@ def token_perplexity(
     windows: Int64[Tensor, "n_windows window_length"],
     batch_windows: int,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    last: Int64[Tensor, "last_length"] | None = None,
 ) -> tuple[float, list[float]]:
     r"""Token perplexity, and the nats of each window behind it.
 
@@ -28,17 +29,27 @@ def token_perplexity(
     Logits are taken to float32 before the log-softmax; nats are summed in float32 within a window and in
     float64 across windows. ``progress`` wraps the batches (tqdm).
 
+    A ``last`` window, shorter than the others and of 2 tokens or more, counts as much as any: the mean over tokens
+    becomes a mean over windows of means over their tokens, and the last of the nats are its own. So the released code
+    of Basis Sharing and D-Rank has it; SVD-LLM's and GPTQ's leave that window out.
+
     Raises:
         NotFiniteLossError: a window's loss is not finite; the message names the first such window.
     """
     nats: list[float] = []
+    n_windows, n_predicted = len(windows) + (last is not None), windows.shape[1] - 1
     with torch.inference_mode():
         for batch in progress(windows.split(batch_windows)):
             logits = model(batch.to(_device(model)), use_cache=False).logits
             # One window at a time: in float32, a batch of logits over a large vocabulary takes gigabytes.
             for window, scores in zip(batch, logits, strict=True):
                 nats.append(_window_nats(scores, window, len(nats)))
-    return _exp(sum(nats) / (len(windows) * (windows.shape[1] - 1))), nats
+        mean = sum(nats) / (n_windows * n_predicted)
+        if last is not None:
+            scores = model(last[None].to(_device(model)), use_cache=False).logits[0]
+            nats.append(_window_nats(scores, last, len(nats)))
+            mean += nats[-1] / (n_windows * (len(last) - 1))
+    return _exp(mean), nats
 
 
 def _window_nats(scores: Tensor, window: Tensor, index: int) -> float:

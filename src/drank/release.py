@@ -97,6 +97,8 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         calibration=(
             f"{sampling['n_windows']} windows of {sampling['window_length']} tokens of `{sampling['calibration_text']}`"
         ),
+        training=_training(parameters.get("healing")),
+        left=_left(allocation.get("left_dense", [])),
         outside=", ".join(f"`{name}`" for name in windows if name != sampling["calibration_text"]) or "none",
     )
 
@@ -107,7 +109,7 @@ CARD_TEMPLATE = """---
 # {variant}
 
 `{base}`, compressed by truncated SVD with a rank chosen for every layer ([D-Rank](https://arxiv.org/abs/2509.25622)
-and what followed from it), without training.
+and what followed from it), {training}.
 
 | | |
 |---|---|
@@ -134,7 +136,7 @@ Without `import drank` loading stops with an error, but for the dense variant, w
 |---|---|---|
 {rows}
 {protocol}
-
+{left}
 ## Limits
 * Measured in the two ways above and in no other: not for other languages, longer contexts, instructions or safety.
 * Calibrated on one text; texts that were never calibrated on: {outside}.
@@ -152,6 +154,26 @@ def _figures(results: Document) -> list[tuple[str, str, float]]:
     """(metric, text or task, value) of what was measured: keys with a `/`, but for standard errors."""
     split = [(*key.split("/", 1), value) for key, value in sorted(results.items()) if "/" in key]
     return [(metric, name, float(value)) for metric, name, value in split if not metric.endswith("_stderr")]
+
+
+def _training(healing: Document | None) -> str:
+    if healing is None:
+        return "without training"
+    learned = {"text": "the next tokens", "distillation": "the base model's predictions"}[healing["objective"]]
+    windows = f"{healing['n_windows']} windows of {healing['window_length']} tokens of the calibration text"
+    return (
+        f"trained afterwards, from `{healing['variant']}` on, through adapters of rank {healing['rank']} that are "
+        f"merged, to give {learned} of {windows}, {healing['epochs']} times"
+    )
+
+
+def _left(rows: Sequence[Document]) -> str:
+    """What no rank was asked for; * stands for any number."""
+    if not rows:
+        return ""
+    lines = [f"| `{row['name']}` | {row['parameters']:,} | {row['reason']} |\n" for row in rows]
+    head = "\n## Left as it is\nNot among the matrices above, for the reason given; `*` is any number.\n\n"
+    return f"{head}| parameters of | how many | why |\n|---|---|---|\n{''.join(lines)}"
 
 
 def _row(results: Document, metric: str, name: str, value: float) -> str:

@@ -7,7 +7,7 @@ Every draw comes from ``numpy.random.default_rng(seed)``, so equal arguments giv
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ SENTENCE_WORDS = range(8, 21)  # length of both sentences of a next-sentence ite
 N_CHOICES = 4
 
 Item = TypeVar("Item")
+Begin = Literal["window", "document", "text"]  # what begin tokens are put in front of
 
 
 class SamplingError(ValueError):
@@ -108,9 +109,17 @@ def begin_token(tokenizer: Tokenizer) -> int | None:
     return special[0] if special[0] != plain[0] else None
 
 
-def token_stream(documents: Sequence[str], tokenizer: Tokenizer) -> Int64[Tensor, "n_tokens"]:
-    """All documents, joined by an empty line, as one sequence of token ids without special tokens."""
-    return torch.tensor(tokenizer.encode(SEPARATOR.join(documents), add_special_tokens=False), dtype=torch.int64)
+def token_stream(documents: Sequence[str], tokenizer: Tokenizer, begin: Begin = "window") -> Int64[Tensor, "n_tokens"]:
+    """All documents as one sequence of token ids.
+
+    ``begin`` says where special tokens go, of a tokenizer that has any: nowhere yet, each ``window`` will get its begin
+    token when it is cut; to the one ``text`` that the documents are, joined by an empty line (the literature's test
+    texts); to every ``document``, which are then tokenised one by one and laid end to end (calibration in the released
+    code of D-Rank and Basis Sharing, whose documents are lines).
+    """
+    pieces = documents if begin == "document" else [SEPARATOR.join(documents)]
+    ids = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=begin != "window")]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def draw_windows(
@@ -134,21 +143,55 @@ def draw_windows(
     return _with_begin(stream.unfold(0, n_drawn, 1)[torch.from_numpy(offsets)], begin_token)
 
 
+def draw_consecutive_windows(
+    stream: Int64[Tensor, "n_tokens"], n_windows: int, window_length: int, seed: int, begin_token: int | None
+) -> Int64[Tensor, "n_windows window_length"]:
+    """Exactly ``n_windows`` of the windows that lie side by side in the token stream; none twice.
+
+    The draw of D-Rank's and Basis Sharing's released code: the first of ``torch.randperm`` with that seed.
+
+    Raises:
+        SamplingError: the stream has fewer windows.
+    """
+    n_read = window_length - (begin_token is not None)
+    n_whole = len(stream) // n_read
+    if n_whole < n_windows:
+        raise SamplingError(
+            f"the text has {len(stream)} tokens, so {n_whole} windows of {n_read} side by side, and {n_windows} are "
+            f"asked for: give more text, or lower sampling.n_windows or sampling.window_length"
+        )
+    order = torch.randperm(n_whole, generator=torch.Generator().manual_seed(seed))[:n_windows]
+    return _with_begin(stream[: n_whole * n_read].view(n_whole, n_read)[order], begin_token)
+
+
 def consecutive_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int, window_length: int, begin_token: int | None
+    stream: Int64[Tensor, "n_tokens"], n_windows: int | None, window_length: int, begin_token: int | None
 ) -> Int64[Tensor, "n_windows window_length"]:
     """The first ``n_windows`` windows of the token stream, side by side: the literature's test protocol.
 
+    None asks for all that are whole.
+
     Raises:
-        SamplingError: the stream is shorter than that.
+        SamplingError: the stream is shorter than that, or than one window.
     """
     n_read = window_length - (begin_token is not None)
+    n_windows = n_windows or max(1, len(stream) // n_read)
     if len(stream) < n_windows * n_read:
         raise SamplingError(
             f"the text has {len(stream)} tokens and {n_windows} windows take {n_windows * n_read} of them: "
             f"give more text, or lower sampling.n_test_windows or sampling.window_length"
         )
     return _with_begin(stream[: n_windows * n_read].view(n_windows, n_read), begin_token)
+
+
+def short_last_window(
+    stream: Int64[Tensor, "n_tokens"], window_length: int, begin_token: int | None
+) -> Int64[Tensor, "last_length"] | None:
+    """What follows the whole windows of ``consecutive_windows``; None where that leaves no token to predict."""
+    n_read = window_length - (begin_token is not None)
+    rest = stream[len(stream) // n_read * n_read :]
+    last = rest if begin_token is None else torch.cat([rest.new_tensor([begin_token]), rest])
+    return last if len(last) > 1 else None
 
 
 def _with_begin(

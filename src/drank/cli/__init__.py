@@ -2,7 +2,7 @@
 
 import typer
 
-from drank.cli import audit, bench, diff, pipeline, promote, sign
+from drank.cli import audit, bench, diff, export, params, pipeline, promote, reproduce, sign
 from drank.workflow.stage import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -11,7 +11,10 @@ commands.command()(pipeline.track)
 commands.command()(audit.audit)
 commands.command()(diff.diff)
 commands.command()(bench.bench)
+commands.command()(params.params)
+commands.command()(export.export)
 commands.command()(promote.promote)
+commands.command()(reproduce.reproduce)
 commands.command()(sign.sign)
 commands.command()(sign.verify)
 

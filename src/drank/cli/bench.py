@@ -128,7 +128,7 @@ def find_targets(root: Path, names: Sequence[str]) -> tuple[Target, ...]:
     from drank.workflow.params import read_params
 
     found = []
-    for name in dict.fromkeys(names or read_params(root / "params.yaml").variants):
+    for name in dict.fromkeys(names or read_params(root / "params.yaml").compared):
         if (Path(name) / "config.json").is_file():
             found.append(Target(name, Path(name)))
             continue

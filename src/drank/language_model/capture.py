@@ -38,7 +38,8 @@ def watching_output_gradients(modules: Mapping[str, nn.Module], callback: Callba
             callback(name, gradient.detach().flatten(0, -2))
 
         def on_forward(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(on_gradient)
+            if output.requires_grad:  # a router's choice has no gradient, and those who need one find none
+                output.register_hook(on_gradient)
 
         return on_forward
 
@@ -101,7 +102,13 @@ def run_decoder(model: nn.Module, ids: Tensor) -> Any:
 def run_from_embeddings(model: nn.Module, ids: Tensor) -> Any:
     """A forward pass whose graph begins behind the embeddings; the model's output, which has logits."""
     embeddings: Any = getattr(model, "get_input_embeddings")()  # noqa: B009  mypy takes an attribute for a submodule
-    return model(inputs_embeds=embeddings(ids).detach().requires_grad_(True), use_cache=False)
+
+    def begin_graph(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.detach().requires_grad_(True).clone()  # some models scale it in place, which a leaf forbids
+
+    # Not by inputs_embeds: some models look at the ids too.
+    with _removed_afterwards([embeddings.register_forward_hook(begin_graph)]):
+        return model(input_ids=ids, use_cache=False)
 
 
 def send_back(logits: Tensor, batch: Batch, fisher: str, seed: int = 0) -> None:

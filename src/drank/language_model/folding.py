@@ -32,7 +32,7 @@ def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Store
     parameters of their own between the matrices, which may be one a channel.
     """
     by_name = {module.name: module for module in stored}
-    for mlp in find_mlps(find_linears(model, ["re:.*"])):
+    for mlp in find_mlps(model, find_linears(model, ["re:.*"])):
         leader = next((m for m in _stored(mlp, by_name) if m.spec["form"] == "pivot"), None)
         if leader is None or leader.name == mlp.down.name or not _foldable(model, mlp, by_name):
             continue

@@ -1,15 +1,19 @@
-"""The linears of a decoder: which are compressed, what each one does, and which of them read the same tensor.
+"""The linears of a decoder: which are compressed, what each one does, which of them read the same tensor, and what else
+the model holds, which stays as it is.
 
 The one place with knowledge of model architectures. Sizes come from the modules themselves and shared inputs from one
 probing forward pass; only the *role* of a linear (needed by rules that speak of queries, keys and values) is looked up.
 """
 
+import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Last part of a module's name, or last two, -> role. A linear that is not listed is compressed like any other; only
@@ -20,20 +24,35 @@ ROLES = {
     "v_proj": "value",
     "o_proj": "output",
     "out_proj": "output",
+    "Wq": "query",
+    "Wk": "key",
+    "Wv": "value",
+    "attn.Wo": "output",
     "qkv_proj": "query_key_value",
     "query_key_value": "query_key_value",
     "c_attn": "query_key_value",
+    "Wqkv": "query_key_value",
+    "attention.dense": "output",
+    "self_attention.dense": "output",
+    "self_attn.dense": "output",
+    "attn.c_proj": "output",
     "gate_proj": "gate",
     "up_proj": "up",
     "gate_up_proj": "gate_up",
+    "mlp.Wi": "gate_up",
     "fc1": "up",
+    "fc_in": "up",
     "c_fc": "up",
     "dense_h_to_4h": "up",
     "down_proj": "down",
     "fc2": "down",
+    "fc_out": "down",
     "dense_4h_to_h": "down",
-    "attn.c_proj": "output",
     "mlp.c_proj": "down",
+    "mlp.Wo": "down",
+    "feed_forward.w1": "gate",
+    "feed_forward.w3": "up",
+    "feed_forward.w2": "down",
 }
 
 
@@ -41,9 +60,18 @@ class NoTargetsError(ValueError):
     """Nothing in the model matches the patterns of linears to compress."""
 
 
+class PatternError(ValueError):
+    """A pattern of `targets` or `ignore` that matches nothing, or is no regular expression."""
+
+
+class UnreachedError(ValueError):
+    """Linears of which calibration shows nothing; the message names them, and the patterns that leave them out."""
+
+
 @dataclass(frozen=True)
 class Linear:
-    """A targeted linear layer y = W x: where it is and what it does. `kind` is the last part of its name."""
+    """A targeted linear layer y = W x: where it is and what it does. `kind` is the end of its name that tells it from
+    the other linears of a layer: `q_proj`, but `attn.c_proj` where there also is an `mlp.c_proj`."""
 
     name: str
     kind: str
@@ -60,39 +88,80 @@ class Linear:
         return weight.T if is_conv1d(self.module) else weight
 
 
+@dataclass(frozen=True)
+class LeftDense:
+    """Parameters that stay as they are, and why.
+
+    Attributes:
+        name: of the parameter, with `*` for numbers, so that one row speaks of all layers; "vectors" for norms,
+            biases and everything else of one dimension.
+    """
+
+    name: str
+    reason: str
+    tensors: int
+    parameters: int
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2 style linears: transformers' Conv1D, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def find_linears(model: nn.Module, targets: Sequence[str], ignore: Sequence[str] = ()) -> list[Linear]:
-    """Linears to compress, in the model's order. The output head and anything outside a numbered layer is never one.
-
-    Args:
-        targets: suffixes of module names (``q_proj``, ``mlp.up_proj``), or regular expressions behind ``re:`` that
-            match the whole name.
-        ignore: patterns of the same kind, taken out again.
+    """Linears to compress, in the model's order; :func:`survey` without what is left.
 
     Raises:
-        NoTargetsError: nothing is left; the message lists the kinds of linears that the model has.
+        NoTargetsError, PatternError: those of :func:`survey`.
     """
-    found = [
-        Linear(name, name.rsplit(".", 1)[-1], role_of(name), layer, *_shape(module), module)
-        for name, module in _linear_modules(model)
-        if (layer := layer_index(name)) is not None
-    ]
+    return survey(model, targets, ignore)[0]
+
+
+def survey(
+    model: nn.Module, targets: Sequence[str], ignore: Sequence[str] = ()
+) -> tuple[list[Linear], list[LeftDense]]:
+    """Linears to compress, in the model's order, and all other parameters with the reason why they stay.
+
+    Never compressed, whatever the patterns: the output head, what is outside a numbered layer, weights of which
+    another module has the same, modules that do more than W x + b, and matrices of one row or column. Weights that
+    belong to no linear are those of experts, as transformers keeps them (experts, out, in), of routers and
+    of convolutions.
+
+    Args:
+        targets: class names (``Linear``), module names or ends of them (``q_proj``, ``mlp.up_proj``), or regular
+            expressions behind ``re:`` that match from the beginning of the name on: the vocabulary of
+            compressed-tensors and llm-compressor, and ends of names.
+        ignore: patterns of the same kind, taken out again; one may also match what no pattern could target.
+
+    Raises:
+        NoTargetsError: nothing is left; the message says what the model has.
+        PatternError: a pattern matches nothing.
+    """
+    modules = dict(_linear_modules(model))
+    owners = {name.rpartition(".")[0]: module for name, module in _owners_of_matrices(model)}
+    _check_patterns("targets", targets, modules, modules)
+    _check_patterns("ignore", ignore, modules | owners, modules)
+    reasons = _reasons(model, modules)
+    for name, module in modules.items():
+        ignored = next((pattern for pattern in ignore if _matches(pattern, name, module)), None)
+        if name not in reasons and not any(_matches(pattern, name, module) for pattern in targets):
+            reasons[name] = "matches no target"
+        elif name not in reasons and ignored:
+            reasons[name] = f"ignored: {ignored}"
+    kinds = _kinds([name for name in modules if layer_index(name) is not None])
     chosen = [
-        linear
-        for linear in found
-        if any(_matches(p, linear.name) for p in targets) and not any(_matches(p, linear.name) for p in ignore)
+        Linear(name, kinds[name], role_of(name), layer, *_shape(module), module)
+        for name, module in modules.items()
+        if name not in reasons and (layer := layer_index(name)) is not None
     ]
+    left = _left_dense(model, chosen, reasons)
     if not chosen:
-        kinds = ", ".join(sorted({linear.kind for linear in found})) or "none"
+        found = "; ".join(f"{row.name} ({row.reason})" for row in left if row.name != "vectors") or "nothing"
         raise NoTargetsError(
-            f"no linear layer matches targets {list(targets)} without ignore {list(ignore)}; "
-            f"kinds of linears in the layers of this model: {kinds}"
+            f"no linear layer is left to compress with targets {list(targets)} and ignore {list(ignore)}; the model "
+            f"has: {found}"
         )
-    return chosen
+    return chosen, left
 
 
 def role_of(name: str) -> str | None:
@@ -111,10 +180,11 @@ def layer_index(name: str) -> int | None:
 def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> dict[str, str]:
     """For each linear the name of the first linear that reads the same tensor (itself, where it reads alone).
 
-    Found by looking, not by name: one forward pass over ids (batch, tokens), comparing the very tensor objects.
+    Found by looking, not by name: one forward pass over ids (batch, tokens), comparing the very tensor objects. An
+    expert, a linear in a numbered list within its layer, may see none of these few tokens; it then reads alone.
 
     Raises:
-        ValueError: a linear is not reached by the forward pass (an expert that saw no token, say).
+        UnreachedError: a linear that is no expert is not called in the forward pass.
     """
     seen: dict[str, Tensor] = {}
 
@@ -123,33 +193,152 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
 
     handles = [linear.module.register_forward_pre_hook(remember(linear.name)) for linear in linears]
     try:
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    missed = [linear.name for linear in linears if linear.name not in seen]
+    missed = [x.name for x in linears if x.name not in seen and len(re.findall(r"\.\d+\.", x.name)) < 2]
     if missed:
-        raise ValueError(f"no input reached {', '.join(missed[:3])} ({len(missed)} linears): list them under `ignore`")
+        raise unreached("no token went through", missed)
     owners: dict[int, str] = {}
-    return {linear.name: owners.setdefault(id(seen[linear.name]), linear.name) for linear in linears}
+    return {x.name: owners.setdefault(id(seen.get(x.name, x.module)), x.name) for x in linears}
+
+
+def unreached(what: str, names: Sequence[str]) -> UnreachedError:
+    """The error to raise where nothing is known of the linears of these names; ``what`` did not happen to them."""
+    patterns = dict.fromkeys("re:" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)
+    return UnreachedError(
+        f"{what} {', '.join(names[:3])} ({len(names)} linears), so there is nothing to compress by. Either the model "
+        f"uses their weights in its own way, or its router chose other experts: calibrate on more tokens, or leave "
+        f"them out with covariance.ignore: [{', '.join(patterns)}]"
+    )
 
 
 def _linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((n, module) for n, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def _owners_of_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names of parameters that are no vectors, and the modules that have them."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            yield name, model.get_submodule(name.rpartition(".")[0])
+
+
+def _reasons(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why linears cannot be compressed, by name; those that can are not in it."""
     head_of: Any = getattr(model, "get_output_embeddings", None)
     head = head_of() if head_of else None
-    for name, module in model.named_modules():
-        if module is not head and (isinstance(module, nn.Linear) or is_conv1d(module)):
-            yield name, module
+    places = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
+    peculiar = _peculiar_classes(modules.values())
+    reasons = {}
+    for name, module in modules.items():
+        shared = [place for place in places[id(module.weight)] if place != f"{name}.weight"]
+        if module is head:
+            reasons[name] = "output head"
+        elif layer_index(name) is None:
+            reasons[name] = "outside the layers"
+        elif shared:
+            reasons[name] = f"the same tensor as {_starred(shared[0])}"
+        elif type(module) in peculiar:
+            reasons[name] = f"{type(module).__name__} computes something else than W x + b"
+        elif min(_shape(module)) == 1:
+            reasons[name] = "a single row or column: no rank is smaller"
+    return reasons
+
+
+@torch.no_grad()
+def _peculiar_classes(modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
+    """Classes derived from nn.Linear whose forward pass is another: found by trying the smallest of each, on weights
+    of our own, since those of a model may be on no device."""
+    derived: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+    for module in modules:
+        if type(module).forward is not nn.Linear.forward and not is_conv1d(module):
+            derived[type(module)].append(module)
+    return {
+        kind
+        for kind, members in derived.items()
+        if not _is_affine(min(members, key=lambda m: m.get_parameter("weight").numel()))
+    }
+
+
+def _is_affine(module: Any) -> bool:
+    n_out, n_in = module.weight.shape
+    weight, x = torch.arange(n_out * n_in).sin().view(n_out, n_in), torch.arange(3 * n_in).cos().view(1, 3, n_in)
+    own = {"weight": weight} | ({} if module.bias is None else {"bias": torch.arange(n_out).cos()})
+    bare = copy.copy(module)
+    vars(bare).pop("forward", None)  # accelerate's, if any, which would fetch the module's own weights
+    try:
+        y = torch.func.functional_call(bare, own, (x,))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes another kind of input
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, F.linear(x, **own), atol=1e-4)
+
+
+def _kinds(names: Sequence[str]) -> dict[str, str]:
+    paths = {name: tuple(part for part in name.split(".") if not part.isdigit()) for name in names}
+    ends: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
+    for path in paths.values():
+        for n in range(1, len(path) + 1):
+            ends[path[-n:]].add(path)
+
+    def kind(path: tuple[str, ...]) -> str:
+        n = next((n for n in range(1, len(path)) if len(ends[path[-n:]]) == 1), len(path))
+        return ".".join(path[-n:])
+
+    return {name: kind(path) for name, path in paths.items()}
+
+
+def _left_dense(model: nn.Module, chosen: Sequence[Linear], reasons: Mapping[str, str]) -> list[LeftDense]:
+    compressed = {f"{linear.name}.weight" for linear in chosen}
+    matrices = dict(_owners_of_matrices(model))
+    rows: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if name not in matrices:
+            rows["vectors", "norms, biases and the like"].append(parameter.numel())
+        elif name not in compressed:
+            module, owner = matrices[name], name.rpartition(".")[0]
+            if isinstance(module, nn.Embedding):
+                reason = "embedding"
+            elif layer_index(name) is None:
+                reason = reasons.get(owner, "outside the layers")
+            else:
+                reason = reasons.get(owner, f"no linear, but {type(module).__name__}")
+            rows[_starred(name), reason].append(parameter.numel())
+    return [LeftDense(*key, len(sizes), sum(sizes)) for key, sizes in rows.items()]
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    if is_conv1d(module):
-        n_in, n_out = module.get_parameter("weight").shape
-        return n_out, n_in
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    shape = module.get_parameter("weight").shape
+    return (shape[1], shape[0]) if is_conv1d(module) else (shape[0], shape[1])
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _check_patterns(
+    key: str, patterns: Iterable[str], modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]
+) -> None:
+    for pattern in patterns:
+        try:
+            found = any(_matches(pattern, name, module) for name, module in modules.items())
+        except re.error as error:
+            raise PatternError(f"covariance.{key}: {pattern!r} is no regular expression: {error}") from None
+        if not found:
+            ends = sorted({name.rpartition(".")[2] for name in linears})
+            raise PatternError(
+                f"covariance.{key}: {pattern!r} matches nothing in this model. A pattern is a class name, a module's "
+                f"name or its end, or 're:' and an expression that matches from the name's beginning on ('re:.*'). "
+                f"Ends of linears' names: {', '.join(ends) or 'there is no linear'}"
+            )
+
+
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
-    return name == pattern or name.endswith("." + pattern)
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    return any(kind.__name__ == pattern for kind in type(module).__mro__ if issubclass(kind, nn.Module))

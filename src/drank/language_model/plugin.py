@@ -47,7 +47,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drank import __version__
-from drank.language_model.linears import ROLES
+from drank.language_model.linears import role_of
 from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
 
 METHOD = "drank"
@@ -115,6 +115,7 @@ def attach(model: Model, specs: Mapping[str, Mapping[str, Any]], provenance: Map
     quantizer = DrankQuantizer(DrankConfig(modules=specs, provenance=provenance), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, METHOD  # type: ignore[assignment]
+    model._weight_conversions = []  # type: ignore[assignment]  # what save_pretrained goes by
     return quantizer.postprocess_model(model)
 
 
@@ -175,9 +176,15 @@ class DrankQuantizer(HfQuantizer):
         bases = {_basis_key(model, name) for name in names}
         for name in names:
             model.set_submodule(name, _dense(name, model.get_submodule(name), original.get_submodule(name)))
+        del model._weight_conversions  # a plain model again, which transformers saves in its own way
         model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
         model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
         return model
+
+    def update_weight_conversions(self, _conversions: Any, _model: Any) -> list[Any]:
+        """None: a compressed folder has its tensors under the names of their modules, which config.json speaks of.
+        For some architectures transformers reads and writes the names of older checkpoints otherwise."""
+        return []
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -418,7 +425,7 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
     weight, bias = _dense_weight(module), module.bias
     n_out, n_in = _sizes(original)
     # A fused gate and up projection is split in the middle: each half gets its own zeros.
-    parts = 2 if ROLES.get(name.rsplit(".", 1)[-1]) == "gate_up" else 1
+    parts = 2 if role_of(name) == "gate_up" else 1
     weight = _padded(F.pad(weight, (0, n_in - weight.shape[1])), n_out, parts)
     new: Any = _materialised(original, weight.device, weight.dtype)
     new.weight.copy_(weight.T if isinstance(new, Conv1D) else weight)

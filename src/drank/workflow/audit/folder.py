@@ -20,7 +20,7 @@ from drank.workflow.audit.documents import (
     read_document,
 )
 from drank.workflow.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.workflow.files import FileError, file_sha256, read_json
+from drank.workflow.files import FileError, file_sha256, read_json, weights_sha256
 from drank.workflow.lock import dvc_md5, flat
 
 Shapes = dict[str, tuple[int, ...]]
@@ -132,10 +132,14 @@ def _allocation(folder: Folder) -> str:
     _same("variant of allocation.json", allocation.variant, f"variant of {STATEMENT}", variant)
     _same("by-product", statement.predicate.run.byproducts[0].name, "variant's results", f"results/{variant}.json")
     if folder.quantization:
-        provenance, base = folder.quantization.provenance, "data/raw/model/model.safetensors"
+        provenance, base = folder.quantization.provenance, "data/raw/model/"
+        weights = {name.removeprefix(base): d for name, d in statement.digests.items() if name.startswith(base)}
         _same("sha256 of allocation.json in config.json", provenance.allocation_sha256, "the file", digest)
         _same("variant of config.json", provenance.variant, "allocation.json", variant)
-        _same("base model of config.json", provenance.base_model_sha256, STATEMENT, statement.digests.get(base))
+        healed = folder.statement.parameters.get("healing", {}).get("variant")
+        source = statement.digests.get(f"data/compression/{healed}")
+        _same_or_none("weights of config.json that were healed", provenance.healed_from_sha256, STATEMENT, source)
+        _same("base model of config.json", provenance.base_model_sha256, STATEMENT, weights_sha256(weights))
     for name, recorded in allocation.inputs.items():
         path = f"data/spectrum/{allocation.spectrum}/{name}"
         _same(f"{name} of allocation.json", recorded, STATEMENT, statement.digests.get(path))
@@ -245,6 +249,11 @@ def _card(folder: Folder) -> str:
     if (folder.path / CARD).read_text(encoding="utf-8") != expected:
         raise BrokenLinkError(f"{CARD} is not what parameters, allocation and results give; it was edited")
     return "what the parameters, the allocation and the results give"
+
+
+def _same_or_none(what: str, value: Any, where: str, expected: Any) -> None:
+    if value is not None or expected is not None:
+        _same(what, value, where, expected)
 
 
 def _same(what: str, value: Any, where: str, expected: Any) -> None:

@@ -16,7 +16,7 @@ from drank.workflow.artefacts import AbsentError, Artefact, Store
 from drank.workflow.audit.documents import AllocationDocument, UnitRow
 from drank.workflow.audit.folder import Folder
 from drank.workflow.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.workflow.files import file_sha256, read_json, read_tensors
+from drank.workflow.files import file_sha256, read_json, read_tensors, weights_sha256
 from drank.workflow.history import Commit, file_at, find_commits, has_history, is_shallow
 from drank.workflow.lock import (
     Stages,
@@ -59,6 +59,8 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
     for path, md5 in tqdm(outs_of(record.stages).items(), "artefacts", leave=False, disable=None):
         if path != record.path:
             ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
+    if "healing" in folder.statement.parameters:
+        ledger.check("healed from", lambda: _healed_from(folder, located), needs=("allocation",))
     ledger.check("loss", lambda: _loss(folder.allocation, located), needs=("ranks",))
     ledger.check("results", lambda: _results(folder, located), needs=("allocation",))
     return record
@@ -157,6 +159,22 @@ def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: 
                 raise BrokenLinkError(f"{name}: sha256 {found}, but {STATEMENT} has {digest}")
     also = f", and {told} sha256 of {STATEMENT}" if told else ""
     return f"md5 {md5}, recomputed in the {artefact.origin}{also}"
+
+
+def _healed_from(folder: Folder, located: Mapping[str, Artefact]) -> str:
+    """The weights that were trained, and the ranks, which training leaves as they are."""
+    path = f"data/compression/{folder.statement.parameters['healing']['variant']}"
+    if path not in located:
+        raise UncheckableError(f"{path} is not at hand")
+    files = located[path].files
+    found = weights_sha256({name: file_sha256(f) for name, f in files.items() if name.endswith(".safetensors")})
+    told = folder.statement.digests.get(path)
+    if found != told:
+        raise BrokenLinkError(f"weights of {path}: sha256 {found}, but {STATEMENT} has {told}")
+    before = read_json(located[path].file("allocation.json"))
+    if before | {"variant": folder.allocation.variant} != read_json(folder.path / "allocation.json"):
+        raise BrokenLinkError(f"allocation.json is not that of {path} under another name")
+    return f"{path}, of sha256 {found}, with the same allocation"
 
 
 def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> str:

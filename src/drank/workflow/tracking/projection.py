@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers")
 COLUMNS = ("name", "layer", "kind", "form", "rank", "full_rank", "price", "effective_rank", "relative_loss")
 METRICS_A_CALL = 1000  # MLflow takes no more; a large model has more matrices
-OWN = ("variant.", "preset.", "spectrum.")
+OWN = ("variant.", "preset.", "spectrum.", "healing.")
 # What cannot make two variants of one model differ in more than the last bits.
 MACHINE = ("covariance.batch_windows", "covariance.threads")
 
@@ -206,10 +206,11 @@ def _params(variant: Variant) -> dict[str, str]:
         "spectrum": given.pop("variant.spectrum"),
         "allocation": given.pop("preset.allocation"),
         "storage": given.pop("preset.storage"),
+        "healing": given.get("healing.objective", "none"),
         "model": given["model.source"],
     }
     del given["preset.spectrum"]
-    sections = ("preset.", "spectrum.", "sampling.", "covariance.")
+    sections = ("preset.", "spectrum.", "healing.", "sampling.", "covariance.")
     return short | {key: given[key] for key in given if key.startswith(sections) and key not in MACHINE}
 
 
@@ -237,13 +238,23 @@ def _figures(state: State, variant: Variant) -> dict[str, float]:
 
 
 def _metrics(state: State, variant: Variant, model_id: str) -> list["Metric"]:
-    """The figures, which are the logged model's too, and the rank of every kind of matrix over the layers."""
+    """The figures, which are the logged model's too, the rank of every kind of matrix over the layers, and the loss
+    over the steps of healing."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     figures = [Metric(k, v, now, step=0, model_id=model_id) for k, v in _figures(state, variant).items()]
     units = variant.allocation["units"]
-    return figures + [Metric(f"rank/{unit['kind']}", unit["rank"], now, step=unit["layer"]) for unit in units]
+    ranks = [Metric(f"rank/{unit['kind']}", unit["rank"], now, step=unit["layer"]) for unit in units]
+    return (
+        figures
+        + ranks
+        + [
+            Metric(f"healing/{key}", row[key], now, step=int(row["step"]))
+            for row in variant.loss_curve
+            for key in ("loss", "learning_rate")
+        ]
+    )
 
 
 def _log_metrics(store: Store, run_id: str, metrics: list["Metric"]) -> None:

@@ -1,0 +1,139 @@
+"""``drank export``: a compressed model as a plain one, for tools that know no factors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from drank.workflow.audit.documents import Provenance
+
+
+class ExportError(ValueError):
+    """A folder that cannot be exported, or a place where it cannot be written; the message says why and what to do."""
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder of a compressed model.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to write; there must be nothing yet.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out.")] = False,
+) -> None:
+    """Write a compressed model as a plain Hugging Face folder, as large as its base model.
+
+    For programs that cannot `import drank`; those that can take MODEL_DIR as it is.
+    """
+    provenance = check(model, destination, dense)
+    from drank.workflow.files import replacing_folder, write_text
+
+    with replacing_folder(destination) as folder:
+        save_dense(model, folder)
+        before, after = weight_bytes(model), weight_bytes(folder)
+        write_text(folder / "README.md", card(model, provenance, before, after))
+    typer.echo(f"{model}: {before / 1e6:.1f} MB, compressed")
+    typer.echo(f"{destination}: {after / 1e6:.1f} MB, plain; nothing is saved in size")
+
+
+def check(model: Path, destination: Path, dense: bool) -> "Provenance":
+    """Refuse what cannot be exported before anything is loaded, and say what the folder was made of.
+
+    Raises:
+        ExportError: the folder is none of ours, or is plain, or the destination is taken, or `dense` is not asked.
+        FileError: a file of the folder is damaged.
+    """
+    from drank.workflow.audit.folder import Folder
+    from drank.workflow.files import read_json
+
+    if not (model / "config.json").is_file():
+        raise ExportError(f"{model}: no config.json, so not the folder of a model")
+    compressed = read_json(model / "config.json").get("quantization_config")
+    if compressed is None:
+        raise ExportError(f"{model}: not compressed, so plain already: copy it as it is")
+    if (method := compressed.get("quant_method")) != "drank":
+        raise ExportError(
+            f"{model}: compressed by {method!r}, not by drank; its own tools can write it as a plain model"
+        )
+    if not dense:
+        raise ExportError(
+            f"{model}: loads with plain from_pretrained after `import drank`, so copy it as it is (docs/loading.md); "
+            f"for tools that know no factors --dense writes a plain model, as large as the base model"
+        )
+    if destination.exists():
+        raise ExportError(
+            f"{destination}: exists already, and would be replaced as a whole: remove it, or name another"
+        )
+    if destination.resolve().is_relative_to(model.resolve()):
+        raise ExportError(f"{destination}: inside {model}, whose checksums would no longer hold: name another")
+    folder = Folder(model)
+    if not folder.tensors[0] or folder.quantization is None:
+        raise ExportError(f"{model}: no weights (*.safetensors); copy it again")
+    return folder.quantization.provenance
+
+
+def save_dense(model: Path, folder: Path) -> None:
+    """Write config, weights, tokenizer and generation config; equal folders give equal bytes.
+
+    A weight is the product of its factors, formed in float32 and rounded once to the dtype of the factors. Channels
+    that an MLP lost come back as zeros. Weights in shards give shards, none larger than the largest of them.
+
+    Raises:
+        FormatError: config.json is that of a newer drank, or does not fit the weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shards = [file.stat().st_size for file in model.glob("*.safetensors")]
+    loaded = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
+    loaded.dequantize()
+    loaded.save_pretrained(folder, **({"max_shard_size": max(shards)} if len(shards) > 1 else {}))
+    AutoTokenizer.from_pretrained(model, local_files_only=True).save_pretrained(folder)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def card(model: Path, provenance: "Provenance", before: int, after: int) -> str:
+    """What the plain folder was made of, by hash, and that it saves nothing.
+
+    Args:
+        before, after: bytes of the weights of the compressed folder and of the plain one.
+    """
+    from drank import __version__
+    from drank.release import CHECKSUMS
+    from drank.workflow.files import file_sha256
+
+    sums = model / CHECKSUMS
+    return CARD.format(
+        variant=provenance.variant,
+        before=before / 1e6,
+        after=after / 1e6,
+        sums=f"`{file_sha256(sums)}`" if sums.is_file() else "none: not a released folder",
+        allocation=provenance.allocation_sha256,
+        base=provenance.base_model_sha256,
+        version=__version__,
+    )
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- drank
+- low-rank
+- svd
+---
+# {variant}, multiplied out
+
+The plain form of a model that was compressed by truncated SVD with drank, for tools that know no factors. It predicts
+what the compressed one predicts, but for the rounding of weights to bfloat16. It **saves nothing**: {after:.1f} MB of
+weights where the compressed folder has {before:.1f} MB, and as much arithmetic as the base model. Channels that were
+removed from MLPs are zeros here.
+
+| made of | sha256 |
+|---|---|
+| the released folder, by its `SHA256SUMS` | {sums} |
+| `allocation.json`, the rank of every matrix | `{allocation}` |
+| weights of the base model | `{base}` |
+
+Written by `drank export --dense` (drank {version}). Results, limits, licence and `drank audit` belong to the compressed
+folder: ask for it by the hashes above.
+"""

@@ -1,0 +1,123 @@
+"""Healing: a variant's folder, the dense model and the calibration text -> data/compression/<name>/, trained a while.
+
+A killed run goes on from its last checkpoint, data/healing/.<name>.checkpoint, if nothing that it depends on changed.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
+from drank.language_model.healing import Healing, Plan, Step
+from drank.sampling import draw_windows
+from drank.workflow.files import (
+    file_sha256,
+    folder_sha256,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    weights_sha256,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from drank.workflow.params import Healing as Asked
+from drank.workflow.params import read_params
+from drank.workflow.stage import run_stage
+
+STEPS_A_CHECKPOINT = 10
+
+
+def main(name: str, root: Path = Path()) -> None:
+    asked = read_params(root / "params.yaml").healed(name)
+    torch.set_num_threads(asked.threads)
+    torch.use_deterministic_algorithms(True)
+    source, text = root / "data/compression" / asked.variant, root / "data/sampling"
+    stream = read_tensors(text / "calibration_text.safetensors")["tokens"].long()
+    drawn = read_json(text / "summary.json")
+    begin = drawn["begin_token"] if drawn.get("calibration_begin", "window") == "window" else None
+    windows = draw_windows(stream, asked.n_windows, asked.window_length, asked.seed, begin).to(asked.device)
+    teacher = load(root / "data/raw/model", asked) if asked.objective == "distillation" else None
+    plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
+    healing = Healing(load(source, asked), teacher, windows, plan, asked.rank, asked.alpha)
+    inputs = [folder_sha256(source), folder_sha256(root / "data/raw/model"), folder_sha256(text)]
+    checkpoint = Checkpoint(root / f"data/healing/.{name}.checkpoint", inputs, asked)
+    curve = take_steps(healing, checkpoint, name)
+    write_text(root / f"data/healing/{name}.csv", "step,loss,learning_rate\n" + "".join(curve))
+    save(name, healing.merge(), source, root)
+    checkpoint.remove()
+
+
+def load(folder: Path, asked: Asked) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(asked.device)
+
+
+class Checkpoint:
+    """Where training stands, beside what it depends on: one of other inputs is not read."""
+
+    def __init__(self, folder: Path, inputs: list[str], asked: Asked) -> None:
+        self.folder = folder
+        self.identity = {"inputs": inputs, "healing": asked.model_dump(mode="json")}
+
+    def read(self) -> tuple[list[str], dict[str, Tensor]] | None:
+        if not (self.folder / "identity.json").is_file() or read_json(self.folder / "identity.json") != self.identity:
+            return None
+        return (self.folder / "curve.csv").read_text().splitlines(keepends=True), read_tensors(
+            self.folder / "state.safetensors"
+        )
+
+    def write(self, curve: list[str], state: dict[str, Tensor]) -> None:
+        with replacing_folder(self.folder) as folder:
+            write_tensors(folder / "state.safetensors", {key: tensor.cpu() for key, tensor in state.items()})
+            write_text(folder / "curve.csv", "".join(curve))
+            write_json(folder / "identity.json", self.identity)
+
+    def remove(self) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+
+def take_steps(healing: Healing, checkpoint: Checkpoint, name: str) -> list[str]:
+    """The rest of the steps; returns the rows of the loss curve, those of before the checkpoint among them."""
+    curve: list[str] = []
+    if found := checkpoint.read():
+        curve, state = found
+        healing.resume(state)
+    with tqdm(total=healing.plan.n_steps, initial=healing.n_taken, desc=f"healing {name}", unit="step") as bar:
+        for step in healing.steps():
+            curve.append(row(step))
+            bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+            bar.update()
+            if step.number % STEPS_A_CHECKPOINT == 0:
+                checkpoint.write(curve, healing.state())
+    return curve
+
+
+def row(step: Step) -> str:
+    return f"{step.number},{step.loss!r},{step.learning_rate!r}\n"
+
+
+def save(name: str, model: Any, source: Path, root: Path) -> None:
+    """The same format, with the allocation that the sizes still are of, and what was trained in the provenance."""
+    allocation = read_json(source / "allocation.json") | {"variant": name}
+    described = root / f"data/allocation/{name}.json"
+    write_json(described, allocation)
+    section = model.config.quantization_config
+    section.provenance = section.provenance | {
+        "variant": name,
+        "allocation_sha256": file_sha256(described),
+        "healed_from_sha256": weights_sha256({file.name: file_sha256(file) for file in source.glob("*.safetensors")}),
+    }
+    with replacing_folder(root / "data/compression" / name) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        shutil.copyfile(described, folder / "allocation.json")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,553 @@
+"""The literature's experiments: the protocol against the released code's computation, files, verdicts, stand-ins."""
+
+import copy
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file
+from stages import allocation, compression, covariance, evaluation, raw, sampling, spectrum
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from drank import footprint
+from drank.cli import commands
+from drank.cli.reproduce import A100
+from drank.perplexity import token_perplexity
+from drank.workflow.expected import PASSES, SPECTRA, costs, sizes
+from drank.workflow.experiments import (
+    FOLDER,
+    ZERO_SHOT,
+    ExperimentError,
+    Finding,
+    Published,
+    compare,
+    names,
+    outcome,
+    pipeline_in,
+    prepare,
+    read_published,
+    read_results,
+)
+from drank.workflow.lock import dvc_md5
+from drank.workflow.params import ParamsError, read_params
+from tests import tiny
+from tests.conftest import REPOSITORY, run
+
+NAMES = ["llama-2-7b", "llama-3-8b", "llama-7b", "mistral-7b", "opt-6.7b"]
+LENGTH = 32  # tokens a window of the stand-ins
+
+
+def beginning_tokenizer():
+    """The tiny tokenizer, putting a begin token before every text as those of LLaMA do."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = "<|end|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
+    return tokenizer
+
+
+def lines_of(seed):
+    """Lines as WikiText has them: some empty, some twice, some with white space at their ends."""
+    texts = tiny.documents(40, seed)
+    return [line for text in texts for line in ("", f" {text} \n", f" = {text.split()[0]} = \n")] + ["", " \n"]
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+
+def edited(name, **sections):
+    """A shipped experiment with keys of its sections replaced."""
+    document = yaml.safe_load((REPOSITORY / f"{FOLDER}/{name}.yaml").read_text())
+    for section, changes in sections.items():
+        document[section] |= changes
+    return document
+
+
+# --- the protocol, against what the released code computes ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Weights so large that every token of the context matters.
+    return tiny.llama(initializer_range=0.3, tie_word_embeddings=False)
+
+
+def sampled(root, **changes):
+    """What the sampling stage of llama-7b's file leaves of small texts."""
+    document = edited("llama-7b", sampling={"n_windows": 5, "window_length": LENGTH} | changes)
+    root.mkdir(parents=True)
+    (root / "params.yaml").write_text(yaml.safe_dump(document))
+    beginning_tokenizer().save_pretrained(root / "data/raw/model")
+    for i, name in enumerate(document["text"]):
+        write_lines(root / f"data/raw/text/{name}.jsonl", lines_of(i))
+    sampling.main(root)
+    return root / "data/sampling"
+
+
+def released_perplexity(model, tokenizer, lines, drop_short):
+    """compute_ppl of Basis Sharing and D-Rank, stride = window; without the short window, ppl_eval of SVD-LLM."""
+    ids = tokenizer("\n\n".join(lines), return_tensors="pt").input_ids
+    losses = []
+    for start in range(0, ids.shape[1], LENGTH):
+        window = ids[:, start : start + LENGTH]
+        if window.shape[1] < LENGTH and drop_short:
+            break
+        with torch.no_grad():
+            losses.append(model(window, labels=window).loss)
+    return torch.exp(torch.stack(losses).mean()).item(), len(losses)
+
+
+@pytest.mark.parametrize(("n_test_windows", "drop_short"), [("all", False), ("whole", True)])
+def test_test_perplexity_is_that_of_the_released_code(tmp_path, model, n_test_windows, drop_short):
+    folder = sampled(tmp_path / "root", n_test_windows=n_test_windows)
+    tests = load_file(folder / "test.safetensors")
+    last = load_file(folder / "last.safetensors") if not drop_short else {}
+    assert set(tests) == {"wikitext2", "ptb", "c4"}
+    for i, name in enumerate(("wikitext2", "ptb", "c4"), start=1):
+        perplexity, nats = token_perplexity(model, tests[name], 4, last=last.get(name))
+        expected, n_windows = released_perplexity(model, beginning_tokenizer(), lines_of(i), drop_short)
+        assert perplexity == pytest.approx(expected, rel=1e-4)
+        assert len(nats) == n_windows
+
+
+def test_the_short_window_moves_the_figure(tmp_path, model):
+    """Or the comparison above could not tell the two protocols apart."""
+    whole, everything = (
+        released_perplexity(model, beginning_tokenizer(), lines_of(1), drop_short)[0] for drop_short in (True, False)
+    )
+    assert abs(whole / everything - 1) > 1e-3
+
+
+def test_calibration_windows_are_those_that_the_released_code_draws(tmp_path):
+    folder = sampled(tmp_path / "root")
+    tokenizer = beginning_tokenizer()
+    stream = [token for line in lines_of(0) for token in tokenizer(line).input_ids]
+    chunks = [stream[i : i + LENGTH] for i in range(0, len(stream) // LENGTH * LENGTH, LENGTH)]
+    torch.manual_seed(2023)
+    chosen = [chunks[i] for i in torch.randperm(len(chunks))[:5]]
+    assert load_file(folder / "calibration/2023.safetensors")["windows"].tolist() == chosen
+    assert stream[:2] == [0, 0], "an empty line is a begin token"
+
+
+def test_the_variant_of_svd_llm_begins_every_window_and_reads_the_lines_joined(tmp_path):
+    folder = sampled(tmp_path / "root", calibration_begin="window", calibration_draw="offsets")
+    windows = load_file(folder / "calibration/2023.safetensors")["windows"]
+    joined = beginning_tokenizer().encode("\n\n".join(lines_of(0)), add_special_tokens=False)
+    assert (windows[:, 0] == 0).all()
+    pieces = [joined[i : i + LENGTH - 1] for i in range(len(joined))]
+    assert all(window in pieces for window in windows[:, 1:].tolist())
+
+
+def test_nothing_of_the_calibration_text_is_a_test_and_no_item_is_made_of_it(tmp_path):
+    folder = sampled(tmp_path / "root")
+    assert {path.stem for path in (folder / "tasks").iterdir()} == {"wikitext2_rolling", "ptb_rolling", "c4_rolling"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["texts"]["wikitext2-train"]["calibration_documents"] == len(lines_of(0))
+    assert "test_documents" not in summary["texts"]["wikitext2-train"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_shot_tasks_are_the_seven_of_the_literature(name):
+    assert set(read_params(REPOSITORY / f"{FOLDER}/{name}.yaml").evaluation.tasks) == set(ZERO_SHOT)
+
+
+def test_lm_eval_has_the_seven_tasks_and_measures_acc():
+    manager = TaskManager()
+    assert set(ZERO_SHOT) <= set(manager.all_tasks)
+    for task in ZERO_SHOT:
+        assert "acc" in {metric["metric"] for metric in manager.task_index[task].cfg["metric_list"]}
+
+
+# --- the files ------------------------------------------------------------------------------------------------
+
+
+def test_there_are_five():
+    assert names(REPOSITORY) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_spectrum_and_preset_is_used_and_rows_are_of_variants(name):
+    params, published = read_params(REPOSITORY / f"{FOLDER}/{name}.yaml"), read_published(REPOSITORY, name)
+    assert {variant.preset for variant in params.variants.values()} == set(params.presets)
+    assert {variant.spectrum for variant in params.variants.values()} == set(params.spectrum)
+    tasks = {f"acc/{task}" for task in ZERO_SHOT} | {"acc"}
+    texts = {f"token_perplexity/{text}" for text in params.text if text != params.sampling.calibration_text}
+    assert {metric for row in published.rows for metric in row.figures} <= tasks | texts
+    for row in published.rows:  # .8 of the linears' parameters is 80 in a name
+        size = params.variants[row.variant].size_ratio
+        assert row.variant.endswith(f"-{round(100 * size)}") or (row.variant, size) == ("dense", 1.0)
+
+
+PARAMETERS = {  # of the checkpoints
+    "llama-7b": 6_738_415_616, "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096, "opt-6.7b": 6_658_473_984,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_from_the_config_alone_are_those_of_transformers_and_of_the_checkpoint(name):
+    config = read_published(REPOSITORY, name).config
+    shape = config.shape(name)
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model_dump()))
+    assert footprint.model_parameters(shape) == real.num_parameters() == PARAMETERS[name]
+    linears = [m for n, m in real.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert shape.n_layers * shape.n_parameters == sum(m.weight.numel() for m in linears)
+
+
+def test_figures_of_d_rank_in_table_3():
+    rows = [row for row in read_published(REPOSITORY, "llama-7b").rows if row.source.endswith("Table 3")]
+    wikitext2 = {row.variant: row.figures["token_perplexity/wikitext2"] for row in rows}
+    assert [wikitext2[f"d-rank-{size}"] for size in (80, 70, 60, 50)] == [7.45, 8.97, 11.99, 19.82]
+    (headline,) = (row.figures for row in rows if row.variant == "d-rank-80")
+    tasks = [headline[f"acc/{task}"] for task in ZERO_SHOT]
+    assert sum(tasks) / 7 == pytest.approx(headline["acc"], abs=0.005), "the printed mean is that of the printed tasks"
+
+
+# --- a pipeline in a folder -----------------------------------------------------------------------------------
+
+
+def test_a_pipeline_in_a_folder_by_hand():
+    made = {
+        "raw": {"cmd": "python -m stages.raw", "deps": ["stages/raw.py"], "params": ["model"], "outs": ["data/raw"]},
+        "evaluation": {
+            "foreach": "${variants}",
+            "do": {
+                "cmd": "python -m stages.evaluation ${key}",
+                "deps": ["data/raw"],
+                "metrics": [{"results/${key}.json": {"cache": False}}],
+            },
+        },
+        "release": {"cmd": "python -m stages.release"},
+    }
+    before = copy.deepcopy(made)
+    assert pipeline_in({"stages": made}, "a/b", ["release"])["stages"] == {
+        "raw": {
+            "cmd": "python -m stages.raw --root a/b", "wdir": "../..", "deps": ["stages/raw.py"],
+            "params": [{"a/b/params.yaml": ["model"]}], "outs": ["a/b/data/raw"],
+        },
+        "evaluation": {
+            "foreach": "${variants}",
+            "do": {
+                "cmd": "python -m stages.evaluation ${key} --root a/b", "wdir": "../..", "deps": ["a/b/data/raw"],
+                "metrics": [{"a/b/results/${key}.json": {"cache": False}}],
+            },
+        },
+    }  # fmt: skip
+    assert made == before
+
+
+def test_dvc_takes_the_prepared_pipeline(tmp_path):
+    for file in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(REPOSITORY / file, tmp_path)
+    for folder in (FOLDER, "stages", "src"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    run(tmp_path, "git", "init", "-q")
+    run(tmp_path, sys.executable, "-m", "dvc", "init", "-q")
+    folder = prepare(tmp_path, "opt-6.7b")
+    listed = run(tmp_path, sys.executable, "-m", "dvc", "stage", "list", "--name-only", f"{folder}/dvc.yaml").stdout
+    stages = {line.split(":")[-1] for line in listed.split()}
+    assert {"raw", "covariance@2023", "spectrum@kfac", "evaluation@d-rank-80", "report"} <= stages
+    assert not {stage for stage in stages if stage.startswith("release")}
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "published", "ours", "tolerance", "verdict"),
+    [
+        ("token_perplexity/a", 10.0, 10.3, 0.03, "reached"),
+        ("token_perplexity/a", 10.0, 9.7, 0.03, "reached"),
+        ("token_perplexity/a", 10.0, 10.31, 0.03, "higher"),
+        ("token_perplexity/a", 10.0, 9.69, 0.03, "lower"),
+        ("acc/a", 0.49, 0.48, 0.01, "reached"),
+        ("acc", 0.49, 0.501, 0.01, "higher"),
+        ("acc/a", 0.49, None, 0.01, "not run"),
+    ],
+)
+def test_perplexities_hold_within_a_share_and_accuracies_within_a_difference(
+    metric, published, ours, tolerance, verdict
+):
+    assert Finding("v", metric, "s", published, tolerance, ours).verdict == verdict
+
+
+def published_with(rows):
+    config = {
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32,
+    }  # fmt: skip
+    return Published(
+        config=config, test_tokens=1000, tolerance={"token_perplexity": 0.1, "acc": 0.01}, rows=tuple(rows)
+    )
+
+
+def row(variant, source="Table 1", **figures):
+    return {"variant": variant, "source": source, "figures": {k.replace("__", "/"): v for k, v in figures.items()}}
+
+
+def test_where_sources_disagree_it_is_enough_to_reach_one():
+    published = published_with(
+        [
+            row("a", "one", token_perplexity__x=10.0),
+            row("a", "two", token_perplexity__x=20.0),
+            row("b", token_perplexity__x=10.0),
+            row("c", token_perplexity__x=10.0),
+        ]
+    )
+    results = {"a": {"token_perplexity/x": 19.0}, "b": {"token_perplexity/x": 19.0}}
+    findings = compare(published, results)
+    assert [found.verdict for found in findings] == ["higher", "reached", "higher", "not run"]
+    assert list(outcome(findings).values()) == ["reached", "missed", "not run"]
+    assert list(outcome(compare(published, results, ["a"]))) == [("a", "token_perplexity/x")]
+
+
+def test_acc_is_the_mean_over_the_seven_tasks_and_is_not_known_of_fewer():
+    published = published_with([row("a", acc=0.4)])
+    seven = {f"acc/{task}": 0.1 * i for i, task in enumerate(ZERO_SHOT, start=1)}
+    (found,) = compare(published, {"a": seven | {"acc/last_word": 1.0}})
+    assert found.ours == pytest.approx(0.4)
+    del seven["acc/piqa"]
+    (found,) = compare(published, {"a": seven})
+    assert found.verdict == "not run"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A repository with one experiment, of which nothing has run."""
+    (tmp_path / f"{FOLDER}/published").mkdir(parents=True)
+    for file in ("mistral-7b.yaml", "published/mistral-7b.yaml"):
+        shutil.copy(REPOSITORY / FOLDER / file, tmp_path / FOLDER / file)
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    return tmp_path
+
+
+def test_an_unknown_experiment_is_named_with_those_there_are(small):
+    with pytest.raises(ExperimentError, match=r"no experiment 'llama' in .*; known: mistral-7b"):
+        read_published(small, "llama")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (("variant: d-rank-80", "variant: d-rank-75"), ExperimentError, "d-rank-75: no such variant"),
+        (("model_type: mistral", "model_type: mamba"), ParamsError, "'config'.*mamba"),
+        (("token_perplexity/wikitext2: 7.41", "token_perplexity/wikitext2: 0"), ParamsError, "greater than 0"),
+        (("hidden_size: 4096", "hidden_sizes: 4096"), ParamsError, "unknown key 'config.mistral.hidden_sizes'"),
+    ],
+)
+def test_mistakes_in_published_figures_are_named(small, change, error, message):
+    file = small / f"{FOLDER}/published/mistral-7b.yaml"
+    assert change[0] in file.read_text()
+    file.write_text(file.read_text().replace(*change, 1))
+    with pytest.raises(error, match=message):
+        read_published(small, "mistral-7b")
+
+
+def test_a_variant_without_published_figures_cannot_be_asked_for():
+    published = read_published(REPOSITORY, "mistral-7b")
+    with pytest.raises(ExperimentError, match=r"kfac-80: no published figure here; there are some for svd-llm-80,"):
+        compare(published, {}, ["kfac-80"])
+
+
+def lock(root, name):
+    """What DVC's lock would say of the results that are there: which parameters they were made with, and their hash."""
+    folder = f"{FOLDER}/{name}"
+    params = yaml.safe_load((root / folder / "params.yaml").read_text())
+    stages = {
+        f"evaluation@{path.stem}": {
+            "params": {f"{folder}/params.yaml": params},
+            "outs": [{"path": f"{folder}/results/{path.name}", "md5": dvc_md5(path)}],
+        }
+        for path in (root / folder / "results").glob("*.json")
+    }
+    (root / folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+
+def test_results_of_other_parameters_and_edited_ones_do_not_count(small, caplog):
+    folder = small / prepare(small, "mistral-7b")
+    assert read_results(small, "mistral-7b") == {}
+    (folder / "results").mkdir()
+    (folder / "results/d-rank-80.json").write_text('{"token_perplexity/wikitext2": 7.41}')
+    assert read_results(small, "mistral-7b") == {}, "no DVC has run"
+    lock(small, "mistral-7b")
+    assert read_results(small, "mistral-7b") == {"d-rank-80": {"token_perplexity/wikitext2": 7.41}}
+
+    file = small / f"{FOLDER}/mistral-7b.yaml"
+    shipped = file.read_text()
+    file.write_text(shipped.replace("n_windows: 256", "n_windows: 128"))
+    assert read_results(small, "mistral-7b") == {}
+    assert "d-rank-80 is not counted: experiments/mistral-7b.yaml: sampling.n_windows is 128" in caplog.text
+    file.write_text(shipped)
+    (folder / "results/d-rank-80.json").write_text('{"token_perplexity/wikitext2": 7.40}')
+    assert read_results(small, "mistral-7b") == {}
+    assert "edited or stale" in caplog.text
+
+
+# --- the dry run ----------------------------------------------------------------------------------------------
+
+
+def test_costs_by_hand():
+    params = read_params(REPOSITORY / f"{FOLDER}/llama-7b.yaml")
+    shape = read_published(REPOSITORY, "llama-7b").config.shape("llama-7b")
+    found = {cost.stage: cost for cost in costs(params, shape, 1000, 1e12, 1e11)}
+    assert found["raw"].disk == 2 * PARAMETERS["llama-7b"]
+    setting = footprint.Setting(256, 2048, 4, (0.0, 0.125, 0.25, 0.375, 0.5, 0.625))
+    flops = footprint.spectra_flops(shape, setting, True, True)
+    assert found["spectrum@kfac"].hours == pytest.approx(flops / (SPECTRA * 1e11) / 3600)
+    flops = footprint.covariance_flops(shape, setting, True, True)
+    assert found["covariance@2023"].hours == pytest.approx(flops / (PASSES * 1e12) / 3600)
+    by_name = {size.variant: size for size in sizes(params, shape)}
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert by_name["d-rank-80"].parameters == PARAMETERS["llama-7b"] - round(0.2 * linears)
+    assert found["compression"].disk == sum(size.n_bytes for size in by_name.values())
+
+
+def test_the_table_of_the_page_is_what_the_dry_run_says():
+    page = (REPOSITORY / "docs/protocol.md").read_text()
+    for name in NAMES:
+        published = read_published(REPOSITORY, name)
+        params, shape = read_params(REPOSITORY / f"{FOLDER}/{name}.yaml"), published.config.shape(name)
+        found = costs(params, shape, published.test_tokens, *(1e12 * speed for speed in A100))
+        memory, disk = max(cost.memory for cost in found) / 1e9, sum(cost.disk for cost in found) / 1e9
+        hours = [sum(c.hours for c in found), next(c.hours for c in found if c.stage == "evaluation")]
+        row = [
+            name,
+            f"{PARAMETERS[name] / 1e9:.2f} B",
+            f"{memory:.0f} GB",
+            f"{disk:.0f} GB",
+            *(f"{h:.1f}" for h in hours),
+        ]
+        assert f"| {' | '.join(row)} |" in page
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5, 40])
+def test_groups_take_every_matrix_once(layers):
+    shape = footprint.Shape("odd", 7, 16, 24, 4, 4, 32)
+    units = list(footprint.grouped_units(shape, layers))
+    assert sum(out * n for out, n in units) == shape.n_layers * shape.n_parameters
+    assert max(out for out, _ in units) == min(layers, 7) * 24
+    assert len(units) == 2 * 7 + 5 * -(-7 // layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dry_run_prints_sizes_and_stages_and_needs_no_weights(name):
+    done = CliRunner().invoke(commands, ["reproduce", name, "--dry-run", "--root", str(REPOSITORY)])
+    assert done.exit_code == 0, done.output
+    params = read_params(REPOSITORY / f"{FOLDER}/{name}.yaml")
+    assert all(re.search(rf"\b{re.escape(variant)} ", done.output) for variant in params.variants)
+    assert f"{PARAMETERS[name]:,}" in done.output
+    assert all(f"spectrum@{key} " in done.output for key in params.spectrum)
+
+
+def test_a_machine_without_speed_is_refused():
+    done = CliRunner().invoke(
+        commands, ["reproduce", "llama-7b", "--dry-run", "--bf16", "0", "--root", str(REPOSITORY)]
+    )
+    assert "--bf16 = 0: a speed in TFLOP/s is above 0" in str(done.exception)
+
+
+# --- stand-ins: every file through the whole pipeline, with a small model of its architecture -----------------
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama-7b": {"num_key_value_heads": 4, "intermediate_size": 64},
+    "llama-2-7b": {"num_key_value_heads": 4, "intermediate_size": 64},
+    "llama-3-8b": {"num_key_value_heads": 2, "intermediate_size": 64},
+    "mistral-7b": {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": None},
+    "opt-6.7b": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+RUN = ("dense", "asvd-80", "svd-llm-80", "basis-sharing-80", "d-rank-80", "d-rank-released-80", "kfac-80")
+
+
+def stand_in(name):
+    """The one place where an experiment is made small: sources, sizes of texts and windows, device, hub tasks."""
+    document = edited(
+        name,
+        sampling={"n_windows": 8, "window_length": LENGTH},
+        covariance={"device": "cpu", "threads": 1},
+        evaluation={"device": "cpu", "threads": 1, "tasks": []},
+    )
+    document["model"] = {"source": "local:source/model"}
+    document["text"] = {text: {"source": f"local:source/{text}.jsonl"} for text in document["text"]}
+    document["variants"] = {variant: document["variants"][variant] for variant in RUN}
+    return document
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def standing_in(request, tmp_path_factory):
+    """A repository in small with one experiment, whose stages ran in its own folder."""
+    name, root = request.param, tmp_path_factory.mktemp("standing_in")
+    source, document = root / FOLDER / name / "source", stand_in(name)
+    model_type = yaml.safe_load((REPOSITORY / f"{FOLDER}/published/{name}.yaml").read_text())["config"]["model_type"]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SMALL, **ARCHITECTURES[name])
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source / "model")
+    beginning_tokenizer().save_pretrained(source / "model")
+    for i, text in enumerate(document["text"]):
+        write_lines(source / f"{text}.jsonl", lines_of(i))
+    (root / FOLDER / f"{name}.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    shutil.copy(REPOSITORY / "dvc.yaml", root)
+    folder = root / prepare(root, name)
+    raw.main(folder)
+    sampling.main(folder)
+    covariance.main("2023", folder)
+    for key in sorted({variant["spectrum"] for variant in document["variants"].values()}):
+        spectrum.main(key, folder)
+    for variant in RUN:
+        for stage in (allocation, compression, evaluation):
+            stage.main(variant, folder)
+    lock(root, name)
+    return name, root
+
+
+def publish(root, name, rows):
+    """Published figures of a stand-in: the shipped file with other rows."""
+    document = yaml.safe_load((REPOSITORY / f"{FOLDER}/published/{name}.yaml").read_text()) | {"rows": rows}
+    path = root / f"{FOLDER}/published/{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(document))
+
+
+def test_every_experiment_runs_and_says_what_it_reached(standing_in):
+    name, root = standing_in
+    results = read_results(root, name)
+    assert set(results) == set(RUN)
+    texts = [f"token_perplexity/{text}" for text in ("wikitext2", "ptb", "c4")]
+    for variant in RUN:
+        assert set(texts) < set(results[variant])
+        assert results[variant]["kept_ratio"] <= (1.0 if variant == "dense" else 0.8)
+    assert set(results["dense"]["protocol"]["last_windows"]) == {"wikitext2", "ptb", "c4"}
+
+    reached = {"variant": "dense", "source": "us", "figures": {text: results["dense"][text] for text in texts}}
+    publish(root, name, [reached])
+    done = CliRunner().invoke(commands, ["reproduce", name, "--root", str(root)])
+    assert done.exit_code == 0, done.output
+    assert done.output.count(" reached ") == len(texts)
+
+    missed = {"variant": "kfac-80", "source": "nobody", "figures": {texts[0]: 2 * results["kfac-80"][texts[0]]}}
+    publish(root, name, [reached, missed])
+    done = CliRunner().invoke(commands, ["reproduce", name, "--root", str(root)])
+    assert "missed, lower" in done.output
+    assert f"{name}: of 4 published figures 3 reached, 1 missed, 0 not run" in str(done.exception)
+    done = CliRunner().invoke(commands, ["reproduce", name, "dense", "--root", str(root)])
+    assert done.exit_code == 0, done.output
+
+    (root / f"{FOLDER}/{name}/results/kfac-80.json").rename(root / "kfac-80.json")
+    done = CliRunner().invoke(commands, ["reproduce", name, "kfac-80", "--json", "--root", str(root)])
+    (root / "kfac-80.json").rename(root / f"{FOLDER}/{name}/results/kfac-80.json")
+    document = json.loads(done.output)
+    assert [figure["verdict"] for figure in document["figures"]] == ["not run"]
+    assert document["holds"] is False
+    assert done.exit_code == 1

@@ -1,0 +1,191 @@
+"""drank export: plain folders that predict what the compressed ones predict, and whatever their weights' files are."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from stages import compression, release
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from drank.cli.export import ExportError, export
+from drank.release import CHECKSUMS
+from drank.workflow.audit import audit
+from drank.workflow.files import FileError, file_sha256, folder_sha256, read_json, weights_sha256
+from tests import compressed, tiny
+from tests.conftest import run
+
+IDS = torch.arange(2, 50).view(2, 24)
+VARIANT = "kfac-80"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return compressed.write(tiny.llama(), compressed.LLAMA, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return compressed.write(tiny.gpt2(), compressed.GPT2, tmp_path_factory.mktemp("gpt2"))
+
+
+@torch.no_grad()
+def logits(folder, dtype=torch.float32):
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(loading.values())
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_plain_folder_has_the_architectures_modules_and_the_same_logits(architecture, request, tmp_path):
+    folder = request.getfixturevalue(architecture)
+    export(folder, tmp_path / "plain", dense=True)
+    torch.testing.assert_close(logits(tmp_path / "plain"), logits(folder), rtol=0, atol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    original = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "plain"))
+    assert [(n, type(m)) for n, m in plain.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
+    assert "quantization_config" not in read_json(tmp_path / "plain/config.json")
+
+
+def test_channels_that_are_gone_come_back_as_zeros_in_every_layer_as_many_as_it_lost(llama, tmp_path):
+    export(llama, tmp_path / "plain", dense=True)
+    layers = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").model.layers
+    small = AutoModelForCausalLM.from_pretrained(llama).model.layers
+    for layer, before, kept in zip(layers, small, (40, 24), strict=True):
+        down = before.mlp.down_proj
+        expected = down.weight if isinstance(down, nn.Linear) else down.weight @ down.basis
+        torch.testing.assert_close(layer.mlp.down_proj.weight[:, :kept], expected)
+        for channels in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T):
+            assert channels.shape == (64, 32)
+            assert channels[:kept].abs().amin(0).gt(0).all()
+            assert not channels[kept:].any()
+
+
+def test_gpt2_has_its_transposed_matrices_and_biases_back(gpt2, tmp_path):
+    export(gpt2, tmp_path / "plain", dense=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").transformer.h[0]
+    small = AutoModelForCausalLM.from_pretrained(gpt2).transformer.h[0]
+    assert isinstance(plain.attn.c_attn, Conv1D)
+    torch.testing.assert_close(plain.attn.c_attn.weight, (small.attn.c_attn.weight @ small.attn.c_attn.basis).T)
+    assert torch.equal(plain.mlp.c_fc.bias[:40], small.mlp.c_fc.bias)
+    assert not plain.mlp.c_fc.bias[40:].any()
+
+
+def test_weights_in_shards_give_shards_that_are_no_larger(llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    tiny.tokenizer().save_pretrained(tmp_path / "shards")
+    export(tmp_path / "shards", tmp_path / "plain", dense=True)
+    sizes = [[file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")] for name in ("shards", "plain")]
+    assert all(len(files) > 1 for files in sizes)
+    # The limit is one on tensors; a file has a header besides.
+    assert max(sizes[1]) < max(sizes[0]) + 2000
+    export(llama, tmp_path / "whole", dense=True)
+    assert torch.equal(logits(tmp_path / "plain"), logits(tmp_path / "whole"))
+
+
+@pytest.mark.pipeline
+def test_a_released_folder_becomes_a_plain_one_with_the_same_bytes_each_time(project, tmp_path, capsys):
+    model = project / "data/models" / VARIANT
+    for name in ("first", "second"):
+        export(model, tmp_path / name, dense=True)
+    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "second")
+    base = project / "data/raw/model"
+    size = (base / "model.safetensors").stat().st_size / 1e6
+    assert f"{tmp_path / 'first'}: {size:.1f} MB, plain; nothing is saved in size" in capsys.readouterr().out
+    assert {f.name for f in (tmp_path / "first").iterdir()} == {f.name for f in base.iterdir()} | {"README.md"}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+    # In float32 arithmetic, where the rounding of the products to bfloat16 is all that differs: 2^-9 of a weight.
+    a, b = logits(model), logits(tmp_path / "first")
+    assert (a - b).square().mean().sqrt() < 2**-7 * a.std()
+    text = "Kalo min tudra."
+    assert AutoTokenizer.from_pretrained(tmp_path / "first")(text) == AutoTokenizer.from_pretrained(base)(text)
+    told = (tmp_path / "first/README.md").read_text()
+    for file in (model / CHECKSUMS, model / "allocation.json", base / "model.safetensors"):
+        assert f"`{file_sha256(file)}`" in told
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "first").iterdir())
+
+
+@pytest.mark.pipeline
+def test_a_base_model_in_shards_is_named_by_one_hash_that_the_audit_finds_again(project, tmp_path):
+    root = shutil.copytree(project, tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns(".git", ".dvc"))
+    base = root / "data/raw/model"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    shards = {file.name: file_sha256(file) for file in (tmp_path / "shards").glob("*.safetensors")}
+    assert len(shards) > 1
+    before = folder_sha256(root / "data/compression" / VARIANT)
+    compression.main(VARIANT, root)
+    assert folder_sha256(root / "data/compression" / VARIANT) == before
+    (base / "model.safetensors").unlink()
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, base)
+    compression.main(VARIANT, root)
+    release.main(VARIANT, root)
+    folder = root / "data/models" / VARIANT
+    recorded = read_json(folder / "config.json")["quantization_config"]["provenance"]["base_model_sha256"]
+    assert recorded == weights_sha256(shards)
+    assert recorded not in shards.values()
+    findings = {link.name: link.finding for link in audit(folder, None).links}
+    assert findings["allocation"] == findings["ranks"] == findings["sizes"] == "holds"
+
+
+def test_the_hash_of_weights_is_that_of_the_file_or_of_the_lines_that_sha256sum_prints(tmp_path):
+    assert weights_sha256({"model.safetensors": "ab" * 32}) == "ab" * 32
+    for name, content in (("b", b"two"), ("a", b"one")):
+        (tmp_path / name).write_bytes(content)
+    done = run(tmp_path, "sh", "-c", "sha256sum a b | sha256sum")
+    assert weights_sha256({name: file_sha256(tmp_path / name) for name in "ba"}) == done.stdout.split()[0]
+
+
+def spoil_config(change):
+    def spoil(folder):
+        config = read_json(folder / "config.json")
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "dense", "error", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), True, ExportError, r"no config\.json, so not the folder"),
+        (spoil_config(lambda c: c.pop("quantization_config")), True, ExportError, "not compressed, so plain already"),
+        (
+            spoil_config(lambda c: c["quantization_config"].update(quant_method="gptq")),
+            True,
+            ExportError,
+            "compressed by 'gptq', not by drank",
+        ),
+        (lambda folder: None, False, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
+        (lambda folder: (folder.parent / "plain").mkdir(), True, ExportError, "plain: exists already"),
+        (lambda folder: (folder / "model.safetensors").unlink(), True, ExportError, "no weights"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
+            True,
+            FileError,
+            r"model\.safetensors: damaged",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_explained_and_nothing_is_written(llama, tmp_path, spoil, dense, error, message):
+    shutil.copytree(llama, tmp_path / "model")
+    spoil(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=message):
+        export(tmp_path / "model", tmp_path / "plain", dense=dense)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_destination_inside_the_model_is_refused(llama):
+    with pytest.raises(ExportError, match="whose checksums would no longer hold"):
+        export(llama, llama / "plain", dense=True)
+
+
+def test_on_the_command_line_a_mistake_is_one_message_and_exit_status_1(llama, tmp_path):
+    done = run(tmp_path, "drank", "export", str(llama), str(tmp_path / "plain"), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {llama}: loads with plain from_pretrained after `import drank`")
+    assert done.stderr.count("\n") == 1
