@@ -90,3 +90,31 @@ def test_the_experiment_of_healing_runs_the_main_pipeline_over_its_parameters(tm
         ours.healing["d-rank-60-distilled"].model_copy(update={"variant": "kfac-60"})
         == ours.healing["kfac-60-distilled"]
     )
+
+
+def test_the_figures_of_healing_are_those_of_the_committed_results():
+    results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
+    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    shown = {row[0].strip("`"): row[1:] for row in rows}
+    assert shown.keys() == results.keys()
+    for name, row in shown.items():
+        found, dense = results[name], results["dense"]
+        perplexities = [found[f"token_perplexity/{text}"] for text in ("news", "commons")]
+        over = [found[f"token_perplexity/{text}"] / dense[f"token_perplexity/{text}"] for text in ("news", "commons")]
+        accuracies = [found["acc/last_word"], found["acc/next_sentence"]]
+        told = [" / ".join(f"{value:.2f}" for value in values) for values in (perplexities, over, accuracies)]
+        assert row == [f"{found['bytes'] / 1e6:.1f}", *told]
+
+
+def test_healing_takes_a_third_of_what_kfac_lost_and_kfac_stays_ahead_of_d_rank_at_equal_bytes():
+    results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
+    for text in ("news", "commons"):
+        key = f"token_perplexity/{text}"
+        before, after = (results[name][key] / results["dense"][key] - 1 for name in ("kfac-60", "kfac-60-distilled"))
+        assert after <= before * 2 / 3
+        assert results["kfac-60-distilled"][key] < results["d-rank-60-distilled"][key]
+    assert results["kfac-60-distilled"]["bytes"] <= 1.01 * results["d-rank-60-distilled"]["bytes"]
+    assert results["kfac-60-distilled"]["parameters"] == results["kfac-60"]["parameters"]

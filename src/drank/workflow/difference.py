@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from drank.difference import Difference, Side, compare, flat, text_of
 from drank.workflow.files import read_json
@@ -27,6 +27,31 @@ Document = Mapping[str, Any]
 
 class DifferenceError(ValueError):
     """What was to be compared is not there, or is damaged; the message says what was looked for."""
+
+
+class _Unit(BaseModel, strict=True):
+    """What :func:`~drank.difference.compare` reads of a unit; of a revision of any age, so no more is asked."""
+
+    name: str
+    kind: str
+    layer: int
+    rank: int
+    full_rank: int
+    form: str
+    out_features: int
+    in_features: int
+    members: list[str] = []
+
+
+class _Block(BaseModel, strict=True):
+    name: str
+    channels: int
+    full_channels: int
+
+
+class _Allocation(BaseModel, strict=True):
+    units: list[_Unit]
+    blocks: list[_Block] = []
 
 
 @dataclass(frozen=True)
@@ -85,7 +110,7 @@ class Tree:
         text = self.read(path)
         try:
             return None if text is None else json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DifferenceError(f"{self.name}{path}: damaged, not JSON: {error}") from None
 
     def side(self, params: Document, label: str, variant: str) -> Side:
@@ -93,6 +118,8 @@ class Tree:
         paths = {"ranks": f"data/allocation/{variant}.json", "metrics": f"results/{variant}.json"}
         allocation = _checked(self.document(paths["ranks"]), f"{self.name}{paths['ranks']}")
         results = self.document(paths["metrics"])
+        if results is not None and not isinstance(results, dict):
+            raise DifferenceError(f"{self.name}{paths['metrics']}: damaged, not a variant's figures; build it again")
         parameters = parameters_of(params, variant)
         found = {"ranks": allocation, "metrics": results}
         remarks = [f"{label}: no {paths[key]}, so no {key} to compare" for key in paths if found[key] is None]
@@ -190,8 +217,9 @@ def _side_of_folder(folder: Path) -> Side:
     allocation = _checked(read_json(folder / "allocation.json"), str(folder / "allocation.json"))
     statement = _optional(folder / "provenance.json")
     build = _section(statement, "predicate", "buildDefinition", "externalParameters")
-    run = _section(statement, "predicate", "runDetails").get("byproducts", ())
-    results = next((row["annotations"] for row in run if str(row.get("name")).startswith("results/")), None)
+    run = _section(statement, "predicate", "runDetails").get("byproducts")
+    named = {str(_section(row).get("name")): row for row in (run if isinstance(run, list) else ())}
+    results = next((_section(row, "annotations") for name, row in named.items() if name.startswith("results/")), None)
     parameters: Mapping[str, str | None] = _known(allocation or {})
     remarks = []
     if build:
@@ -203,7 +231,8 @@ def _side_of_folder(folder: Path) -> Side:
         results = {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
     config = _optional(folder / "config.json")
     base = _section(config, "quantization_config", "provenance").get("base_model_sha256")
-    return Side(str(folder), parameters, bool(build), allocation, results, base, tuple(remarks))
+    known = base if isinstance(base, str) else None
+    return Side(str(folder), parameters, bool(build), allocation, results, known, tuple(remarks))
 
 
 def _variant(root: Path, name: str, tried: list[str]) -> Target | None:
@@ -276,9 +305,18 @@ def _having(target: Target) -> str:
 
 def _checked(allocation: Any, where: str) -> Document | None:
     """An allocation, which has units; None stays None."""
-    if allocation is None or (isinstance(allocation, dict) and isinstance(allocation.get("units"), list)):
-        return allocation
-    raise DifferenceError(f"{where}: damaged, not an allocation: it has no list of 'units'; fetch or build it again")
+    if allocation is None:
+        return None
+    damaged = f"{where}: damaged, not an allocation:"
+    if not isinstance(allocation, dict) or not isinstance(allocation.get("units"), list):
+        raise DifferenceError(f"{damaged} it has no list of 'units'; fetch or build it again")
+    try:
+        _Allocation.model_validate(allocation)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DifferenceError(f"{damaged} {key}: {first['msg']}; fetch or build it again") from None
+    return allocation
 
 
 def _known(allocation: Document) -> dict[str, str | None]:

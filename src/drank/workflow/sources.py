@@ -13,6 +13,7 @@ which only the first documents are wanted is streamed instead, and no cache has 
 """
 
 import difflib
+import errno
 import gzip
 import json
 import logging
@@ -251,6 +252,10 @@ def _damage_named(name: str) -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise SourceError(f"{name}: damaged archive: {error}; fetch it again") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise SourceError(f"{name}: damaged archive: it points outside itself; fetch it again") from error
     except RuntimeError as error:  # zipfile's, of a member under a password or packed by a rare method
         raise SourceError(f"{name}: {error}; pack it again with neither password nor a rare compression") from error
 
@@ -301,7 +306,13 @@ def _read_csv(name: str, stream: Any, column: str) -> Iterator[Any]:
 def _read_parquet(name: str, stream: Any, column: str) -> Iterator[Any]:
     import pandas
 
-    yield from _column(name, pandas.read_parquet(stream), column)
+    try:
+        documents = _column(name, pandas.read_parquet(stream), column)
+    except SourceError:
+        raise
+    except Exception as error:  # what Arrow raises for damaged files has no common class
+        raise SourceError(f"{name}: cannot be read as .parquet: {error}") from error
+    yield from documents
 
 
 def _column(name: str, table: Any, column: str) -> list[Any]:
@@ -342,8 +353,8 @@ def _check_documents(source: str, documents: list[Any], column: str, asked: int 
             raise SourceError(f"{source}: document {number} is no text: column '{column}' holds {document!r} ({kind})")
         if half := re.search(r"[\ud800-\udfff]", document):
             raise SourceError(
-                f"{source}: document {number} holds {half[0]!r}, half of a character, which UTF-8 and tokenizers cannot "
-                f"write; remove it"
+                f"{source}: document {number} holds {half[0]!r}, half of a character, which neither UTF-8 nor "
+                f"tokenizers can write; remove it"
             )
     if not any(document.strip() for document in documents):
         raise SourceError(f"{source}: holds no text ({len(documents)} documents, all of them blank)")

@@ -1,0 +1,237 @@
+"""Single flipped bits and truncations over everything that a project keeps, and who notices.
+
+``python -m tests.faults.damage --n 1000`` makes a small project, damages it so often and prints a table::
+
+    fault       what was damaged, and how: ``written`` leaves a new time of change, ``at rest`` leaves the old one
+    DVC         ``dvc status`` names the output (it trusts a file whose size and time of change it knows)
+    audit       ``drank audit`` names it (it reads every byte again)
+    next use    the next stage, or ``from_pretrained``, alone: ``named`` is an error of drank that names the file,
+                ``raised`` any other, ``same`` a result of the same bytes, ``changed`` another result
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import typer
+from dvc.repo import Repo
+from stages import allocation, compression, covariance, report, sampling, spectrum
+from transformers import AutoModelForCausalLM
+
+from drank.workflow.audit import audit
+from drank.workflow.lock import read_state
+from tests.conftest import reproduce
+
+VARIANT = "kfac-80"
+MODEL = f"data/models/{VARIANT}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Files of one kind, and what uses them next.
+
+    Attributes:
+        pattern: of paths in the project.
+        use: reads them; returns what it makes of them, or writes it to ``results``.
+        results: paths that ``use`` writes.
+    """
+
+    pattern: str
+    use: Callable[[Path], object]
+    results: tuple[str, ...] = ()
+
+
+def loaded(root: Path) -> object:
+    """Logits of the released model."""
+    with torch.inference_mode():
+        return AutoModelForCausalLM.from_pretrained(root / MODEL)(torch.arange(16)[None]).logits.tolist()
+
+
+def projected(root: Path) -> object:
+    """What ``drank track`` takes from the files that dvc.lock speaks of."""
+    return [(variant.results, variant.allocation, variant.params) for variant in read_state(root).variants]
+
+
+KEPT = {
+    "texts": Kept("data/raw/text/*.jsonl", lambda root: sampling.main(root), ("data/sampling",)),
+    "windows": Kept(
+        "data/sampling/calibration/*.safetensors", lambda root: covariance.main("0", root), ("data/covariance/0",)
+    ),
+    "covariances": Kept("data/covariance/0/**/*.*", lambda root: spectrum.main("kfac", root), ("data/spectrum/kfac",)),
+    "singular values": Kept(
+        "data/spectrum/kfac/s*.*",
+        lambda root: allocation.main(VARIANT, root),
+        (f"data/allocation/{VARIANT}.json", f"data/allocation/{VARIANT}.csv"),
+    ),
+    "factors": Kept(
+        "data/spectrum/kfac/factors/*",
+        lambda root: compression.main(VARIANT, root),
+        (f"data/compression/{VARIANT}",),
+    ),
+    "allocation": Kept(
+        f"data/allocation/{VARIANT}.json",
+        lambda root: compression.main(VARIANT, root),
+        (f"data/compression/{VARIANT}",),
+    ),
+    "figures": Kept(f"results/{VARIANT}.json", projected),
+    "evaluation": Kept(
+        f"data/evaluation/{VARIANT}.json",
+        lambda root: report.main(root),
+        ("results/summary.csv", "results/report.html"),
+    ),
+    "weights": Kept(f"{MODEL}/*.safetensors", loaded),
+    "config": Kept(f"{MODEL}/config.json", loaded),
+    "documents": Kept(f"{MODEL}/[ptR]*.*", loaded),
+    "lock": Kept("dvc.lock", projected),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One fault and who noticed it."""
+
+    kind: str
+    file: str
+    fault: str
+    dvc: bool
+    audit: bool
+    use: str
+
+
+def damaged(content: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """The bytes with one bit flipped, or cut short somewhere."""
+    position = draw.randrange(len(content))
+    if draw.random() < 0.25:
+        return "cut", content[:position]
+    flipped = bytearray(content)
+    flipped[position] ^= 1 << draw.randrange(8)
+    return "bit", bytes(flipped)
+
+
+@contextlib.contextmanager
+def holding(file: Path, content: bytes, at_rest: bool) -> Iterator[None]:
+    """The file with other bytes for a while, with a time of change that is new, or else as old as it was."""
+    before, times = file.read_bytes(), file.stat()
+    file.write_bytes(content)
+    now = times.st_mtime_ns if at_rest else times.st_mtime_ns + 10**9
+    os.utime(file, ns=(times.st_atime_ns, now))
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def dvc_names(root: Path, file: str) -> bool:
+    """Whether ``dvc status`` speaks of the file, of the folder around it, or refuses a lock that is none."""
+    try:
+        return bool(Repo(str(root)).status())
+    except Exception as error:  # DVC's own, or what its parser raises for a lock that makes no sense to it
+        return file == "dvc.lock" or Path(file).name in str(error)
+
+
+def audit_names(root: Path) -> bool:
+    return not audit(root / MODEL, root).holds
+
+
+def use(root: Path, kept: Kept, file: str, expected: object) -> str:
+    """What the next use alone makes of the file as it lies there; its results are put back."""
+    before = contents(root, kept.results)
+    try:
+        found = kept.use(root)
+        return "same" if found == expected and contents(root, kept.results) == before else "changed"
+    except Exception as error:
+        told = file == "dvc.lock" or Path(file).name in str(error)  # of a lock, the file that it no longer fits
+        named = type(error).__module__.startswith("drank.") and told
+        return "named" if named else "raised"
+    finally:
+        for path in kept.results:
+            shutil.rmtree(root / path, ignore_errors=True)
+        for path, content in before.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def contents(root: Path, paths: tuple[str, ...]) -> dict[Path, bytes]:
+    files = [file for path in paths for file in (root / path, *(root / path).rglob("*")) if file.is_file()]
+    return {file: file.read_bytes() for file in files}
+
+
+class Damager:
+    """Faults in copies of a reproduced project: DVC and the audit look at one, stages run in the other."""
+
+    def __init__(self, project: Path, scratch: Path, seed: int) -> None:
+        self.watched, self.used = scratch / "watched", scratch / "used"
+        for copy in (self.watched, self.used):
+            shutil.copytree(project, copy, symlinks=True)
+        assert not Repo(str(self.watched)).status()  # and now DVC knows every file by its size and time of change
+        self.draw = random.Random(seed)
+        self.expected: dict[str, object] = {}
+
+    def fault(self, kind: str, at_rest: bool, ask_dvc: bool = True, use_it: bool = True) -> Seen:
+        """Damage a file of this kind, ask who is to be asked, and put it back."""
+        kept = KEPT[kind]
+        file = self.draw.choice(sorted(file for file in self.watched.glob(kept.pattern) if file.is_file()))
+        name = file.relative_to(self.watched).as_posix()
+        how, content = damaged(file.read_bytes(), self.draw)
+        with holding(file, content, at_rest):
+            by_dvc, by_audit = ask_dvc and dvc_names(self.watched, name), audit_names(self.watched)
+        return Seen(kind, name, how, by_dvc, by_audit, self._use(kind, name, content) if use_it else "not tried")
+
+    def _use(self, kind: str, name: str, content: bytes) -> str:
+        kept = KEPT[kind]
+        if kind not in self.expected:
+            self.expected[kind] = kept.use(self.used)
+        with holding(self.used / name, content, at_rest=True):
+            return use(self.used, kept, name, self.expected[kind])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=1000, help="faults")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--project", type=Path, help="a reproduced project to copy; made where left out")
+    asked = parser.parse_args()
+    quieten()
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        project = asked.project or Path(scratch) / "project"
+        if asked.project is None:
+            reproduce(project)
+        damager = Damager(project, Path(scratch), asked.seed)
+        for i in range(asked.n):
+            kind, at_rest = list(KEPT)[i % len(KEPT)], i // len(KEPT) % 2 == 1
+            seen = damager.fault(kind, at_rest)
+            counts.setdefault((kind, "at rest" if at_rest else "written"), Counter()).update(
+                tried=1, DVC=seen.dvc, audit=seen.audit, **{seen.use: 1}
+            )
+            if not seen.dvc and not seen.audit and seen.use == "changed":
+                typer.echo(f"nobody: {seen}")
+    columns = ("tried", "DVC", "audit", "named", "raised", "same", "changed")
+    typer.echo(f"{'':16} {'':8}" + "".join(f"{column:>9}" for column in columns))
+    for (kind, fault), row in sorted(counts.items()):
+        typer.echo(f"{kind:16} {fault:8}" + "".join(f"{row[column]:9}" for column in columns))
+    total = sum(counts.values(), Counter())
+    typer.echo(f"{'all':16} {'':8}" + "".join(f"{total[column]:9}" for column in columns))
+
+
+def quieten() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Every kind of file damaged a few times: DVC and the audit notice what they promise (see ``damage``).
+
+``python -m tests.faults.damage`` does it a thousand times.
+"""
+
+import random
+import shutil
+
+import pytest
+
+from tests.conftest import run
+from tests.faults.damage import KEPT, MODEL, Damager, damaged, dvc_names, holding
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="module")
+def damager(reproduced, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TQDM_DISABLE", "1")
+        yield Damager(reproduced, tmp_path_factory.mktemp("damage"), seed=0)
+
+
+FILES = [kind for kind in KEPT if kind != "lock"]
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_written_damage_is_seen_by_dvc_and_by_the_audit(damager, kind):
+    seen = damager.fault(kind, at_rest=False, use_it=kind != "evaluation")
+    assert (seen.dvc, seen.audit) == (True, True), seen
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_damage_at_rest_is_seen_by_the_audit(damager, kind):
+    """A bit that flips on the disk leaves size and time of change, and these are what DVC knows a file by."""
+    seen = damager.fault(kind, at_rest=True, ask_dvc=False, use_it=False)
+    assert seen.audit, seen
+
+
+def test_a_damaged_lock_is_refused_or_changes_no_figure(damager):
+    """Nobody reads the sizes in it, and only those of its stages that a variant came through are the variant's."""
+    for _ in range(6):
+        seen = damager.fault("lock", at_rest=False, ask_dvc=False)
+        assert seen.use in ("named", "same"), seen
+
+
+def test_repro_puts_every_damaged_output_back(reproduced, tmp_path):
+    root = tmp_path / "project"
+    shutil.copytree(reproduced, root, symlinks=True)
+    draw, before = random.Random(1), {}
+    for kind in FILES:
+        file = draw.choice(sorted(file for file in root.glob(KEPT[kind].pattern) if file.is_file()))
+        before.setdefault(file, file.read_bytes())
+        file.write_bytes(damaged(before[file], draw)[1])
+    executed = run(root, "dvc", "repro").stdout
+    assert [file for file, content in before.items() if file.read_bytes() != content] == []
+    assert (root / "dvc.lock").read_bytes() == (reproduced / "dvc.lock").read_bytes()
+    assert run(root, "dvc", "status").stdout.strip() == "Data and pipelines are up to date.", executed
+
+
+def test_what_dvc_trusts_is_told_as_it_is(damager):
+    """The limit behind the second test, so that whoever lifts it hears of it."""
+    file = damager.watched / MODEL / "model.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
+    with holding(file, bytes(flipped), at_rest=True):
+        assert not dvc_names(damager.watched, file.name)
+    with holding(file, bytes(flipped), at_rest=False):
+        assert dvc_names(damager.watched, file.name)

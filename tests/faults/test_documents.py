@@ -1,0 +1,130 @@
+"""Documents that nobody should write, a few hundred of each kind (see ``documents``, which tries as many as asked)."""
+
+import io
+import json
+import zipfile
+
+import pytest
+
+from drank.workflow.difference import DifferenceError, compare_targets
+from drank.workflow.lock import LockError, parse_lock
+from drank.workflow.params import ParamsError, read_params
+from drank.workflow.sources import SourceError, fetch_text
+from tests.faults.documents import FRAGMENTS, Tries, outcome
+from tests.tiny import PARAMS
+
+
+@pytest.fixture(scope="module")
+def tries(reproduced, tmp_path_factory):
+    return Tries(tmp_path_factory.mktemp("documents"), reproduced).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [("params", 150), ("folder documents", 60), ("folder bytes", 40), ("tensors", 200), ("texts", 100), ("gguf", 5)],
+)
+def test_a_document_is_read_or_refused_in_one_message(tries, kind, n):
+    outcomes = {seed: outcome(tries[kind], seed) for seed in range(n)}
+    assert {seed: error for seed, (came, error) in outcomes.items() if came == "traceback"} == {}
+    assert any(came == "refused" for came, _ in outcomes.values())
+
+
+@pytest.mark.parametrize("fragment", [f for f in FRAGMENTS if f not in ("...", "&a", "\ufeff", "%YAML 9.9")])
+def test_no_fragment_of_yaml_is_more_than_a_mistake(tmp_path, fragment):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS + fragment + "\n")
+    with pytest.raises(ParamsError, match="params"):
+        read_params(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("  seed: 0\n", "  seed: 0\n  seed: 1\n"), "key 'seed'.*is there again"),
+        (("n_windows: 8", "n_windows: 010"), "'010' is one value in YAML 1.1 and another in 1.2"),
+        (("batch_windows: 4", "offload: yes\n  batch_windows: 4"), "'yes' is one value in YAML 1.1"),
+        (("threads: 1", "threads: " + "9" * 30), "beyond 64 bits"),
+        (("  news:", "  ../news:"), "text.../news"),
+        (("  d-rank-80:", "  ../../d-rank-80:"), "variants.../../d-rank-80"),
+    ],
+)
+def test_what_dvc_would_read_otherwise_or_could_not_name_a_file_by_is_refused(tmp_path, change, message):
+    path = tmp_path / "params.yaml"
+    assert change[0] in PARAMS
+    path.write_text(PARAMS.replace(*change, 1))
+    with pytest.raises(ParamsError, match=f"(?s){message}"):
+        read_params(path)
+
+
+def test_parameters_in_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(PARAMS.encode("utf-16"))
+    with pytest.raises(ParamsError, match="not UTF-8"):
+        read_params(path)
+
+
+def packed(name, content, **attributes):
+    entry, stream = zipfile.ZipInfo(name), io.BytesIO()
+    for key, value in attributes.items():
+        setattr(entry, key, value)
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(entry, content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        packed("../../../out.txt", "hello"),
+        packed("/tmp/drank-was-here/out.txt", "hello"),
+        packed("link.txt", "hello", external_attr=0o120777 << 16),
+    ],
+    ids=["slip", "absolute", "symlink"],
+)
+def test_names_in_an_archive_are_never_paths(tmp_path, content):
+    folder = tmp_path / "a/b"
+    folder.mkdir(parents=True)
+    (folder / "t.zip").write_bytes(content)
+    fetch_text("local:t.zip", folder / "texts/out.jsonl", folder / "downloads", root=folder)
+    written = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file())
+    assert written == ["a/b/t.zip", "a/b/texts/out.jsonl"]
+    assert (folder / "texts/out.jsonl").read_text() == '{"text": "hello"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"text\none, two, three\nfour\n", "line 2 has more fields than the header"),
+        ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "cannot be read as .jsonl"),
+        ("t.jsonl", b'{"text": "half \\ud800"}\n', "document 1 holds .*half of a character"),
+        ("t.parquet", b"PAR1" + bytes(20) + b"PAR1", "cannot be read as .parquet"),
+        ("t.zip", packed("t.txt", "x").replace(b"\x14\x00\x00\x00", b"\x14\x00\x01\x00"), "encrypted"),
+        ("t.zip", packed("t.txt", "x").replace(b"\x00\x00\x00\x00!", b"\x00\x63\x00\x00!"), "damaged|not supported"),
+    ],
+    ids=["fields without quotes", "nested without end", "half a character", "parquet", "password", "rare method"],
+)
+def test_a_text_that_would_be_misread_or_cannot_be_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        fetch_text(f"local:{name}", tmp_path / "out.jsonl", tmp_path, root=tmp_path)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["stages: 3", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [{path: x}]}}", "stages: {a: {outs: 3}}",
+     "stages: {a: {deps: [{path: x, md5: 3}]}}", "a: 2020-13-45", "stages: {a: {outs: [[]]}}"],
+)  # fmt: skip
+def test_a_lock_that_is_none_is_named(text):
+    with pytest.raises(LockError, match="dvc.lock"):
+        parse_lock(text, "dvc.lock")
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [([{}], "units.0.name"), ([3], "units.0"), ([{"name": "a", "layer": "0"}], "units.0.kind")],
+)
+def test_a_damaged_allocation_is_named_by_the_key_that_is_wrong(tmp_path, units, message):
+    (tmp_path / "allocation.json").write_text(json.dumps({"units": units}))
+    with pytest.raises(DifferenceError, match=rf"allocation\.json: damaged, not an allocation: {message}"):
+        compare_targets(tmp_path, str(tmp_path), str(tmp_path))
