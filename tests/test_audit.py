@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from drank.release import CHECKSUMS, STATEMENT, checksums
 from drank.workflow.audit import AuditError, audit, find_root
 from drank.workflow.files import file_sha256, read_json
-from drank.workflow.lock import dvc_md5
+from drank.workflow.recorded import dvc_md5
 from drank.workflow.tracking import track
 from tests.conftest import run
 
@@ -372,9 +372,9 @@ def lineage_rows(document):
 
 def lock_edits():
     def md5(row, kind, index):
-        row[kind][index]["md5"] = row[kind][index]["md5"].translate(
-            str.maketrans("0123456789abcdef", "123456789abcdef0")
-        )
+        before, _, folder = row[kind][index]["md5"].partition(".")
+        after = before.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+        row[kind][index]["md5"] = f"{after}.{folder}" if folder else after
 
     yield "md5 of the first dep", lambda row: md5(row, "deps", 0)
     yield "md5 of the last dep", lambda row: md5(row, "deps", -1)

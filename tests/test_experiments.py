@@ -35,8 +35,8 @@ from drank.workflow.experiments import (
     read_published,
     read_results,
 )
-from drank.workflow.lock import dvc_md5
 from drank.workflow.params import ParamsError, read_params
+from drank.workflow.recorded import dvc_md5
 from tests import tiny
 from tests.conftest import REPOSITORY, run
 

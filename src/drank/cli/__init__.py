@@ -2,13 +2,14 @@
 
 import typer
 
-from drank.cli import audit, bench, diff, export, params, pipeline, promote, reproduce, sign
+from drank.cli import audit, bench, check, diff, export, params, pipeline, promote, reproduce, sign
 from drank.workflow.stage import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 commands.command()(pipeline.run)
 commands.command()(pipeline.track)
 commands.command()(audit.audit)
+commands.command()(check.check)
 commands.command()(diff.diff)
 commands.command()(bench.bench)
 commands.command()(params.params)

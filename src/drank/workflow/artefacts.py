@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from drank.workflow.history import file_at
-from drank.workflow.lock import dvc_md5
+from drank.workflow.recorded import dvc_md5
 
 
 class ArtefactError(ValueError):

@@ -18,8 +18,9 @@ from pydantic import Field
 
 from drank.footprint import Shape
 from drank.workflow.files import read_json, write_text
-from drank.workflow.lock import LockError, check_order, check_params, check_written, lineage, read_lock
+from drank.workflow.lock import check_order, check_params, check_written, lineage
 from drank.workflow.params import Count, Name, Section, Share, read_as, read_params
+from drank.workflow.recorded import LockError, read_lock
 
 log = logging.getLogger(__name__)
 

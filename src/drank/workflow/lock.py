@@ -16,14 +16,8 @@ import yaml
 
 from drank.workflow.files import read_json
 from drank.workflow.params import Params, read_params
+from drank.workflow.recorded import LockError, Stages, dvc_md5, read_lock
 from drank.workflow.resolved import resolved
-
-Stages = dict[str, dict[str, Any]]
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-
-
-class LockError(ValueError):
-    """dvc.lock, params.yaml and the files they speak of are not one finished state."""
 
 
 @dataclass(frozen=True)
@@ -70,46 +64,6 @@ def read_state(root: Path) -> State:
         texts=read_json(root / "data/sampling/summary.json")["texts"],
         calibration_text=params.sampling.calibration_text,
     )
-
-
-def read_lock(path: Path) -> Stages:
-    """The stages of a dvc.lock.
-
-    Raises:
-        LockError: no lock, or not one.
-    """
-    try:
-        return parse_lock(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise LockError(f"{path}: not found; run `dvc repro`, which writes it") from None
-    except UnicodeDecodeError as error:
-        raise LockError(f"{path}: damaged, {error}; `git checkout {path.name}` or `dvc repro` mends it") from None
-
-
-def parse_lock(text: str, where: str) -> Stages:
-    """The stages of a dvc.lock, given as text; ``where`` names it in errors.
-
-    Raises:
-        LockError: not a dvc.lock, or one without stages.
-    """
-    try:
-        document = yaml.load(text, LOADER)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that is none
-        raise LockError(f"{where}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
-    if not isinstance(document, dict) or not document.get("stages"):
-        raise LockError(f"{where}: holds no stages; run `dvc repro`")
-    stages: Stages = document["stages"]
-    try:
-        complete = all(
-            isinstance(file["path"], str) and isinstance(file["md5"], str)
-            for row in stages.values()
-            for file in (*row.get("deps", ()), *row.get("outs", ()))
-        )
-    except (AttributeError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise LockError(f"{where}: damaged: a file of a stage has no path or md5; `dvc repro` writes it anew")
-    return stages
 
 
 def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
@@ -242,15 +196,6 @@ def flat(value: Any, key: str = "") -> dict[str, str]:
 
 def sha256_of(stages: Stages) -> str:
     return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def dvc_md5(path: Path) -> str:
-    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths."""
-    if not path.is_dir():
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    rows = [{"md5": dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
-    return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
 def read_md5(stages: Stages, path: str) -> str:

@@ -18,18 +18,9 @@ from drank.workflow.audit.folder import Folder
 from drank.workflow.audit.ledger import BrokenLinkError, Ledger, UncheckableError
 from drank.workflow.files import file_sha256, read_json, read_tensors, weights_sha256
 from drank.workflow.history import Commit, file_at, find_commits, has_history, is_shallow
-from drank.workflow.lock import (
-    Stages,
-    check_order,
-    check_params,
-    flat,
-    lineage,
-    outs_of,
-    parse_lock,
-    read_lock,
-    writer,
-)
+from drank.workflow.lock import check_order, check_params, flat, lineage, outs_of, writer
 from drank.workflow.params import ParamsError, read_params
+from drank.workflow.recorded import Stages, parse_lock, read_lock
 from drank.workflow.resolved import resolved
 
 

@@ -1,0 +1,36 @@
+"""``drank check``: whether what DVC keeps is still what the stages wrote, byte by byte."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drank.cli.options import CommandError, Root
+
+
+def check(
+    root: Root = Path(),
+    mend: Annotated[
+        bool,
+        typer.Option("--mend", help="Take what is damaged away, so that `dvc pull` or `dvc repro` brings it back."),
+    ] = False,
+) -> None:
+    """Read every file of dvc.lock again, in the workspace and in DVC's cache, and compare it with its md5.
+
+    DVC itself trusts a file whose size and time of change it knows, and an entry of its cache that is read-only.
+    """
+    from tqdm import tqdm
+
+    from drank.workflow import damage
+
+    found = list(damage.find_damage(root, lambda paths: tqdm(list(paths), desc="check", unit="out", disable=None)))
+    for one in found:
+        was = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"
+        typer.echo(
+            f"{one.path}: {was if one.recorded else f'not recorded: {one.stage} did not write it; move it away'}"
+        )
+    gone = damage.mend(found) if mend else []
+    if len(gone) < len(found):
+        taken = f"; {len(gone)} taken away" if mend else "; `drank check --mend` takes the damaged ones away"
+        raise CommandError(f"{len(found)} files are not as recorded{taken}")
+    typer.echo(f"{len(gone)} taken away; `dvc repro` makes them again" if gone else "every file is as recorded")

@@ -1,0 +1,174 @@
+"""Damage at rest: what DVC does not see, a stage refuses to read, and ``drank check`` finds and takes away."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+
+import pytest
+import yaml
+
+from drank.workflow.files import write_text
+from drank.workflow.recorded import DamageError, Inputs, LockError, cache_folder, dvc_md5, entry
+from tests.conftest import run
+
+
+def md5(text):
+    return hashlib.md5(text.encode()).hexdigest()
+
+
+def record(root, outs, prefix=""):
+    """A dvc.lock, and the cache's lists of folders, of what lies there now."""
+    (root / ".dvc").mkdir(exist_ok=True)
+    rows = {stage: {"outs": [{"path": prefix + path, "md5": dvc_md5(root / path)}]} for stage, path in outs.items()}
+    for path in outs.values():
+        if (root / path).is_dir():
+            files = sorted(f for f in (root / path).rglob("*") if f.is_file())
+            rows_of = [{"md5": dvc_md5(f), "relpath": f.relative_to(root / path).as_posix()} for f in files]
+            write_text(entry(cache_folder(root), dvc_md5(root / path)), json.dumps(rows_of))
+    write_text(root / "dvc.lock", yaml.safe_dump({"stages": rows}))
+
+
+@pytest.fixture
+def small(tmp_path):
+    for name in ("data/a.json", "data/b/x.txt", "data/b/deep/y.txt"):
+        write_text(tmp_path / name, name)
+    record(tmp_path, {"first": "data/a.json", "second": "data/b"})
+    return tmp_path
+
+
+def test_what_is_as_recorded_is_a_path(small):
+    inputs = Inputs(small)
+    for name in ("data/a.json", "data/b", "data/b/x.txt", "data/b/deep", "data/b/deep/y.txt"):
+        assert inputs / name == small / name
+    assert inputs / "data/c.json" == small / "data/c.json"  # nobody wrote it; the reader says that it is not there
+    assert inputs / "data/b/z.txt" == small / "data/b/z.txt"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "read", "named"),
+    [
+        ("data/a.json", "data/a.json", "data/a.json"),
+        ("data/b/x.txt", "data/b/x.txt", "data/b/x.txt"),
+        ("data/b/deep/y.txt", "data/b", "data/b/deep/y.txt"),
+        ("data/b/deep/y.txt", "data/b/deep", "data/b/deep/y.txt"),
+    ],
+)
+def test_what_differs_is_named(small, damaged, read, named):
+    write_text(small / damaged, "data")
+    with pytest.raises(DamageError) as caught:
+        Inputs(small) / read
+    assert str(caught.value).startswith(f"{small / named}: damaged, or changed since ")
+    assert md5("data") in str(caught.value) or dvc_md5(small / "data/b") in str(caught.value)
+
+
+def test_of_a_folder_only_what_is_read_is_compared(small):
+    write_text(small / "data/b/deep/y.txt", "data")
+    assert (Inputs(small) / "data/b/x.txt").is_file()
+
+
+def test_a_file_that_was_not_there_is_refused(small):
+    write_text(small / "data/b/new.txt", "data")
+    with pytest.raises(DamageError, match="data/b/new.txt"):
+        Inputs(small) / "data/b/new.txt"
+
+
+def test_without_the_list_of_a_folder_all_of_it_is_compared(small):
+    shutil.rmtree(cache_folder(small))
+    assert (Inputs(small) / "data/b/x.txt").is_file()
+    write_text(small / "data/b/deep/y.txt", "data")
+    with pytest.raises(DamageError, match="data/b: damaged"):
+        Inputs(small) / "data/b/x.txt"
+
+
+def test_a_damaged_list_is_no_list(small):
+    write_text(entry(cache_folder(small), dvc_md5(small / "data/b")), "[]")
+    assert (Inputs(small) / "data/b/x.txt").is_file()
+
+
+def test_of_two_stages_with_one_out_either_may_have_written_it(small):
+    lock = yaml.safe_load((small / "dvc.lock").read_text())
+    lock["stages"]["healing"] = {"outs": [{"path": "data/a.json", "md5": md5("healed")}]}
+    write_text(small / "dvc.lock", yaml.safe_dump(lock))
+    assert (Inputs(small) / "data/a.json").is_file()
+    write_text(small / "data/a.json", "healed")
+    assert (Inputs(small) / "data/a.json").is_file()
+    write_text(small / "data/a.json", "neither")
+    with pytest.raises(DamageError):
+        Inputs(small) / "data/a.json"
+
+
+def test_a_root_below_the_folder_where_its_stages_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path.__class__("study")
+    write_text(root / "data/a.json", "a")
+    record(root, {"first": "data/a.json"}, prefix="study/")
+    assert (Inputs(root) / "data/a.json").is_file()
+    write_text(root / "data/a.json", "b")
+    with pytest.raises(DamageError, match="study/data/a.json"):
+        Inputs(root) / "data/a.json"
+
+
+def test_without_a_lock_nothing_is_compared_and_a_bad_lock_is_refused(tmp_path):
+    write_text(tmp_path / "data/a.json", "a")
+    assert (Inputs(tmp_path) / "data/a.json").is_file()
+    write_text(tmp_path / "dvc.lock", "stages: [")
+    with pytest.raises(LockError, match="dvc.lock"):
+        Inputs(tmp_path)
+
+
+def test_the_cache_is_where_dvc_config_says(tmp_path):
+    (tmp_path / "project/.dvc").mkdir(parents=True)
+    assert cache_folder(tmp_path / "project") == tmp_path / "project/.dvc/cache/files/md5"
+    shutil.rmtree(tmp_path / "project/.dvc")
+    run(tmp_path / "project", "dvc", "init", "--no-scm")
+    for flag, place in (("--project", "../shared"), ("--local", str(tmp_path / "own"))):
+        run(tmp_path / "project", "dvc", "cache", "dir", flag, place)
+        told = run(tmp_path / "project", "dvc", "cache", "dir").stdout.strip()
+        assert cache_folder(tmp_path / "project").resolve() == (tmp_path / "project" / told / "files/md5").resolve()
+
+
+def flip(file):
+    """One bit, with the file's size, times and mode as before."""
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.chmod(0o644)
+    file.write_bytes(content)
+    file.chmod(stat.S_IMODE(status.st_mode))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.pipeline
+def test_a_bit_that_flips_at_rest_is_refused_found_taken_away_and_made_again(project):
+    allocation = json.loads((project / "data/allocation/kfac-80.json").read_text())
+    used = next(unit["factors"] for unit in allocation["units"] if unit["form"] != "dense")
+    factors = project / f"data/spectrum/kfac/factors/{used}.safetensors"
+    before, lock = factors.read_bytes(), (project / "dvc.lock").read_bytes()
+    copy = entry(cache_folder(project), dvc_md5(factors))
+    assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
+    clean = "Data and pipelines are up to date."
+    assert run(project, "dvc", "status").stdout.strip() == clean  # and now DVC knows the times of every file
+
+    for file in (copy, factors):
+        if file.read_bytes() == before:  # a link to the other has been flipped already
+            flip(file)
+    assert run(project, "dvc", "status").stdout.strip() == clean
+    found = run(project, "drank", "check", check=False)
+    assert found.returncode == 1
+    assert {(project / line.split(": ")[0]).resolve() for line in found.stdout.splitlines()} == {factors, copy}
+
+    models = dvc_md5(project / "data/compression/kfac-80")
+    refused = run(project, "dvc", "repro", "--force", "--single-item", "compression@kfac-80", check=False)
+    assert refused.returncode != 0, refused.stdout
+    assert f"error: {factors.relative_to(project)}: damaged" in refused.stderr
+    assert not (project / "data/compression/kfac-80").exists()  # DVC has taken it away; it is in the cache
+
+    mended = run(project, "drank", "check", "--mend")
+    assert mended.stdout.splitlines()[-1] == "2 taken away; `dvc repro` makes them again"
+    run(project, "dvc", "repro")
+    assert factors.read_bytes() == before
+    assert dvc_md5(project / "data/compression/kfac-80") == models
+    assert (project / "dvc.lock").read_bytes() == lock
+    assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
