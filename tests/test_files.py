@@ -1,8 +1,10 @@
 """Files: whole or not at all, equal bytes for equal content, errors that name the file."""
 
+import errno
 import hashlib
 import json
 import math
+import re
 import stat
 import subprocess
 import sys
@@ -18,13 +20,16 @@ from drank.workflow.files import (
     file_sha256,
     folder_sha256,
     read_json,
+    read_rows,
     read_tensors,
     replacing_folder,
     scratch_folder,
+    write_bytes,
     write_json,
     write_tensors,
     write_text,
 )
+from drank.workflow.refusals import refusal
 
 documents = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -219,3 +224,57 @@ def test_a_scratch_folder_starts_empty_and_goes_away(tmp_path):
         assert names(folder) == []
         (folder / "x").write_text("")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"^out/a\.json: the disk is full \([\d,]+ bytes are left, 70 ",
+        ),
+        (OSError(errno.EDQUOT, "Quota", "b/.c.json.partial"), r"^b/c\.json: the disk quota is used up \("),
+        (PermissionError(errno.EACCES, "denied", "x.json"), r"^x\.json: permission denied; let this user"),
+        (OSError(errno.EROFS, "Read-only", "x", None, "y/.z.partial/w"), r"^y/z/w: the file system is read-only; "),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), r"^out/a\.json: the disk is full"),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full\nSQL"), r"^out/a\.json: the disk is full"),
+    ],
+)
+def test_what_the_system_refuses_names_the_file_the_rule_and_the_fix(error, named):
+    told = refusal(error, Path("out/a.json"), needed=70)
+    assert isinstance(told, FileError)
+    assert re.search(named, str(told))
+    assert str(told).endswith(", then run the same command again")
+
+
+def test_a_refusal_is_found_behind_what_a_library_makes_of_it():
+    wrapped = RuntimeError("the library has failed")
+    wrapped.__cause__ = OSError(errno.EISDIR, "Is a directory", "model")
+    assert str(refusal(wrapped)).startswith("model: a folder is where a file should be")
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("k"), ValueError("28"), FileNotFoundError(errno.ENOENT, "no", "x"), OSError()]
+)
+def test_a_bug_is_no_refusal(error):
+    assert refusal(error, Path("x")) is None
+
+
+@pytest.mark.parametrize(
+    ("write", "value"),
+    [(write_text, "text"), (write_json, {}), (write_bytes, b""), (write_tensors, {"a": torch.zeros(2)})],
+)
+def test_a_folder_or_a_file_in_the_way_is_named_and_left(tmp_path, write, value):
+    (tmp_path / "folder/inside").mkdir(parents=True)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(FileError, match=r"/folder: a folder is where a file should be"):
+        write(tmp_path / "folder", value)
+    with pytest.raises(FileError, match=r"/file: a file is where a folder should be"):
+        write(tmp_path / "file/a", value)
+    assert names(tmp_path) == ["file", "folder", "folder/inside"]
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors, lambda path: read_rows(path, ["a"], 1)])
+def test_a_folder_that_is_read_as_a_file_is_not_called_damaged(tmp_path, read):
+    with pytest.raises(FileError, match="a folder is where a file should be"):
+        read(tmp_path)

@@ -347,9 +347,9 @@ def _cell(value: Mapping[str, Any], figure: str) -> str:
 def save(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the ratios into a PNG file."""
     from drank.pictures import png
+    from drank.workflow.files import write_bytes
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(bars(results)))
+    write_bytes(path, png(bars(results)))
 
 
 def bars(results: Mapping[str, Any]) -> "Figure":
@@ -387,7 +387,7 @@ def bars(results: Mapping[str, Any]) -> "Figure":
 
 def log(root: Path, targets: Sequence[Target], results: Mapping[str, Any]) -> None:
     """Add medians, and ratios to the reference, to the MLflow run of each folder; say where there is none."""
-    from drank.workflow.lock import dvc_md5
+    from drank.workflow.recorded import dvc_md5
     from drank.workflow.tracking import log_speed
 
     conditions = {key: results[key] for key in ("conditions", "environment", "reference")}

@@ -126,14 +126,14 @@ def save(path: Path, comparison: "Comparison") -> None:
     """
     from drank.pictures import png
     from drank.workflow.difference import DifferenceError
+    from drank.workflow.files import write_bytes
 
     drawn = [difference for difference in comparison.differences.values() if _kept(difference)]
     if not drawn:
         raise DifferenceError(
             f"{path}: not drawn: no matrix has a rank on both sides; without --picture, diff says why"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(heat_map(drawn)))
+    write_bytes(path, png(heat_map(drawn)))
 
 
 def _kept(difference: "Difference") -> "tuple[Kept, ...]":

@@ -4,14 +4,18 @@ JSON and safetensors only. Whatever is written is a function of its content: key
 A reader never meets half a file, since a finished temporary sibling is renamed onto the destination.
 """
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from drank.workflow.refusals import FileError, check_access, refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,21 +24,31 @@ FILE_MODE = 0o644  # safetensors leaves 0600, which a colleague, or a cache shar
 FOLDER_MODE = 0o755
 
 
-class FileError(ValueError):
-    """A file is missing, damaged, or cannot hold what it was given; the message names it."""
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, with line ends as they are; missing parent folders are created."""
-    with _replacing_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+    """Write UTF-8 text atomically, with line ends as they are; missing parent folders are created.
+
+    Raises:
+        FileError: the system refuses to write it.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically; missing parent folders are created.
+
+    Raises:
+        FileError: the system refuses to write them.
+    """
+    with _replacing_file(path, len(content)) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document atomically: sorted keys, indented by two, one newline at the end.
 
     Raises:
-        FileError: a number is NaN or infinite, which JSON cannot say; the message names its key.
+        FileError: a number is NaN or infinite, which JSON cannot say; the message names its key. Or the system refuses
+            to write the file.
     """
     for key, number in _numbers(value):
         if not math.isfinite(number):
@@ -46,12 +60,15 @@ def read_json(path: Path) -> Any:
     """Read a JSON document.
 
     Raises:
-        FileError: the file is missing or is not JSON.
+        FileError: the file is missing, is not JSON, or the system refuses to read it.
     """
     try:
+        check_access(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(_missing(path)) from None
+    except FileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: damaged, not JSON: {error}; fetch or build it again") from None
 
@@ -63,7 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
     that changes from save to save (huggingface/safetensors issue 584). Several facts fit into one JSON string.
 
     Raises:
-        FileError: more than one metadata key.
+        FileError: more than one metadata key, or the system refuses to write the file.
     """
     from safetensors.torch import save_file
 
@@ -73,7 +90,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
             f"reproducible with 1 at most; put them into one JSON string"
         )
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with _replacing_file(path) as partial:
+    with _replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
         save_file(contiguous, partial, metadata=dict(metadata) if metadata else None)
 
 
@@ -81,16 +98,17 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
     """Read all tensors of a safetensors file, on the CPU.
 
     Raises:
-        FileError: the file is missing, truncated or not safetensors.
+        FileError: the file is missing, truncated, not safetensors, or the system refuses to read it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        check_access(path)
         return load_file(path)
     except FileNotFoundError:
         raise FileError(_missing(path)) from None
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is cut while it is read
         raise FileError(f"{path}: damaged, not safetensors: {error}; fetch or build it again") from None
 
 
@@ -98,21 +116,39 @@ def read_rows(path: Path, names: Sequence[str], n_rows: int) -> tuple["Tensor", 
     """The first rows of named tensors; the rest of the file is not read.
 
     Raises:
-        FileError: the file is missing, damaged, lacks a name, or holds fewer rows than asked.
+        FileError: the file is missing, damaged, lacks a name, holds fewer rows than asked, or the system refuses to
+            read it.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_access(path)
         with safe_open(path, framework="pt") as file:
             slices = [file.get_slice(name) for name in names]
-            held = min(part.get_shape()[0] for part in slices)
+            held = min((*part.get_shape(), 0)[0] for part in slices)
             if held < n_rows:
                 raise FileError(f"{path}: holds {held} rows, {n_rows} were asked; does it belong to this allocation?")
             return tuple(part[:n_rows] for part in slices)
     except FileNotFoundError:
         raise FileError(_missing(path)) from None
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # torch's, of a type that packs two numbers into a byte
         raise FileError(f"{path}: damaged, not safetensors: {error}; fetch or build it again") from None
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a folder of others' that cannot be read to its end, or means different things to different readers.
+
+    It may hold files, folders, and links to files, such as DVC makes of its cache.
+
+    Raises:
+        FileError: it holds a pipe, a device, a link that leads nowhere or to a folder, or a name that is not UTF-8.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = str(path).encode("utf-8", "backslashreplace").decode()
+        if name != str(path):
+            raise FileError(f"{name}: the name is not UTF-8; rename or remove it")
+        if not (path.is_file() or (path.is_dir() and not path.is_symlink())):
+            raise FileError(f"{name}: neither a file, a folder nor a link to a file; remove it")
 
 
 def file_sha256(path: Path) -> str:
@@ -145,13 +181,19 @@ def _listing_sha256(digests: Mapping[str, str]) -> str:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for the time of a ``with`` block; what a killed run left there is removed first."""
-    _remove(path)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        _remove(path)
+    """An empty folder for the time of a ``with`` block; what a killed run left there is removed first.
+
+    Raises:
+        FileError: another process has it, or the system refuses to write there.
+    """
+    with refusals(path):
+        if not path.is_dir():
+            _remove(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with _own(path):
+            for left in path.iterdir():
+                _remove(left)
+            yield path
 
 
 @contextmanager
@@ -161,30 +203,88 @@ def replacing_folder(destination: Path) -> Iterator[Path]:
     The block writes to the hidden sibling ``.<name>.partial``. If it raises, that is removed and the
     destination stays as it was. No rename replaces a folder that has content, so the old one steps aside to
     ``.<name>.old`` first; a run killed between the two renames is repaired by the next call.
+
+    Raises:
+        FileError: the system refuses to write there, or another process fills it.
     """
     old = destination.with_name(f".{destination.name}.old")
-    if old.exists() and not destination.exists():
-        old.rename(destination)
-    _remove(old)
-    with scratch_folder(destination.with_name(f".{destination.name}.partial")) as partial:
+    partial = _partial(destination)
+    with refusals(destination), scratch_folder(partial):
+        if old.exists() and not destination.exists():
+            old.rename(destination)
+        _remove(old)
         yield partial
         _fix_modes(partial)
         if destination.exists():
             destination.rename(old)
         partial.rename(destination)
-    _remove(old)
+        _remove(old)
+
+
+def remove_partial(destination: Path) -> None:
+    """Remove what killed processes left of a folder that was to be put at ``destination``.
+
+    Raises:
+        FileError: another process fills it.
+    """
+    if _partial(destination).exists():
+        with scratch_folder(_partial(destination)):
+            pass
+
+
+def _partial(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.partial")
 
 
 @contextmanager
-def _replacing_file(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+def _replacing_file(path: Path, needed: int) -> Iterator[Path]:
+    partial = _partial(path)
+    with refusals(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        with _own(partial):
+            try:
+                yield partial
+                partial.chmod(FILE_MODE)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)  # safetensors puts another file in its place
+
+
+@contextmanager
+def _own(partial: Path) -> Iterator[None]:
+    """A file or folder that is this process's alone for a while, and is removed at the end unless it was renamed.
+
+    The lock is the system's, on the file itself: it needs no file of its own, and ends with the process.
+
+    Raises:
+        FileError: another process has it.
+    """
+    taken = FileError(f"{partial}: another process is writing this at the moment; wait until it has ended, or end it")
     try:
-        yield partial
-        partial.chmod(FILE_MODE)
-        partial.replace(path)
+        descriptor = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:
+        raise taken from None
+    try:
+        with suppress(OSError):  # file systems without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise taken from None
+        if not _is_at(descriptor, partial):
+            raise taken
+        try:
+            yield
+        finally:
+            if _is_at(descriptor, partial):
+                _remove(partial)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder still has this name."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _fix_modes(folder: Path) -> None:
