@@ -22,28 +22,33 @@ from drank.language_model.capture import (
 )
 from drank.language_model.linears import LeftDense, Linear, find_linears, shared_inputs, survey, unreached
 from drank.language_model.offload import Sweep, disk_map, find_blocks, offloaded_sweeps
+from drank.language_model.vocabulary import check_ids
 from drank.workflow.files import read_tensors, scratch_folder, write_json, write_tensors
 from drank.workflow.params import Covariance, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 log = logging.getLogger("drank.covariance")
 
 
 def main(seed: str, root: Path = Path()) -> None:
-    params = read_params(root / "params.yaml").covariance
+    asked = read_params(root / "params.yaml")
+    asked.check_seed(seed)
+    params, destination = asked.covariance, root / "data/covariance" / seed
     if must_launch(params.processes):
-        launch(params.processes, "stages.covariance", seed, "--root", str(root))
+        launch(params.processes, "stages.covariance", seed, "--root", str(root), fills=destination)
         return
-    destination = root / "data/covariance" / seed
     with process_group(params.threads, params.device) as group, group.replacing_folder(destination) as folder:
-        windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"].to(params.device)
+        inputs = Inputs(root)
+        windows = read_tensors(inputs / f"data/sampling/calibration/{seed}.safetensors")["windows"].to(params.device)
         with scratch_folder(folder / f".offloaded-{group.rank}") as scratch:
-            collect(root / "data/raw/model", windows, params, group, folder, scratch)
+            collect(inputs / "data/raw/model", windows, params, group, folder, scratch)
 
 
 def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Group, folder: Path, scratch: Path) -> None:
     model = load(model_folder, params, scratch)
+    check_ids(model, windows, "data/sampling/calibration")
     linears, left = survey(model, params.targets, params.ignore)
     if group.rank == 0:
         log.info(told(linears, left))

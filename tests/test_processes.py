@@ -144,17 +144,14 @@ def test_a_mistake_that_all_processes_meet_is_one_message(project):
     assert "Traceback" not in errors
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+
+
+@linux
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_stage_and_the_others(project, rank):
-    windows = project / "data/sampling/calibration/0.safetensors"
-    write_tensors(windows, {"windows": read_tensors(windows)["windows"].repeat(500, 1)})
     before = files(project / "data/covariance")
-    launcher = start(project, "covariance", "0")
-    while not any((project / "data/covariance/.0.partial").glob(".*-1")):
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.01)
-    processes = {rank_of(pid): pid for pid in children(launcher.pid)}
+    launcher, processes = start_long_covariance(project)
     os.kill(processes[rank], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 1
@@ -162,9 +159,29 @@ def test_a_killed_process_ends_the_stage_and_the_others(project, rank):
     assert "Traceback" not in errors
     assert sorted(processes) == [0, 1]
     assert not any(alive(pid) for pid in processes.values())
-    if rank == 0:  # it could not clean up; files.replacing_folder's next call does
-        shutil.rmtree(project / "data/covariance/.0.partial")
     assert files(project / "data/covariance") == before
+
+
+@linux
+def test_a_killed_launcher_leaves_no_process_behind(project):
+    before = files(project / "data/covariance")
+    launcher, processes = start_long_covariance(project)
+    launcher.kill()
+    launcher.communicate(timeout=60)  # the processes hold its standard error, so this waits for them too
+    assert sorted(processes) == [0, 1]
+    assert not any(alive(pid) for pid in processes.values())
+    assert files(project / "data/covariance") == before  # told to end, they cleaned up
+
+
+def start_long_covariance(project):
+    """One that would take a minute, when it is in the middle: the launcher, and its processes by rank."""
+    windows = project / "data/sampling/calibration/0.safetensors"
+    write_tensors(windows, {"windows": read_tensors(windows)["windows"].repeat(500, 1)})
+    launcher = start(project, "covariance", "0")
+    while not any((project / "data/covariance/.0.partial").glob(".*-1")):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.01)
+    return launcher, {rank_of(pid): pid for pid in children(launcher.pid)}
 
 
 def children(pid):

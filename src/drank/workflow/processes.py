@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from drank.workflow.files import replacing_folder
+from drank.workflow.files import remove_partial, replacing_folder
+from drank.workflow.stage import end_without
 
 # A process may wait for the slowest one for hours; a lost one is noticed by its closed connection.
 PATIENCE = timedelta(weeks=1)
+# With its number: a process that was left before it could look would take another one for its launcher.
+LAUNCHER = "drank-launcher-"
 
 
 class ProcessError(ValueError):
@@ -88,10 +90,14 @@ def must_launch(n_processes: int) -> bool:
     return n_processes > 1 and "WORLD_SIZE" not in os.environ
 
 
-def launch(n_processes: int, module: str, *arguments: str) -> None:
+def launch(n_processes: int, module: str, *arguments: str, fills: Path | None = None) -> None:
     """Run ``python -m module arguments`` as that many processes of one torchrun, and wait for them.
 
     If one fails, the others are ended too.
+
+    Args:
+        fills: the folder that they put in place together. Nothing of it is left when they failed, also where one could
+            not clean up, or another wrote on meanwhile.
 
     Raises:
         ProcessError: one failed.
@@ -103,15 +109,19 @@ def launch(n_processes: int, module: str, *arguments: str) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page of traceback; ours is a line
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=n_processes, run_id=uuid.uuid4().hex, max_restarts=0,
+            min_nodes=1, max_nodes=1, nproc_per_node=n_processes, run_id=f"{LAUNCHER}{os.getpid()}", max_restarts=0,
             rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=DefaultLogsSpecs(logs),
         )  # fmt: skip
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
+            fills = None
         except ChildFailedError as error:
             raise ProcessError(_recorded(Path(logs)) or _ending(error.failures)) from None
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
+        finally:
+            if fills is not None:
+                remove_partial(fills)
 
 
 @contextmanager
@@ -134,6 +144,7 @@ def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
     if "WORLD_SIZE" not in os.environ:
         yield Group()
         return
+    end_without([_launcher()])
     os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate, in lm-eval, sets torch's anew where this is missing
     if os.environ["RANK"] != "0":
         logging.disable(logging.WARNING)  # process 0 says it
@@ -158,6 +169,12 @@ def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending; an exception now would only be noise
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _launcher() -> int:
+    """The process that started this one of a group: ours, or a person's torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return int(run.removeprefix(LAUNCHER)) if run.startswith(LAUNCHER) else os.getppid()
 
 
 @contextmanager
