@@ -14,9 +14,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from drank.workflow.files import read_json
-from drank.workflow.lock import LockError, lineage
-from drank.workflow.tracking import Tracked, TrackingError, projection, track, view, where_to_look
-from drank.workflow.tracking.store import Store, link
+from drank.workflow.lock import lineage, read_state
+from drank.workflow.recorded import LockError
+from drank.workflow.tracking import Tracked, TrackingError, projection, store, track, view, where_to_look
+from drank.workflow.tracking.store import Store, link, open_store
 
 REPOSITORY = Path(__file__).parent.parent
 VARIANTS = ("dense", "d-rank-80")
@@ -544,6 +545,53 @@ def test_two_processes_on_a_new_store_make_one_state(reproduced, tmp_path):
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert set(Runs(root).one_state()[1]) == set(VARIANTS)
+
+
+def test_a_state_that_changed_since_it_was_read_is_not_logged(project):
+    state = read_state(project)
+    edit_params(project, "variants", "d-rank-80", "size_ratio", value=0.6)
+    repro(project)
+    with open_store(project) as opened, pytest.raises(LockError, match="is `dvc repro` at work there") as told:
+        projection.project(opened, state)
+    assert "dvc.lock is another one" in str(told.value)
+    assert Runs(project).all == []
+
+
+def test_a_file_that_went_since_the_state_was_read_is_named(project):
+    state = read_state(project)
+    (project / "results/dense.json").unlink()
+    with open_store(project) as opened, pytest.raises(LockError, match=r"while it was read.*results/dense\.json"):
+        projection.project(opened, state)
+    assert Runs(project).all == []
+
+
+def test_what_a_repro_changes_meanwhile_is_logged_as_it_was(project, monkeypatch):
+    before = {path: (project / path).read_bytes() for path in ("dvc.lock", "results/d-rank-80.json")}
+
+    def reproduce_first(*arguments, real=projection._log_state):
+        edit_params(project, "variants", "d-rank-80", "size_ratio", value=0.6)
+        repro(project)
+        real(*arguments)
+
+    monkeypatch.setattr(projection, "_log_state", reproduce_first)
+    track(project)
+    assert {path: (project / path).read_bytes() for path in before} != before
+    runs = Runs(project)
+    pipeline, variants = runs.one_state()
+    a_variant = variants["d-rank-80"]
+    assert a_variant.data.params["size_ratio"] == "0.8"
+    for run_of_it, logged, path in (
+        (pipeline, "dvc.lock", "dvc.lock"),
+        (a_variant, "results/d-rank-80.json", "results/d-rank-80.json"),
+    ):
+        assert Path(runs.client.download_artifacts(run_of_it.info.run_id, logged)).read_bytes() == before[path]
+
+
+def test_two_that_create_the_experiment_have_one(project):
+    """On one machine they take turns; of two machines on one server, one is told that it is there."""
+    client = Runs(project).client
+    ours = store._create_experiment(client, uri := f"sqlite:///{project / 'mlflow.db'}")
+    assert store._create_experiment(client, uri).experiment_id == ours.experiment_id
 
 
 def test_what_a_temporary_folder_of_dvc_holds_is_logged_in_its_repository(project, empty_store, tmp_path, monkeypatch):

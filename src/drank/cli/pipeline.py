@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from drank.workflow.tracking import Tracked
 
 Row = dict[str, str]
+SCARCE = 2**28  # bytes; DVC says neither which disk is full nor how much is left
 
 
 def run(
@@ -29,9 +31,11 @@ def run(
     from rich.console import Console
 
     from drank.workflow.tracking import track as project
+    from drank.workflow.turns import turn
 
-    reproduce(root, targets or [])
-    tracked = project(root)
+    with turn(str(root.resolve()), f"another `drank run` in {root.resolve()}"):
+        reproduce(root, targets or [])
+        tracked = project(root)
     # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table_of_variants(read_summary(root / "results/summary.csv")))
@@ -52,10 +56,12 @@ def reproduce(root: Path, targets: list[str]) -> None:
         CommandError: DVC or a stage failed.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    command = [sys.executable, "-m", "dvc", "repro", *targets]
+    # DVC by itself gives up after 3 seconds, also at the end of a stage of hours, if a `dvc status` is at work then.
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PATH": path})
     if done.returncode != 0:
-        raise CommandError(f"dvc repro ended with exit status {done.returncode}; nothing was logged to MLflow")
+        full = f" ({free:,} bytes are left in {root.resolve()})" if (free := disk_usage(root).free) < SCARCE else ""
+        raise CommandError(f"dvc repro ended with exit status {done.returncode}{full}; nothing was logged to MLflow")
 
 
 def report(tracked: "Tracked") -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from drank import __version__
 from drank.workflow.files import file_sha256
-from drank.workflow.lock import State, Variant, outs_of, read_md5, read_state, sha256_of
+from drank.workflow.lock import State, Variant, check_written, outs_of, read_md5, read_state, sha256_of
 from drank.workflow.params import Preset, Spectrum
+from drank.workflow.recorded import LockError, read_lock
 from drank.workflow.tracking import view
 from drank.workflow.tracking.store import EXPERIMENT, Store, link, open_store, where_to_look_for
 
@@ -25,6 +27,9 @@ PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers
 COLUMNS = ("name", "layer", "kind", "form", "rank", "full_rank", "price", "effective_rank", "relative_loss")
 METRICS_A_CALL = 1000  # MLflow takes no more; a large model has more matrices
 OWN = ("variant.", "preset.", "spectrum.", "healing.")
+# What is logged of a state beside its variants, and what tells whether it is one.
+FIGURES, DOCUMENTS = "results/figures", ("results/summary.csv", "results/report.html", "params.yaml", "dvc.lock")
+SHARED = (FIGURES, *DOCUMENTS, "data/sampling")
 # What cannot make two variants of one model differ in more than the last bits.
 MACHINE = ("covariance.batch_windows", "covariance.threads")
 
@@ -63,15 +68,24 @@ def where_to_look(tracked: Tracked) -> str:
 
 
 def project(store: Store, state: State) -> tuple[list[str], list[str]]:
-    """Make the runs of a state that are missing; the names of those made, and of those found."""
-    client, name, git = store.client, f"pipeline-{state.sha256[:8]}", _git(state.root)
-    tags = _state_tags(state, git)
+    """Make the runs of a state that are missing; the names of those made, and of those found.
+
+    Raises:
+        LockError: the files of the state changed since it was read.
+    """
+    git = _git(state.root)
+    with _held(state) as held:
+        return _project(store, held, git)
+
+
+def _project(store: Store, state: State, git: dict[str, str]) -> tuple[list[str], list[str]]:
+    name, tags = f"pipeline-{state.sha256[:8]}", _state_tags(state, git)
     pipeline = _find_pipeline(store, state.sha256)
     existing = [name] if pipeline else []
+    finished = variant_runs(store, pipeline.info.run_id) if pipeline else {}
     if pipeline is None:
-        pipeline = client.create_run(store.experiment_id, tags=tags, run_name=name)
+        pipeline = store.client.create_run(store.experiment_id, tags=tags, run_name=name)
     parent = pipeline.info.run_id
-    finished = variant_runs(store, parent)
     missing = [variant for variant in state.variants if variant.name not in finished]
     if missing or pipeline.info.status != "FINISHED":
         with _finishing(store, parent):
@@ -85,6 +99,40 @@ def project(store: Store, state: State) -> tuple[list[str], list[str]]:
     _show(store, state)
     found = existing + [variant.name for variant in state.variants if variant.name in finished]
     return [run for run in [name, *(v.name for v in state.variants)] if run not in found], found
+
+
+@contextmanager
+def _held(state: State) -> Iterator[State]:
+    """The state in a copy of its files: a ``dvc repro`` may change those of the workspace before they are logged.
+
+    Raises:
+        LockError: they are no longer those of the state.
+    """
+    names = [variant.name for variant in state.variants]
+    paths = [*SHARED, *(f"{folder}/{name}.json" for folder in ("results", "data/allocation") for name in names)]
+    paths += [f"data/healing/{variant.name}.csv" for variant in state.variants if variant.loss_curve]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for path in paths:
+                _copy(state.root / path, Path(folder) / path)
+            held = read_state(Path(folder))
+            check_written(held.root, read_lock(held.root / "dvc.lock"), "results/report.html")
+            if held.sha256 != state.sha256:
+                raise LockError("dvc.lock is another one")
+        except (ValueError, FileNotFoundError, shutil.Error) as error:
+            raise LockError(
+                f"{state.root}: changed while it was read; is `dvc repro` at work there? `drank track` again when it "
+                f"has ended ({str(error).replace(folder, str(state.root))})"
+            ) from error
+        yield held
+
+
+def _copy(path: Path, destination: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, destination)
+    else:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, destination)
 
 
 def variant_runs(store: Store, parent: str) -> dict[str, "Run"]:
@@ -146,8 +194,8 @@ def _log_state(store: Store, run_id: str, state: State) -> None:
 
     shared = {k: v for k, v in state.variants[0].params.items() if not k.startswith(OWN)} if state.variants else {}
     store.client.log_batch(run_id, params=[Param(key, value) for key, value in shared.items()])
-    store.client.log_artifacts(run_id, str(state.root / "results/figures"), "figures")
-    for path in ("results/summary.csv", "results/report.html", "params.yaml", "dvc.lock"):
+    store.client.log_artifacts(run_id, str(state.root / FIGURES), "figures")
+    for path in DOCUMENTS:
         store.client.log_artifact(run_id, str(state.root / path))
 
 

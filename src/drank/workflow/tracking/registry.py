@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drank.workflow.lock import State, dvc_md5, outs_of
+from drank.workflow.lock import State, outs_of
 from drank.workflow.params import read_params
+from drank.workflow.recorded import dvc_md5
 from drank.workflow.tracking.projection import find_variant, folder_of, project
 from drank.workflow.tracking.store import EXPERIMENT, Store, existing_store, link, open_store
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from filelock import FileLock
+from drank.workflow.refusals import check_access, refusal
+from drank.workflow.turns import turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXPERIMENT = "drank"
 LOCAL_UI = "http://127.0.0.1:5000"
@@ -33,16 +35,19 @@ class Store:
 
 @contextmanager
 def open_store(root: Path) -> Iterator[Store]:
-    """The store of ``root`` with our experiment in it, both created where they are missing, to one process at a time.
+    """The store of ``root`` with our experiment in it, both created where they are missing.
+
+    It is opened to one process of a machine and a user at a time, whichever clone it is in; the others wait.
 
     Raises:
         TrackingError: a store that cannot be used.
     """
-    guard = _home(root) / ".dvc/tmp/drank-track.lock"
-    guard.parent.mkdir(parents=True, exist_ok=True)
+    uri = uri_of(root)
     # Two processes that create one SQLite store break it, and two that look for a run would both make it.
-    with FileLock(guard):
-        yield _open(uri_of(root))
+    with turn(str(_sqlite_file(uri) or uri), "another drank on MLflow's store"):
+        if (file := _sqlite_file(uri)) is not None and file.exists():
+            check_access(file, "r+b")
+        yield _open(uri)
 
 
 def existing_store(root: Path) -> Store | None:
@@ -55,6 +60,8 @@ def existing_store(root: Path) -> Store | None:
     file = _sqlite_file(uri)
     if file is not None and not file.is_file():
         return None
+    if file is not None:
+        check_access(file)
     with _explained():
         client = _new_client(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -88,16 +95,46 @@ def link(store: Store, page: str) -> str:
 
 def _open(uri: str) -> Store:
     with _explained():
+        file = _sqlite_file(uri)
+        if file is not None and not file.exists():
+            _create_database(file)
         client = _new_client(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
-            return Store(uri, client, client.create_experiment(EXPERIMENT, _artifact_location(uri)))
+            experiment = _create_experiment(client, uri)
     if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"MLflow's experiment '{EXPERIMENT}' is deleted; bring it back with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
+    if file is not None and experiment.artifact_location.startswith("mlflow-artifacts:"):
+        raise TrackingError(
+            f"{file}: its experiment '{EXPERIMENT}' was made through a server, which keeps the artefacts: start it "
+            f"and give its address, as in MLFLOW_TRACKING_URI={LOCAL_UI}"
+        )
     return Store(uri, client, experiment.experiment_id)
+
+
+def _create_database(file: Path) -> None:
+    """A new one, put in place when its tables are there: MLflow refuses one that a killed call left half-made."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    check_access(partial, "wb")
+    _new_client(f"sqlite:///{partial.as_posix()}").search_experiments(max_results=1)
+    partial.replace(file)
+
+
+def _create_experiment(client: "MlflowClient", uri: str) -> "Experiment":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_experiment(client.create_experiment(EXPERIMENT, _artifact_location(uri)))
+    except MlflowException:
+        experiment = client.get_experiment_by_name(EXPERIMENT)  # another machine was quicker
+        if experiment is None:
+            raise
+        return experiment
 
 
 def _new_client(uri: str) -> "MlflowClient":
@@ -131,4 +168,6 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         raise TrackingError(f"MLflow's store cannot be used; is MLFLOW_TRACKING_URI right? {error}") from error

@@ -1,0 +1,84 @@
+"""Two commands at once, a few times (see ``two_at_once``).
+
+``python -m tests.faults.two_at_once`` does it often, and with whole pipelines.
+"""
+
+import multiprocessing
+from contextlib import ExitStack
+
+import pytest
+
+from drank.workflow.files import FileError, replacing_folder, scratch_folder, write_text
+from tests.faults.two_at_once import CASES, DVC, VARIANT, Projects, content, ended, met, run, start
+
+
+@pytest.fixture(scope="module")
+def projects(reproduced, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        yield Projects(reproduced, tmp_path_factory.mktemp("two"), seed=0)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("case", ["one stage twice by hand", "drank track of two clones"])
+def test_nothing_is_lost(projects, case):
+    assert CASES[case](projects) in ("both", "refused")
+
+
+@pytest.mark.pipeline
+def test_two_dvc_on_one_stage_leave_what_one_leaves(projects):
+    root = projects.copy()
+    before = content(root)
+    command = (*DVC, "repro", "--force", "--single-item", f"allocation@{VARIANT}")
+    met(root, *[ended(process) for process in [start(root, *command), start(root, *command)]])
+    assert content(root) == before
+    assert "up to date" in run(root, *DVC, "status")
+
+
+def filled_by_another(enter, entered, leave):
+    with enter():
+        entered.set()
+        leave.wait()
+
+
+@pytest.fixture
+def another(tmp_path):
+    """A process that is filling ``tmp_path / "folder"``, until it is killed."""
+    context = multiprocessing.get_context("fork")
+    entered, leave = context.Event(), context.Event()
+    process = context.Process(
+        target=filled_by_another, args=(lambda: replacing_folder(tmp_path / "folder"), entered, leave)
+    )
+    process.start()
+    entered.wait()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_folder_that_another_process_fills_is_refused_until_that_is_killed(another, tmp_path):
+    destination = tmp_path / "folder"
+    with pytest.raises(FileError, match=r"folder.*another process is writing this"), replacing_folder(destination):
+        pass
+    assert names(tmp_path) == [".folder.partial"]
+    another.kill()
+    another.join()
+    with replacing_folder(destination) as folder:
+        write_text(folder / "a", "1")
+    assert names(tmp_path) == ["folder"]
+
+
+def test_the_next_one_may_start_while_the_last_one_ends(tmp_path):
+    """A folder that was renamed is no longer in the way, and the new one is not removed with the old name."""
+    with ExitStack() as last:
+        partial = last.enter_context(scratch_folder(tmp_path / ".folder.partial"))
+        partial.rename(tmp_path / "folder")
+        with scratch_folder(partial):
+            write_text(partial / "a", "1")
+            last.close()
+            assert (partial / "a").read_text() == "1"
+    assert names(tmp_path) == ["folder"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
