@@ -5,7 +5,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test test-ui check lock clean
+# What touches the insides of transformers, mlflow, dvc and lm-eval: the part of the tests that their versions can break.
+VERSION_TESTS := $(patsubst %,tests/test_%.py,hooks plugin loading modules offload substitution sources export evaluation \
+	stage pipeline remote tracking promote audit)
+
+.PHONY: run test test-ui test-oldest test-newest check lock clean
 
 run: $(VENV)/installed  ## the whole pipeline, then MLflow, then a table of variants
 	drank run
@@ -16,6 +20,10 @@ test: check  ## linters, types, tests
 test-ui: $(VENV)/installed  ## MLflow's pages and the report in the system's Chromium, which must be there
 	$(VENV)/bin/pip install --quiet --editable '.[ui]'
 	DRANK_UI=required python -m pytest tests/ui
+
+test-oldest test-newest: test-%: $(VENV)-%/installed  ## with those four at their oldest, or newest, allowed versions
+	PATH="$(CURDIR)/$(VENV)-$*/bin:$$PATH" python -m tests.versions installed
+	PATH="$(CURDIR)/$(VENV)-$*/bin:$$PATH" python -m pytest $(VERSION_TESTS)
 
 check: $(VENV)/installed
 	ruff format --check .
@@ -30,9 +38,18 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# Installed over the lock, so that of everything else pip changes only what those four cannot do with.
+$(VENV)-%/installed: requirements.lock pyproject.toml tests/versions.py
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(VENV)-$*/bin/pip install --quiet --requirement requirements.lock
+	$(VENV)-$*/bin/pip install --quiet --upgrade $$($(VENV)-$*/bin/python -m tests.versions $*)
+	$(VENV)-$*/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 lock: $(VENV)/installed  ## versions only: builds of torch differ from machine to machine, so no hashes and no URLs
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	$(VENV)/bin/pip freeze --exclude-editable --exclude drank | sed 's/+cpu//' > requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache .mypy_cache .ruff_cache

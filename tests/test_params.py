@@ -122,6 +122,22 @@ def test_a_missing_file_is_named(tmp_path):
         read_params(tmp_path / "params.yaml")
 
 
+def test_a_folder_in_its_place_is_named(tmp_path):
+    with pytest.raises(ParamsError, match="a folder, where a file"):
+        read_params(tmp_path)
+
+
+def test_unknown_factors_and_draws_are_named_with_those_there_are():
+    params = read_params(SHIPPED)
+    assert params.factors("kfac").metric == "kfac"
+    with pytest.raises(ParamsError, match=r"no spectrum '\.\./kfac' .* it has: .*kfac"):
+        params.factors("../kfac")
+    params.check_seed("0")
+    for seed in ("00", "-1", "../0", ""):
+        with pytest.raises(ParamsError, match=f"no calibration seed '{seed}' .* are: 0"):
+            params.check_seed(seed)
+
+
 def test_an_unknown_variant_is_named_with_those_there_are():
     with pytest.raises(ParamsError, match="no variant 'd-rnk-80' .* d-rank-80"):
         read_params(SHIPPED).variant("d-rnk-80")

@@ -3,6 +3,8 @@ refuses."""
 
 import copy
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -16,8 +18,18 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear, places
-from drank.language_model.plugin import DrankConfig, DrankQuantizer, FormatError, attach, register, swap_modules
+from drank.language_model.plugin import (
+    FORMAT_VERSION,
+    DrankConfig,
+    DrankQuantizer,
+    FormatError,
+    attach,
+    register,
+    swap_modules,
+)
 from drank.pivot import pivot_rows, split_group
+from drank.workflow.audit.documents import AllocationDocument, Config, read_document
+from drank.workflow.files import FileError
 from tests import tiny
 
 LLAMA = {
@@ -302,6 +314,125 @@ def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, ve
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+FINE = {"form": "factors", "rank": 3, "out_features": 16, "in_features": 16}
+
+# config.json as drank wrote it in format 1, in which an order of outputs was stored otherwise.
+FORMAT_1 = """\
+{
+  "architectures": ["LlamaForCausalLM"],
+  "dtype": "float32",
+  "head_dim": 8,
+  "hidden_size": 16,
+  "intermediate_size": 32,
+  "model_type": "llama",
+  "num_attention_heads": 2,
+  "num_hidden_layers": 1,
+  "num_key_value_heads": 2,
+  "quantization_config": {
+    "format_version": 1,
+    "modules": {
+      "model.layers.0.mlp.down_proj": {"form": "pivot", "in_features": 32, "out_features": 16, "rank": 4}
+    },
+    "provenance": {"variant": "d-rank-80"},
+    "quant_method": "drank"
+  },
+  "tie_word_embeddings": false,
+  "transformers_version": "5.23.0",
+  "vocab_size": 48
+}
+"""
+
+
+def test_a_folder_of_the_older_format_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "config.json").write_text(FORMAT_1)
+    config = AutoConfig.from_pretrained(tmp_path)
+    # The tensors as format 1 had them: `order` in the place of `places`, which transformers would only report.
+    with torch.random.fork_rng():
+        tensors = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA)).state_dict()
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("model.layers.1.")}
+    del tensors[f"{DOWN}.weight"]
+    tensors |= {f"{DOWN}.weight": torch.ones(4, 32), f"{DOWN}.coefficients": torch.ones(12, 4)}
+    save_file(tensors | {f"{DOWN}.order": torch.arange(16, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    assert config.quantization_config["format_version"] == 1
+    with pytest.raises(
+        FormatError, match="format_version is 1; drank .* reads 2: build the folder again with 'dvc rep"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "key", "version"),
+    [
+        ("allocation.json", AllocationDocument, "format_version", 1),
+        ("config.json", Config, "quantization_config.format_version", FORMAT_VERSION),
+    ],
+)
+@pytest.mark.parametrize("step", [-1, 1])
+def test_an_audit_refuses_documents_of_another_format(tmp_path, name, kind, key, version, step):
+    document = {"format_version": version + step, "quant_method": "drank"}
+    (tmp_path / name).write_text(json.dumps({"quantization_config": document} if kind is Config else document))
+    with pytest.raises(FileError, match=f"{name}: {key}: Input should be {version}; another version of drank wrote it"):
+        read_document(tmp_path / name, kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modules": ["a"]}, r"quantization_config\.modules is \['a'\]; it must be a mapping"),
+        ({"modules": "x" * 5000}, r"quantization_config\.modules is 'x+\.\.\.x+'; it must be a mapping"),
+        ({"modules": {"": FINE}}, "quantization_config.modules has the key ''; it must be the name of a module"),
+        ({"modules": {3: FINE}}, "quantization_config.modules has the key 3; it must be the name of a module"),
+        ({"provenance": "someone"}, r"quantization_config\.provenance is 'someone'; it must be a mapping"),
+        ({"provenance": math.nan}, r"quantization_config\.provenance is nan; it must be a mapping"),
+        ({"to_dict": 1}, r"quantization_config\.to_dict is 1; transformers has a meaning of its own for this name"),
+        ({"__class__": "x"}, r"quantization_config\.__class__ is 'x'; transformers has a meaning of its own"),
+        ({"dequantize": True}, r"quantization_config\.dequantize is True; transformers has a meaning of its own"),
+        ({"format_version": math.nan}, r"quantization_config\.format_version is nan; drank .* reads 2: upgrade"),
+        ({"format_version": 10**40}, r"quantization_config\.format_version is 1000.*; drank .* reads 2: upgrade"),
+    ],
+)
+def test_a_malformed_section_is_refused_by_key_value_and_rule(change, message):
+    with pytest.raises(FormatError, match=message) as refused:
+        DrankConfig(**{"modules": {}, "provenance": {}, **change})
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["..", "../../etc/passwd", ".", "model..layers", "forward", " ", "model.layers.0x"])
+def test_a_name_that_is_no_module_is_refused(name):
+    with pytest.raises(FormatError, match=f"{re.escape(name)} is not in this LlamaForCausalLM"):
+        swap_modules(dense_model("llama"), {name: FINE})
+
+
+def test_a_module_under_two_names_is_refused():
+    with pytest.raises(FormatError, match=rf"layers\.0.*: another key of .*modules is also {re.escape(Q.format(0))}"):
+        swap_modules(dense_model("llama"), {Q.format(0): FINE, Q.format(0).removeprefix("model."): FINE})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda modules: modules["model.layers.0.mlp.up_proj"].update(rank=3),
+            r"up_proj\.basis is stored with shape \(.*\), but the spec of .*up_proj makes it \(.*\): config.json is n",
+        ),
+        (
+            lambda modules: modules["model.layers.0.mlp.gate_proj"].update(in_order=True),
+            r"mlp\.gate_proj\.places is stored with shape \(22,\), but .*gate_proj makes it absent: config.json is not",
+        ),
+        (
+            lambda modules: modules.pop("model.layers.0.mlp.up_proj"),
+            r"up_proj\.weight is stored with shape \(.*\), not \(32, 16\), but quantization_config.modules has no spec",
+        ),
+        (lambda modules: modules.clear(), "but quantization_config.modules has no spec of layers.0"),
+    ],
+)
+def test_specs_that_are_not_those_of_the_weights_are_refused(llama, change, message):
+    _, folder = llama
+    edit_config(folder, lambda config: change(config["modules"]))
+    with pytest.raises(FormatError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("key", ["basis", "weight", "places", "coefficients", "basis.weight"])
 def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
     _, folder = llama
@@ -312,9 +443,6 @@ def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=rf"{lost} \(1 such\) is in no weight file: the folder is incomplete"):
         AutoModelForCausalLM.from_pretrained(folder)
-
-
-FINE = {"form": "factors", "rank": 3, "out_features": 16, "in_features": 16}
 
 
 def group(owner, other):
@@ -335,6 +463,12 @@ def group(owner, other):
             "q_proj: form is 'sparse'; known are factors, pivot, dense",
         ),
         ({Q.format(0): {**FINE, "form": None}}, "q_proj: form is None"),
+        ({Q.format(0): {**FINE, "form": []}}, r"q_proj: form is \[\]"),
+        ({Q.format(0): {**FINE, "basis": [1]}}, r"q_proj: basis is \[1\]; it must be the name of a module"),
+        ({Q.format(0): {**FINE, "basis": 3}}, "q_proj: basis is 3; it must be the name of a module"),
+        ({Q.format(0): {**FINE, "rank": 10**40}}, "q_proj: rank 1000.* is more than 15"),
+        ({Q.format(0): {**FINE, "out_features": math.inf}}, "q_proj: out_features is inf; it must be an integer"),
+        ({Q.format(0): {**FINE, "out_features": math.nan}}, "q_proj: out_features is nan"),
         ({Q.format(0): {**FINE, "rank": 0}}, "q_proj: rank is 0; it must be an integer of at least 1"),
         ({Q.format(0): {**FINE, "rank": 3.0}}, r"q_proj: rank is 3\.0"),
         ({Q.format(0): {**FINE, "rank": True}}, "q_proj: rank is True"),

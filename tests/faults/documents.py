@@ -18,16 +18,22 @@ from typing import Any
 
 import typer
 import yaml
+from transformers import AutoModelForCausalLM
 
 from drank.language_model.plugin import DrankConfig, swap_modules
 from drank.release import CHECKSUMS, STATEMENT, checksums
 from drank.workflow.audit import audit
+from drank.workflow.damage import find_damage
 from drank.workflow.difference import compare_targets
+from drank.workflow.experiments import read_published
 from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors
+from drank.workflow.lock import read_state
 from drank.workflow.params import read_params
 from drank.workflow.resolved import resolved
+from drank.workflow.signing import sign, verify
 from drank.workflow.sources import fetch_model, fetch_text
-from tests.conftest import reproduce
+from tests import compressed
+from tests.conftest import REPOSITORY, reproduce
 from tests.faults.damage import MODEL, VARIANT, quieten
 from tests.test_sources import tiny_llama, write_gguf
 from tests.tiny import PARAMS, llama
@@ -53,6 +59,18 @@ FRAGMENTS = [
     ),
     "\n".join(["m0: &m0 {a: 1}"] + [f"m{i}: &m{i} {{<<: [{','.join([f'*m{i - 1}'] * 10)}]}}" for i in range(1, 9)]),
 ]  # fmt: skip
+
+
+# Every form, a shared basis of each kind among them.
+FORMS = {
+    **compressed.LLAMA,
+    "model.layers.0.self_attn.o_proj": compressed.spec(
+        "pivot", 32, 32, 9, basis="model.layers.0.self_attn.o_proj", first=0, kept=4
+    ),
+    "model.layers.1.self_attn.o_proj": compressed.spec(
+        "pivot", 32, 32, 9, basis="model.layers.0.self_attn.o_proj", first=4, kept=5
+    ),
+}
 
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -119,7 +137,11 @@ class Tries:
         shutil.copytree(project / MODEL, self.folder)
         self.files = {file: file.read_bytes() for file in self.folder.iterdir()}
         self.documents = {file.name: read_json(file) for file in self.folder.glob("*.json")}
+        self.forms = compressed.write(llama(), FORMS, scratch / "forms")
+        self.written = read_json(self.forms / "config.json")
         self.model = b""
+        self.copy = scratch / "copy"
+        self.signature = b""
         self.weights = (self.folder / "model.safetensors").read_bytes()
 
     def params(self, draw: random.Random) -> None:
@@ -181,10 +203,24 @@ class Tries:
         read_rows(path, (name,), 1)
 
     def config(self, draw: random.Random) -> None:
-        """``quantization_config`` of a compressed folder, and its modules put into a model."""
-        written = self.documents["config.json"]["quantization_config"]
-        changed = {**written, "modules": dict(draw.sample(sorted(written["modules"].items()), 3))}
-        swap_modules(llama(), DrankConfig(**mutated(changed, draw)).modules)
+        """``quantization_config`` with every form, and its modules put into a model."""
+        written = self.written["quantization_config"]
+        swap_modules(llama(), DrankConfig(**mutated(written, draw)).modules)
+
+    def config_file(self, draw: random.Random) -> None:
+        """The section in config.json of a folder, which is then loaded."""
+        section = mutated(self.written["quantization_config"], draw)
+        self._load({**self.written, "quantization_config": section})
+
+    def transformers_file(self, draw: random.Random) -> None:
+        """The rest of config.json: transformers reads it, and what it raises is its own (``traceback``)."""
+        rest = {key: value for key, value in self.written.items() if key != "quantization_config"}
+        section = self.written["quantization_config"]
+        self._load({**mutated(rest, draw), "quantization_config": section})
+
+    def _load(self, config: Any) -> None:
+        (self.forms / "config.json").write_text(json.dumps(config))
+        AutoModelForCausalLM.from_pretrained(self.forms)
 
     def gguf(self, draw: random.Random) -> None:
         """A GGUF file with other bytes in its metadata."""
@@ -202,11 +238,66 @@ class Tries:
         (self.scratch / name).write_bytes(garbled(content, draw) if draw.random() < 0.9 else content)
         fetch_text(f"local:{name}", self.scratch / "out.jsonl", self.scratch / "downloads", root=self.scratch)
 
+    def lock(self, draw: random.Random) -> None:
+        """dvc.lock with other values or bytes, beside files that are as they were; `drank check` and `drank track`."""
+        if not self.copy.exists():
+            shutil.copytree(self.project, self.copy, symlinks=True)
+        written = (self.project / "dvc.lock").read_bytes()
+        path = self.copy / "dvc.lock"
+        if draw.random() < 0.5:
+            path.write_bytes(garbled(written, draw))
+        else:
+            path.write_text(yaml.safe_dump(mutated(yaml.load(written, yaml.CSafeLoader), draw), allow_unicode=True))
+        for damage in find_damage(self.copy):  # what --mend takes away
+            assert damage.path.resolve().is_relative_to(self.copy.resolve()), damage
+        read_state(self.copy)
+
+    def signatures(self, draw: random.Random) -> None:
+        """The signature of a folder, or its public key, with other values or bytes."""
+        private, public, path = (self.scratch / name for name in ("key.pem", "key.pub.pem", "model.sig"))
+        self._restore()
+        if not self.signature:
+            self.key = make_keys(private, public)
+            self.signature = sign(self.folder, private, path).read_bytes()
+        public.write_bytes(garbled(self.key, draw) if draw.random() < 0.2 else self.key)
+        if draw.random() < 0.5:
+            path.write_bytes(garbled(self.signature, draw))
+        else:
+            path.write_text(json.dumps(mutated(json.loads(self.signature), draw)))
+        verify(self.folder, public, path)
+
+    def published(self, draw: random.Random) -> None:
+        """The figures of a paper, experiments/published/*.yaml."""
+        folder = self.scratch / "experiments"
+        (folder / "published").mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / "experiments/llama-7b.yaml", folder)
+        written = (REPOSITORY / "experiments/published/llama-7b.yaml").read_bytes()
+        path = folder / "published/llama-7b.yaml"
+        if draw.random() < 0.5:
+            path.write_bytes(garbled(written, draw))
+        else:
+            path.write_text(yaml.safe_dump(mutated(yaml.safe_load(written), draw), allow_unicode=True))
+        read_published(self.scratch, "llama-7b")
+
     def all(self) -> dict[str, Callable[[random.Random], None]]:
         return {
             "params": self.params, "folder documents": self.folder_documents, "folder bytes": self.folder_bytes,
-            "tensors": self.tensors, "texts": self.texts, "config": self.config, "gguf": self.gguf,
+            "tensors": self.tensors, "texts": self.texts, "gguf": self.gguf, "config": self.config,
+            "config file": self.config_file, "transformers": self.transformers_file,
+            "lock": self.lock, "signatures": self.signatures, "published": self.published,
         }  # fmt: skip
+
+
+def make_keys(private: Path, public: Path) -> bytes:
+    """Write a pair of keys; the public one is returned."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+    unlocked = serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unlocked))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return public.read_bytes()
 
 
 def reseal(folder: Path) -> None:

@@ -1,16 +1,23 @@
 """Documents that nobody should write, a few hundred of each kind (see ``documents``, which tries as many as asked)."""
 
+import gzip
+import importlib
 import io
 import json
+import os
+import struct
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from drank.workflow.audit import audit
 from drank.workflow.difference import DifferenceError, compare_targets
-from drank.workflow.lock import LockError, parse_lock
+from drank.workflow.files import FileError, read_rows
 from drank.workflow.params import ParamsError, read_params
-from drank.workflow.sources import SourceError, fetch_text
+from drank.workflow.recorded import LockError, parse_lock
+from drank.workflow.signing import sign
+from drank.workflow.sources import SourceError, fetch_model, fetch_text
 from tests.faults.documents import FRAGMENTS, Tries, outcome
 from tests.tiny import PARAMS
 
@@ -22,7 +29,19 @@ def tries(reproduced, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "n"),
-    [("params", 150), ("folder documents", 60), ("folder bytes", 40), ("tensors", 200), ("texts", 100), ("gguf", 5)],
+    [
+        ("params", 150),
+        ("folder documents", 60),
+        ("folder bytes", 40),
+        ("tensors", 200),
+        ("texts", 100),
+        ("gguf", 5),
+        ("config", 200),
+        ("config file", 25),
+        ("lock", 12),
+        ("signatures", 15),
+        ("published", 12),
+    ],
 )
 def test_a_document_is_read_or_refused_in_one_message(tries, kind, n):
     outcomes = {seed: outcome(tries[kind], seed) for seed in range(n)}
@@ -93,6 +112,94 @@ def test_names_in_an_archive_are_never_paths(tmp_path, content):
     assert (folder / "texts/out.jsonl").read_text() == '{"text": "hello"}\n'
 
 
+def packed_zeros(method):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive, archive.open("t.txt", "w") as member:
+        for _ in range(5):
+            member.write(bytes(2**24))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("t.zip", lambda: packed_zeros(zipfile.ZIP_DEFLATED)),
+        ("t.zip", lambda: packed_zeros(zipfile.ZIP_BZIP2)),
+        ("t.txt.gz", lambda: gzip.compress(bytes(5 * 2**24), 1)),
+        ("t.csv.gz.gz", lambda: gzip.compress(gzip.compress(b"text\n" + bytes(5 * 2**24)))),
+    ],
+)
+def test_an_archive_that_unpacks_without_end_is_refused(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack())
+    with pytest.raises(SourceError, match=r"unpacks to more than \d+ bytes, 200 times its size"):
+        fetch_text(f"local:{name}", tmp_path / "out.jsonl", tmp_path, root=tmp_path)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x" * 300, "not a path that can be read: .*too long"),
+        ("~nobody-of-this-name/x.txt", "not a path that can be read"),
+        ("a\0b", "not a path that can be read"),
+        ("/dev/zero", "neither a file nor a folder"),
+        ("pipe", "neither a file nor a folder"),
+        ("loop.txt", "not a path that can be read: .*symbolic links"),
+        ("file/x.txt", "not found"),
+    ],
+    ids=["long", "nobody", "zero byte", "device", "pipe", "loop", "within a file"],
+)
+def test_a_path_that_cannot_be_read_to_its_end_is_refused(tmp_path, path, message):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "file").touch()
+    for fetch, out in ((fetch_text, "out.jsonl"), (fetch_model, "out")):
+        with pytest.raises(SourceError, match=message):
+            fetch(f"local:{path}", tmp_path / out, tmp_path, root=tmp_path)
+        assert not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("zero", "/dev/zero"), ("gone", "nowhere"), ("loop", "loop"), ("up", ".."), ("provenance.json", "/dev/zero")],
+)
+@pytest.mark.parametrize("reader", [lambda model: audit(model, None), lambda model: sign(model, Path("key"))])
+def test_a_link_in_a_folder_that_leads_to_no_file_is_refused(tmp_path, name, target, reader):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").touch()
+    (tmp_path / "model" / name).symlink_to(target)
+    with pytest.raises(FileError, match=f"model/{name}: neither a file, a folder nor a link to a file"):
+        reader(tmp_path / "model")
+
+
+def test_a_pipe_and_a_name_in_bytes_are_refused_in_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="pipe: neither"):
+        audit(tmp_path, None)
+    (tmp_path / "pipe").unlink()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")).touch()
+    with pytest.raises(FileError, match=r"\\udcff: the name is not UTF-8"):
+        audit(tmp_path, None)
+
+
+@pytest.mark.parametrize("stage", ["spectrum", "covariance", "allocation", "evaluation", "healing", "release"])
+@pytest.mark.parametrize("name", ["../../out", "..", "", "nosuch", "/tmp/out", "a\n", "\u202ekfac", "KFAC", "-x"])
+def test_a_stage_asked_for_a_name_that_is_not_in_params_writes_nothing(tmp_path, stage, name):
+    root = tmp_path / "a/b"
+    root.mkdir(parents=True)
+    (root / "params.yaml").write_text(PARAMS)
+    with pytest.raises(ParamsError, match="no .* in"):
+        importlib.import_module(f"stages.{stage}").main(name, root)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [root / "params.yaml"]
+
+
+def test_a_tensor_of_a_type_that_torch_packs_is_refused_by_name(tmp_path):
+    header = json.dumps({"a": {"dtype": "F4", "shape": [8, 8], "data_offsets": [0, 32]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    with pytest.raises(FileError, match="x.safetensors: damaged"):
+        read_rows(tmp_path / "x.safetensors", ("a",), 2)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -115,7 +222,10 @@ def test_a_text_that_would_be_misread_or_cannot_be_is_named(tmp_path, name, cont
 @pytest.mark.parametrize(
     "text",
     ["stages: 3", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [{path: x}]}}", "stages: {a: {outs: 3}}",
-     "stages: {a: {deps: [{path: x, md5: 3}]}}", "a: 2020-13-45", "stages: {a: {outs: [[]]}}"],
+     "stages: {a: {deps: [{path: x, md5: 3}]}}", "a: 2020-13-45", "stages: {a: {outs: [[]]}}",
+     "stages: {a: {params: {params.yaml: true}}}", "stages: {a: {outs: [{path: x, md5: ../../x.dir}]}}",
+     *(f"stages: {{a: {{outs: [{{path: {path}, md5: {'0' * 32}}}]}}}}" for path in ("/etc/passwd", "a/../../b")),
+     "stages: " + "[" * 200_000, "stages: " + "{a: " * 200_000],  # libyaml would end the process
 )  # fmt: skip
 def test_a_lock_that_is_none_is_named(text):
     with pytest.raises(LockError, match="dvc.lock"):

@@ -1,14 +1,21 @@
 """No loader that we call runs code of what it reads: the syntax trees say so, and a folder that tries."""
 
 import ast
+import contextlib
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
+from jinja2.exceptions import SecurityError, UndefinedError
+from transformers import AutoTokenizer
 
+from drank.evaluation import run_tasks
+from drank.workflow.files import FileError, read_json, read_tensors
 from drank.workflow.params import read_params
-from drank.workflow.sources import SourceError, fetch_model
+from drank.workflow.recorded import LockError, parse_lock
+from drank.workflow.sources import SourceError, fetch_model, fetch_text
 from tests.conftest import REPOSITORY
 from tests.tiny import PARAMS, llama, tokenizer
 
@@ -20,9 +27,10 @@ UNSAFE_CALLS = {
     "torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "dill.loads", "joblib.load",
     "marshal.loads", "pandas.read_pickle", "pd.read_pickle", "np.load", "numpy.load", "hub.load",
     "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all",
+    "pyfunc.load_model", "pytorch.load_model", "transformers.load_model", "PeftModel.from_pretrained", "load_adapter",
     "os.system", "os.popen", "eval", "exec", "__import__", "extractall", "unpack_archive", "tempfile.mktemp",
 }  # fmt: skip
-SAFE_LOADERS = {"LOADER", "_Loader"}  # of lock.py and params.py; that they are safe is tested below
+SAFE_LOADERS = {"LOADER", "Loader"}  # of recorded.py and strict_yaml.py; that they are safe is tested below
 
 
 def dotted(node: ast.expr) -> str:
@@ -87,12 +95,12 @@ def test_the_search_leaves_the_rest_alone(code):
 
 
 def test_both_loaders_of_yaml_are_safe_ones():
-    from drank.workflow.lock import LOADER
-    from drank.workflow.params import _Loader
+    from drank.workflow.recorded import LOADER
+    from drank.workflow.strict_yaml import Loader
 
     safe = (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     assert issubclass(LOADER, safe)
-    assert issubclass(_Loader, safe)
+    assert issubclass(Loader, safe)
 
 
 CODE = "import pathlib; pathlib.Path({path!r}).touch()\n"
@@ -124,3 +132,113 @@ def test_tags_of_yaml_make_no_objects(tmp_path, tag):
     with pytest.raises(ParamsError, match="could not determine a constructor"):
         read_params(path)
     assert not witness.exists()
+
+
+def payload(witness):
+    """A pickle that leaves a file behind when it is loaded."""
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    return pickle.dumps(Evil())
+
+
+def test_the_payload_is_one(tmp_path):
+    pickle.loads(payload(tmp_path / "ran"))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors", "model.ckpt"])
+def test_pickled_weights_are_not_loaded_whatever_their_name(tmp_path, name):
+    folder, witness = tmp_path / "model", tmp_path / "ran"
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(payload(witness))
+    with pytest.raises(SourceError, match="only pickles|cannot be loaded"):
+        fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    assert not witness.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_beside_good_weights_is_neither_loaded_nor_copied(tmp_path):
+    folder, witness = tmp_path / "model", tmp_path / "ran"
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(payload(witness))
+    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    assert not witness.exists()
+    assert not {".bin", ".pt"} & {file.suffix for file in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json", ".gguf", ".parquet", ".jsonl", ".csv.gz", ".zip"])
+def test_a_pickle_under_the_name_of_anything_else_is_refused(tmp_path, suffix):
+    witness, file = tmp_path / "ran", tmp_path / f"x{suffix}"
+    file.write_bytes(payload(witness))
+    readers = {".safetensors": lambda: read_tensors(file), ".json": lambda: read_json(file)}
+    model = lambda: fetch_model(f"local:{file.name}", tmp_path / "out", tmp_path, root=tmp_path)  # noqa: E731
+    text = lambda: fetch_text(f"local:{file.name}", tmp_path / "out.jsonl", tmp_path, root=tmp_path)  # noqa: E731
+    with pytest.raises((FileError, SourceError)):
+        readers.get(suffix, model if suffix == ".gguf" else text)()
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("declared", [{"tokenizer_class": "Evil"}, {"tokenizer_class": "os.system"}, {}])
+def test_code_of_a_tokenizer_does_not_run(tmp_path, declared):
+    folder, witness = tmp_path / "model", tmp_path / "ran"
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "evil.py").write_text(CODE.format(path=str(witness)))
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    remote = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(written | {"auto_map": remote} | declared))
+    with contextlib.suppress(SourceError):  # some versions of transformers take the tokenizer that they know
+        fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    assert not witness.exists()
+
+
+def test_a_chat_template_reaches_nothing_of_python(tmp_path):
+    """drank applies none; it carries them along, so that what would run is transformers' sandbox of Jinja."""
+    folder, witness = tmp_path / "model", tmp_path / "ran"
+    llama().save_pretrained(folder)
+    evil = tokenizer()
+    escape = "''.__class__.__mro__[1].__subclasses__()"
+    evil.chat_template = f"{{{{ cycler.__init__.__globals__.os.system('touch {witness}') }}}}{{{{ {escape} }}}}"
+    evil.save_pretrained(folder)
+    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    assert not witness.exists()
+    with pytest.raises((SecurityError, UndefinedError)):
+        AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template([{"role": "user", "content": "x"}])
+    assert not witness.exists()
+
+
+def test_a_script_in_a_dataset_is_refused(tmp_path):
+    from datasets import load_dataset_builder
+
+    folder, witness = tmp_path / "data", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "data.py").write_text(CODE.format(path=str(witness)))
+    with pytest.raises(Exception, match="(?i)script|no .*data files"):
+        load_dataset_builder(str(folder))
+    assert not witness.exists()
+
+
+def test_a_task_of_lm_eval_beside_ours_is_not_read(tmp_path):
+    """lm-eval's own YAML may name functions (``!function``); no folder of ours is among those that it searches."""
+    witness = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(CODE.format(path=str(witness)))
+    (tmp_path / "evil.yaml").write_text("task: evil\nprocess_docs: !function evil.run\n")
+    (tmp_path / "last_word.jsonl").write_text('{"context": "a b", "target": "c"}\n' * 2)
+    figures = run_tasks(llama().bfloat16(), tokenizer(), tmp_path, ["last_word"], 2)
+    assert "acc/last_word" in figures
+    assert not witness.exists()
+    assert not any("include_path" in file.read_text() for file in FILES if "tests" not in file.parts)
+
+
+@pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir", "module:os"])
+def test_tags_in_a_lock_make_no_objects(tmp_path, tag):
+    with pytest.raises(LockError, match="could not determine a constructor"):
+        parse_lock(f"stages: !!python/{tag} [{tmp_path / 'ran'}]\n", "dvc.lock")
+    assert not (tmp_path / "ran").exists()

@@ -25,7 +25,8 @@ out_features (pivot without) see to that, for Conv1D's transposed weight too.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -47,12 +48,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drank import __version__
+from drank.language_model.checksums import check_released
 from drank.language_model.linears import role_of
 from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
 
 METHOD = "drank"
 FORMAT_VERSION = 2
 FORMS = ("factors", "pivot", "dense")
+# What transformers looks for in any quantization_config, and would do to ours.
+NOT_OURS = ("dequantize", "load_in_4bit", "load_in_8bit")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,7 +95,9 @@ def swap_modules(model: Model, specs: Mapping[str, Mapping[str, Any]]) -> Model:
     Raises:
         FormatError: a malformed spec, or one that does not fit the model.
     """
-    parsed = {_name_in(model, name): spec for name, spec in _parse_specs(specs).items()}
+    checked = _parse_specs(specs)
+    names = _names_in(model, checked)
+    parsed = {names[name]: spec for name, spec in checked.items()}
     for name, spec in parsed.items():
         _check_fit(model, name, spec)
     for name, spec in parsed.items():
@@ -120,17 +126,18 @@ def attach(model: Model, specs: Mapping[str, Mapping[str, Any]], provenance: Map
 
 
 class DrankConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed folder.
+    """``quantization_config`` of a compressed folder, given as its keys, whose values may be anything JSON can hold.
 
     Raises:
-        FormatError: a format_version that this version of drank does not read, or a malformed spec.
+        FormatError: a format_version that this version of drank does not read, a key whose value is no mapping where
+            it must be one, a key that transformers would take for its own, or a malformed spec.
     """
 
     def __init__(
         self,
-        modules: Mapping[str, Any] | None = None,
+        modules: Any = None,
         format_version: Any = FORMAT_VERSION,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: Any = None,
         **unknown: Any,
     ) -> None:
         if type(format_version) is not int or format_version != FORMAT_VERSION:
@@ -139,9 +146,18 @@ class DrankConfig(QuantizationConfigMixin):
                 "build the folder again with 'dvc repro'" if older else "upgrade with 'pip install --upgrade drank'"
             )
             raise FormatError(
-                f"quantization_config.format_version is {format_version!r}; drank {__version__} reads "
+                f"quantization_config.format_version is {_shown(format_version)}; drank {__version__} reads "
                 f"{FORMAT_VERSION}: {remedy}"
             )
+        for key, value in (("modules", modules), ("provenance", provenance)):
+            if not isinstance(value, Mapping | None):
+                raise FormatError(f"quantization_config.{key} is {_shown(value)}; it must be a mapping")
+        for key, value in unknown.items():
+            if key in NOT_OURS or hasattr(type(self), key):
+                raise FormatError(
+                    f"quantization_config.{key} is {_shown(value)}; transformers has a meaning of its own for this "
+                    "name, and drank none: remove it"
+                )
         _parse_specs(modules or {})
         self.__dict__.update(unknown)
         self.quant_method = METHOD
@@ -159,9 +175,10 @@ class DrankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        check_released(map(Path, checkpoint_files or []))
         specs = self.quantization_config.modules
         swap_modules(model, specs)
-        _check_complete(model, [_name_in(model, name) for name in specs], checkpoint_files or [])
+        _check_stored(model, [_name_in(model, name) for name in specs], checkpoint_files or [])
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Plain modules of the architecture's sizes; exact up to rounding to the dtype of the model.
@@ -181,7 +198,7 @@ class DrankQuantizer(HfQuantizer):
         model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
         return model
 
-    def update_weight_conversions(self, _conversions: Any, _model: Any) -> list[Any]:
+    def update_weight_conversions(self, *_: Any) -> list[Any]:
         """None: a compressed folder has its tensors under the names of their modules, which config.json speaks of.
         For some architectures transformers reads and writes the names of older checkpoints otherwise."""
         return []
@@ -210,7 +227,7 @@ def register(_transformers: ModuleType | None = None) -> None:
         register_quantizer(METHOD)(DrankQuantizer)
 
 
-def _parse_specs(specs: Mapping[str, Any]) -> dict[str, Spec]:
+def _parse_specs(specs: Mapping[Any, Any]) -> dict[str, Spec]:
     parsed = {name: _parse(name, spec) for name, spec in specs.items()}
     for name, spec in parsed.items():
         if spec.basis is not None:
@@ -219,14 +236,24 @@ def _parse_specs(specs: Mapping[str, Any]) -> dict[str, Spec]:
     return parsed
 
 
-def _parse(name: str, spec: Any) -> Spec:
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _parse(name: Any, spec: Any) -> Spec:
+    if not isinstance(name, str) or not name:
+        raise FormatError(f"quantization_config.modules has the key {_shown(name)}; it must be the name of a module")
     if not isinstance(spec, Mapping):
-        raise FormatError(f"{name}: its spec is {spec!r}; it must be a mapping with form, out_features, in_features")
+        raise FormatError(
+            f"{name}: its spec is {_shown(spec)}; it must be a mapping with form, out_features, in_features"
+        )
     form = spec.get("form")
     if form not in FORMS:
-        raise FormatError(f"{name}: form is {form!r}; known are {', '.join(FORMS)}")
+        raise FormatError(f"{name}: form is {_shown(form)}; known are {', '.join(FORMS)}")
     n_out, n_in = _integer(name, spec, "out_features", 1), _integer(name, spec, "in_features", 1)
     basis = spec.get("basis")
+    if not isinstance(basis, str | None):
+        raise FormatError(f"{name}: basis is {_shown(basis)}; it must be the name of a module")
     if form == "dense":
         if basis is not None:
             raise FormatError(f"{name}: basis is {basis!r}; only 'factors' and 'pivot' share one, not {form!r}")
@@ -242,7 +269,7 @@ def _parse(name: str, spec: Any) -> Spec:
     in_order = spec.get("in_order", False)
     if type(in_order) is not bool or (in_order and not unshared_pivot):
         raise FormatError(
-            f"{name}: in_order is {in_order!r}; it is true or false, and for 'pivot' without a shared basis"
+            f"{name}: in_order is {_shown(in_order)}; it is true or false, and for 'pivot' without a shared basis"
         )
     return Spec(form, n_out, n_in, rank, None if basis == name else basis, own_rows, in_order)
 
@@ -257,7 +284,7 @@ def _own_rows(name: str, spec: Mapping[str, Any], n_out: int) -> tuple[int, int]
 def _integer(name: str, spec: Mapping[str, Any], key: str, least: int) -> int:
     value = spec.get(key)
     if type(value) is not int or value < least:
-        raise FormatError(f"{name}: {key} is {value!r}; it must be an integer of at least {least}")
+        raise FormatError(f"{name}: {key} is {_shown(value)}; it must be an integer of at least {least}")
     return value
 
 
@@ -305,6 +332,15 @@ def _name_in(model: nn.Module, name: str) -> str:
             continue
         return candidate
     raise FormatError(f"{name} is not in this {type(model).__name__}: is config.json that of another model?")
+
+
+def _names_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        if (inside := _name_in(model, name)) in found.values():
+            raise FormatError(f"{name}: another key of quantization_config.modules is also {inside}; remove one")
+        found[name] = inside
+    return found
 
 
 def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
@@ -400,21 +436,55 @@ def _without(mapping: Mapping[str, str], keys: set[str]) -> dict[str, str]:
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
-def _check_complete(model: Any, names: Iterable[str], checkpoint_files: Iterable[str | Path]) -> None:
-    """A tensor that a folder lacks would stay uninitialised: transformers only reports it, and goes on."""
+def _check_stored(model: Any, names: Sequence[str], checkpoint_files: Iterable[str | Path]) -> None:
+    """A tensor that a folder lacks would stay uninitialised, and one that has no place in its module would be left
+    out: transformers only reports either, and goes on."""
     files = [file for file in checkpoint_files if str(file).endswith(".safetensors")]
     if not files:
         return
     prefix = f"{model.base_model_prefix}."
-    stored = {key.removeprefix(prefix) for file in files for key in safe_open(file, "pt").keys()}  # noqa: SIM118
-    needed = {f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()}
+    stored = {key.removeprefix(prefix): shape for file in files for key, shape in _shapes(file).items()}
+    needed = {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name in names
+        for key, tensor in model.get_submodule(name).state_dict().items()
+    }
     missing = sorted(
-        key for key in needed - model.all_tied_weights_keys.keys() if key.removeprefix(prefix) not in stored
+        key for key in needed.keys() - model.all_tied_weights_keys.keys() if key.removeprefix(prefix) not in stored
     )
     if missing:
         raise FormatError(
             f"{missing[0]} ({len(missing)} such) is in no weight file: the folder is incomplete, copy it again"
         )
+    expected = {key.removeprefix(prefix): shape for key, shape in needed.items()}
+    specified = {name.removeprefix(prefix) for name in names}
+    for key, shape in sorted(stored.items()):
+        owner = next((name for name in _parents(key) if name in specified), None)
+        if owner is not None and expected.get(key) != shape:
+            raise FormatError(
+                f"{key} is stored with shape {shape}, but the spec of {owner} makes it {expected.get(key, 'absent')}: "
+                "config.json is not that of these weights, copy the folder again"
+            )
+    # Not of heads, which from_pretrained may be told to replace by others.
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and name not in specified:
+            plain = tuple(module.weight.shape)
+            if (shape := stored.get(f"{name}.weight", plain)) != plain:
+                raise FormatError(
+                    f"{name}.weight is stored with shape {shape}, not {plain}, but quantization_config.modules has no "
+                    f"spec of {name}: config.json is not that of these weights, copy the folder again"
+                )
+
+
+def _shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, "pt") as tensors:
+        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+
+
+def _parents(key: str) -> Iterator[str]:
+    """The modules that a tensor is in, innermost first."""
+    while key := key.rpartition(".")[0]:
+        yield key
 
 
 @torch.no_grad()

@@ -4,14 +4,13 @@ Every knob is described in params.yaml itself; this module holds the types and t
 and passes plain arguments on: no object of this module reaches a numerical function.
 """
 
-import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+
+from drank.workflow import strict_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -20,10 +19,6 @@ Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Device = Literal["cpu", "cuda"]
 Kind = TypeVar("Kind", bound=BaseModel)
-OF_YAML_1_1 = re.compile(r"(?i:yes|no|on|off)|[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
-LONGEST = 2**22  # characters of a document with its aliases written out; of the study's there are 2**16
-LONGEST_NUMBER = 18  # digits of an integer: torch takes 64 bits
-MOST_KEYS = 10_000  # of a mapping, with what is merged into it
 
 
 class ParamsError(ValueError):
@@ -397,6 +392,28 @@ class Params(Section):
             raise ParamsError(f"no variant {name!r} in params.yaml; it has: {', '.join(self.compared)}")
         return self.compared[name], self.presets[self.compared[name].preset]
 
+    def factors(self, name: str) -> Spectrum:
+        """How the cached factors of that name are made.
+
+        Raises:
+            ParamsError: params.yaml has no such spectrum.
+        """
+        if name not in self.spectrum:
+            raise ParamsError(f"no spectrum {name!r} in params.yaml; it has: {', '.join(self.spectrum) or 'none'}")
+        return self.spectrum[name]
+
+    def check_seed(self, seed: str) -> None:
+        """Refuse what is not one of ``sampling.calibration_seeds``.
+
+        Raises:
+            ParamsError: it is none.
+        """
+        seeds = [str(known) for known in self.sampling.calibration_seeds]
+        if seed not in seeds:
+            raise ParamsError(
+                f"no calibration seed {seed!r} in params.yaml; sampling.calibration_seeds are: {', '.join(seeds)}"
+            )
+
     def healed(self, name: str) -> Healing:
         """How the variant of that name is healed.
 
@@ -433,76 +450,23 @@ def read_as(path: Path, kind: type[Kind]) -> Kind:
         ParamsError: as ``read_params``.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        document = strict_yaml.load(path.read_text(encoding="utf-8"))
+        text = strict_yaml.to_json(document)
     except FileNotFoundError:
         raise ParamsError(f"{path}: not found; run from the folder that holds params.yaml") from None
+    except IsADirectoryError:
+        raise ParamsError(f"{path}: a folder, where a file of parameters should be; move it away") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path}: not UTF-8: {error}; save it in that encoding") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path}: not YAML: {error}") from None
-    except (ValueError, AttributeError, KeyError) as error:  # PyYAML's own, for dates such as 2020-13-45 or !!bool x
-        raise ParamsError(f"{path}: holds a value that cannot be read: {error}") from None
-    except RecursionError:
-        raise ParamsError(f"{path}: nested too deeply; sections are three levels deep at most") from None
+    except strict_yaml.YamlError as error:
+        raise ParamsError(f"{path}: {error}") from None
     if not isinstance(document, dict):
         raise ParamsError(f"{path}: expected one section a step, found {type(document).__name__}")
     try:
-        return kind.model_validate_json(_json(path, document))
+        return kind.model_validate_json(text)
     except ValidationError as error:
         lines = [_explain(path, detail) for detail in error.errors()]
         raise ParamsError("\n".join(lines)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that means the same to DVC. Refused are a repeated key, of which PyYAML takes the last, and values that
-    are others in YAML 1.2, which DVC reads."""
-
-    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        node = super().compose_scalar_node(anchor)
-        if node.style is None and OF_YAML_1_1.fullmatch(node.value):
-            raise yaml.composer.ComposerError(
-                f"'{node.value}' is one value in YAML 1.1 and another in 1.2, which DVC reads",
-                node.start_mark,
-                "write true or false, a number without leading zeros and colons, or quotes around a name",
-                node.start_mark,
-            )
-        if len(node.value) > LONGEST_NUMBER and node.tag == "tag:yaml.org,2002:int":
-            raise yaml.composer.ComposerError(None, None, "an integer beyond 64 bits", node.start_mark)
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        first: dict[str, yaml.ScalarNode] = {}
-        for key in keys:
-            if key is not first.setdefault(key.value, key):
-                raise yaml.composer.ComposerError(
-                    f"key '{key.value}'", first[key.value].start_mark, "is there again", key.start_mark
-                )
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_KEYS:
-            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) repeat too much", node.start_mark)
-
-
-def _json(path: Path, document: Any) -> str:
-    """The document with aliases written out, piece by piece: nine lines of aliases can stand for gigabytes."""
-    pieces, length = [], 0
-    try:
-        for piece in json.JSONEncoder(default=str).iterencode(document):
-            pieces.append(piece)
-            length += len(piece)
-            if length > LONGEST:
-                raise ParamsError(f"{path}: longer than {LONGEST} characters with its aliases (*) written out")
-    except ParamsError:
-        raise
-    except (ValueError, RecursionError) as error:  # an alias inside what it names, or an endless integer
-        raise ParamsError(f"{path}: holds what cannot be written out: {error}") from None
-    except TypeError as error:  # a key that is a date or bytes
-        raise ParamsError(f"{path}: {error}; keys are names") from None
-    return "".join(pieces)
 
 
 def _explain(path: Path, detail: ErrorDetails) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drank.workflow.files import read_json, scratch_folder, write_text
+from drank.workflow.files import check_plain, read_json, scratch_folder, write_text
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config as Hashing
@@ -44,6 +44,7 @@ def sign(model: Path, private_key: Path, signature: Path | None = None) -> Path:
 
     Raises:
         SigningError: no folder, no usable key, a signature that would change the folder, or model-signing is missing.
+        FileError: the folder holds what is no file.
     """
     _check_folder(model)
     path = signature or signature_of(model)
@@ -63,7 +64,7 @@ def verify(model: Path, public_key: Path, signature: Path | None = None) -> Path
 
     Raises:
         SigningError: it does not, the signature is missing, damaged or of another key, or model-signing is missing.
-        FileError: the signature is no JSON.
+        FileError: the signature is no JSON, or the folder holds what is no file.
     """
     _check_folder(model)
     path = signature or signature_of(model)
@@ -125,13 +126,16 @@ def _check_folder(model: Path) -> None:
         raise SigningError(f"{model}: no folder; name the folder of a model, such as data/models/kfac-80")
     if not any(file.is_file() for file in model.rglob("*")):
         raise SigningError(f"{model}: an empty folder has nothing to sign")
+    check_plain(model)
 
 
 @contextmanager
 def _usable(key: Path, needed: str) -> Iterator[None]:
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         yield
     except OSError as error:
         raise SigningError(f"{key}: cannot be read ({error.strerror}); needed is {needed}") from None
-    except MALFORMED as error:
+    except (*MALFORMED, UnsupportedAlgorithm) as error:
         raise SigningError(f"{key}: not a usable key ({error}); needed is {needed}") from None

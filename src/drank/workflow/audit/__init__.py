@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from drank.workflow.audit.folder import Folder, check_folder
 from drank.workflow.audit.ledger import BrokenLinkError, Ledger, Link, UncheckableError
 from drank.workflow.audit.repository import Record, check_repository
+from drank.workflow.files import check_plain
 from drank.workflow.history import origin
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
 
     Raises:
         AuditError: ``path`` is no folder with a model.
+        FileError: it holds what is no file.
     """
     if not path.is_dir() or not any(path.iterdir()):
         raise AuditError(f"{path}: no folder with files in it; give a model folder, such as data/models/kfac-80")
+    check_plain(path)
     folder, ledger = Folder(path), Ledger()
     check_folder(ledger, folder)
     record = None

@@ -53,6 +53,7 @@ class Objective(Document):
 
 
 class AllocationDocument(Document):
+    format_version: Literal[1]
     variant: str
     preset: str
     spectrum: str
@@ -88,6 +89,7 @@ class Provenance(Document):
 
 class Quantization(Document):
     quant_method: Literal["drank"]
+    format_version: Literal[2]
     modules: dict[str, ModuleSpec]
     provenance: Provenance
 
@@ -173,4 +175,6 @@ def read_document(path: Path, kind: type[Read]) -> Read:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise FileError(f"{path.name}: {key}: {first['msg']}") from None
+        versioned = key.endswith("format_version")
+        hint = "; another version of drank wrote it: audit it with that one, or build it again" if versioned else ""
+        raise FileError(f"{path.name}: {key}: {first['msg']}{hint}") from None

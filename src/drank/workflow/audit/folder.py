@@ -21,7 +21,8 @@ from drank.workflow.audit.documents import (
 )
 from drank.workflow.audit.ledger import BrokenLinkError, Ledger, UncheckableError
 from drank.workflow.files import FileError, file_sha256, read_json, weights_sha256
-from drank.workflow.lock import dvc_md5, flat
+from drank.workflow.lock import flat
+from drank.workflow.recorded import dvc_md5
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -75,8 +76,8 @@ class Folder:
                         part = file.get_slice(name)
                         shapes[name] = tuple(part.get_shape())
                         n_numbers += math.prod(shapes[name]) if "F" in part.get_dtype() else 0
-            except SafetensorError as error:
-                raise FileError(f"{path.name}: damaged, not safetensors: {error}") from None
+            except (SafetensorError, RuntimeError) as error:  # torch's, of a file that a stage is writing
+                raise FileError(f"{path.name}: damaged, not safetensors: {error}; or is `dvc repro` at work?") from None
         return shapes, n_numbers
 
 
@@ -94,7 +95,7 @@ def check_folder(ledger: Ledger, folder: Folder) -> None:
 def _files(folder: Folder) -> str:
     try:
         listed = (folder.path / CHECKSUMS).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise BrokenLinkError(
             f"{CHECKSUMS} is missing: the folder is incomplete, or the stage release did not write it"
         ) from None

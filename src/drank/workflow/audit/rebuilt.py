@@ -55,6 +55,10 @@ def _divergences(folder: Folder, other: Folder, test_windows: Path) -> dict[str,
     import drank.language_model.plugin  # noqa: F401  registers the format
     from drank.divergence import token_divergence
 
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(f.path, dtype=torch.bfloat16).eval() for f in (folder, other))
+    # Folders may be of others: nothing is fetched, unpickled or run, and nobody is asked.
+    plain = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(f.path, dtype=torch.bfloat16, **plain).eval() for f in (folder, other)
+    )
     texts = read_tensors(test_windows)
     return {text: token_divergence(ours, theirs, windows[:N_WINDOWS]) for text, windows in texts.items()}

@@ -1,0 +1,486 @@
+"""Canaries: each hook that drank has in the insides of another library, alone, without the rest of drank.
+
+Where one fails, a new version of the library has moved something that it never promised: the message says what drank
+needs of it and where. The other tests then say what this breaks.
+"""
+
+import functools
+import inspect
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+import yaml
+from dvc.repo import Repo
+from mlflow.utils import mlflow_tags
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GgufConfig, modeling_utils
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from drank.language_model.offload import disk_map
+from drank.language_model.plugin import DrankConfig, DrankQuantizer
+from drank.workflow.recorded import dvc_md5, entry
+from drank.workflow.tracking import projection, registry, view
+from tests import compressed, versions
+from tests.test_sources import tiny_llama, write_gguf
+from tests.tiny import decoder, llama
+
+
+def canary(library, hook, need, used):
+    """A test of one hook, whatever it raises being told as what drank needs of which version, and where."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def told(*args, **kwargs):
+            try:
+                test(*args, **kwargs)
+            except Exception as error:
+                raise AssertionError(
+                    f"{hook}, of {library} {version(library)} (allowed: {versions.ranges()[library]}): drank needs "
+                    f"that {need}; it is used in {used}. {type(error).__name__}: {error}"
+                ) from error
+
+        return told
+
+    return decorate
+
+
+def test_a_canary_says_which_hook_of_which_version_is_used_where():
+    @canary("mlflow", "a hook", "it is there", "view.py")
+    def missing():
+        raise KeyError("gone")
+
+    with pytest.raises(
+        AssertionError, match=r"a hook, of mlflow 3\.\S+ \(allowed: mlflow<4,>=3.*drank needs that it i"
+    ) as told:
+        missing()
+    assert "used in view.py. KeyError: 'gone'" in str(told.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return compressed.write(llama(), compressed.LLAMA, tmp_path_factory.mktemp("hooks") / "model")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The hooks of our quantizer that transformers calls, with what it gives them."""
+    seen = {}
+
+    class Watched(DrankQuantizer):
+        def __getattribute__(self, name):
+            found = super().__getattribute__(name)
+            if name.startswith("__") or not callable(found):
+                seen.setdefault(name, ((), {}))
+                return found
+
+            def watched(*args, **kwargs):
+                seen[name] = (args, kwargs)
+                return found(*args, **kwargs)
+
+            return watched
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "drank", Watched)
+    return seen
+
+
+PLUGIN = "language_model/plugin.py"
+
+
+@canary(
+    "transformers",
+    "the module transformers.quantizers.auto",
+    "the loader is imported from there, after which drank registers",
+    "drank/__init__.py",
+)
+def test_the_loader_comes_from_the_module_that_drank_waits_for():
+    assert modeling_utils.get_hf_quantizer is auto.get_hf_quantizer
+    assert auto.get_hf_quantizer.__module__ == "transformers.quantizers.auto"
+
+
+@canary(
+    "transformers",
+    "register_quantizer and AUTO_QUANTIZER_MAPPING",
+    "a section with our quant_method becomes our config and our quantizer",
+    PLUGIN,
+)
+def test_a_registered_method_is_dispatched_to_its_class():
+    section = {"quant_method": "drank", "format_version": 2, "modules": {}, "note": 1}
+    quantizer = auto.AutoHfQuantizer.from_config(section, pre_quantized=True)
+    assert type(quantizer) is auto.AUTO_QUANTIZER_MAPPING["drank"] is DrankQuantizer
+    assert type(quantizer.quantization_config) is DrankConfig
+
+
+@canary(
+    "transformers",
+    "QuantizationConfigMixin",
+    "what is saved is the instance's __dict__, and quant_method is no attribute of the class",
+    PLUGIN,
+)
+def test_a_config_is_saved_as_its_attributes():
+    config = DrankConfig(modules={}, provenance={"a": 1}, note=2)
+    own = {"quant_method": "drank", "format_version": 2, "modules": {}, "provenance": {"a": 1}, "note": 2}
+    assert config.to_dict() == dict(config) == own
+    assert not hasattr(DrankConfig, "quant_method")
+
+
+@canary(
+    "transformers",
+    "HfQuantizer._process_model_before_weight_loading, update_weight_conversions",
+    "from_pretrained calls them, the first with the skeleton on the meta device and the weight files",
+    PLUGIN,
+)
+def test_loading_calls_what_the_quantizer_overrides(folder, calls):
+    devices = []
+    original = DrankQuantizer._process_model_before_weight_loading
+
+    def looking(self, model, checkpoint_files=None, **kwargs):
+        devices.extend({parameter.device.type for parameter in model.parameters()})
+        original(self, model, checkpoint_files, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrankQuantizer, "_process_model_before_weight_loading", looking)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    assert devices == ["meta"]
+    assert [Path(file).name for file in calls["_process_model_before_weight_loading"][1]["checkpoint_files"]] == [
+        "model.safetensors"
+    ]
+    assert "update_weight_conversions" in calls
+    assert model.hf_quantizer.quantization_config is model.config.quantization_config
+    assert model.is_quantized
+
+
+@canary("transformers", "HfQuantizer.is_serializable", "save_pretrained asks it", PLUGIN)
+def test_saving_asks_whether_the_quantizer_can(folder, calls, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    calls.clear()
+    model.save_pretrained(tmp_path)
+    assert "is_serializable" in calls
+
+
+@canary(
+    "transformers",
+    "model._weight_conversions",
+    "from_pretrained sets it from update_weight_conversions, and save_pretrained renames nothing where it is empty",
+    f"{PLUGIN} (attach, _dequantize)",
+)
+def test_names_of_tensors_are_those_of_modules_where_there_are_no_conversions(folder, tmp_path):
+    assert AutoModelForCausalLM.from_pretrained(folder)._weight_conversions == []
+    mixtral = decoder("mixtral")  # transformers writes its experts under the names of older checkpoints
+    names = set(mixtral.state_dict())
+    mixtral.save_pretrained(tmp_path / "renamed")
+    mixtral._weight_conversions = []
+    mixtral.save_pretrained(tmp_path / "as it is")
+    kept = {}
+    for which in ("renamed", "as it is"):
+        with safe_open(tmp_path / which / "model.safetensors", "pt") as tensors:
+            kept[which] = set(tensors.keys())
+    assert kept["as it is"] == names - mixtral.all_tied_weights_keys.keys()
+    assert kept["renamed"] != kept["as it is"]
+
+
+@canary(
+    "transformers",
+    "all_tied_weights_keys and _tied_weights_keys",
+    "from_pretrained ties what the first lists, and save_pretrained leaves out what matches the second",
+    f"{PLUGIN} (_share_bases)",
+)
+def test_a_shared_tensor_is_stored_once_and_tied_again(folder, tmp_path):
+    q = "model.layers.{}.self_attn.q_proj.basis"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.all_tied_weights_keys[q.format(1)] == q.format(0)
+    assert model.get_parameter(q.format(1)) is model.get_parameter(q.format(0))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
+        assert q.format(0) in tensors.keys()  # noqa: SIM118
+        assert q.format(1) not in tensors.keys()  # noqa: SIM118
+
+
+@canary(
+    "transformers",
+    "HfQuantizer._dequantize",
+    "model.dequantize() calls it, and then forgets the quantizer",
+    f"{PLUGIN}, cli/export.py",
+)
+def test_dequantizing_calls_the_quantizer_and_leaves_a_plain_model(folder, calls):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.dequantize()
+    assert "_dequantize" in calls
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config")
+
+
+@canary(
+    "transformers",
+    "HfQuantizer.requires_calibration",
+    "from_pretrained of a plain folder with our config is refused",
+    PLUGIN,
+)
+def test_a_method_that_needs_calibration_takes_no_plain_folder():
+    with pytest.raises(ValueError, match="pre-quantized"):
+        DrankQuantizer(DrankConfig(), pre_quantized=False)
+
+
+@canary("transformers", "HfQuantizer.is_trainable, is_qat_trainable", "Trainer asks them and then trains", PLUGIN)
+def test_the_trainer_asks_whether_it_may_train(folder, calls, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    calls.clear()
+    Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+    assert {"is_trainable", "is_qat_trainable"} & set(calls)
+
+
+@canary("transformers", "HfQuantizer.is_compileable", "it is a property that says no where nobody overrides it", PLUGIN)
+def test_a_quantizer_is_asked_whether_it_can_be_compiled():
+    assert isinstance(inspect.getattr_static(HfQuantizer, "is_compileable"), property)
+    assert inspect.getattr_static(HfQuantizer, "is_compileable").fget(None) is False
+
+
+@canary(
+    "transformers",
+    "GgufConfig(dequantize=True)",
+    "a GGUF file is loaded as a plain model with it",
+    "workflow/sources.py",
+)
+def test_a_gguf_file_is_loaded_as_a_plain_model(tmp_path):
+    stored = write_gguf(tmp_path / "m.gguf", tiny_llama())
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(model.get_parameter(name), stored[name])
+
+
+@canary(
+    "transformers",
+    "device_map with 'disk'",
+    "blocks stay in the offload folder as meta tensors, and their weights come by hooks of accelerate while they run",
+    "language_model/offload.py, stages/covariance.py",
+)
+def test_blocks_on_disk_come_when_they_run(tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    places = disk_map(plain, "model.layers")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
+    )
+    assert {parameter.device.type for parameter in model.model.layers.parameters()} == {"meta"}
+    assert hasattr(model.model.layers[0].mlp.down_proj, "_hf_hook")
+    tokens = torch.arange(8)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@canary(
+    "transformers",
+    "model._supports_logits_to_keep",
+    "it says whether forward takes logits_to_keep",
+    "benchmark.py (prefill)",
+)
+def test_a_model_says_whether_it_can_give_the_last_logits_alone():
+    model = llama()
+    assert model._supports_logits_to_keep()
+    assert model(torch.arange(8)[None], logits_to_keep=1).logits.shape[1] == 1
+
+
+@canary(
+    "transformers",
+    "base_model and base_model_prefix",
+    "the names of a model with a head are those of its base behind the prefix",
+    f"{PLUGIN} (_name_in, _check_stored)",
+)
+def test_a_base_model_has_the_names_behind_the_prefix():
+    model = llama()
+    assert model.base_model is model.get_submodule(model.base_model_prefix)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("MLFLOW_PARENT_RUN_ID", "mlflow.parentRunId"),
+        ("MLFLOW_RUN_NOTE", "mlflow.note.content"),
+        ("MLFLOW_SOURCE_NAME", "mlflow.source.name"),
+        ("MLFLOW_GIT_COMMIT", "mlflow.source.git.commit"),
+        ("MLFLOW_DATASET_CONTEXT", "mlflow.data.context"),
+        ("MLFLOW_MODEL_IS_EXTERNAL", "mlflow.model.isExternal"),
+        ("MLFLOW_MODEL_VERSIONS", "mlflow.modelVersions"),
+    ],
+)
+@canary("mlflow", "names of tags", "the tag has the name that drank writes", "workflow/tracking/")
+def test_a_tag_of_mlflow_has_its_name(name, tag):
+    assert getattr(mlflow_tags, name) == tag
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (projection, registry, view)]
+    assert any(f'"{tag}"' in source for source in sources)
+
+
+@canary(
+    "mlflow",
+    "saved views",
+    "its pages read them from the tag mlflow.sharedViewState.<key>, by viewStateShareKey in the address",
+    "workflow/tracking/view.py",
+)
+def test_the_pages_know_saved_views():
+    pages = Path(mlflow.__file__).parent / "server/js/build/static/js"
+    code = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in sorted(pages.glob("*.js")))
+    for word in ("mlflow.sharedViewState", "viewStateShareKey", "mlflow.runColor", "compareRunCharts"):
+        assert word in code, word
+
+
+@canary(
+    "mlflow",
+    "MLFLOW_DISABLE_TELEMETRY, MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "they are variables of the environment that it knows",
+    "workflow/tracking/store.py",
+)
+def test_the_variables_of_the_environment_are_known():
+    from mlflow import environment_variables
+
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_TRACKING_URI"):
+        assert getattr(environment_variables, name).name == name
+
+
+@pytest.fixture(scope="module")
+def dvc(tmp_path_factory):
+    """A repository of DVC with one stage, which has run, and writes a folder of two files."""
+    root = tmp_path_factory.mktemp("dvc")
+    (root / "params.yaml").write_text("a: {b: 1, c: 2}\n")
+    (root / "write.py").write_text(
+        "import os, pathlib\n"
+        "folder = pathlib.Path('out/é')\n"
+        "folder.mkdir(parents=True)\n"
+        "(folder / 'one').write_text('1')\n"
+        "(folder.parent / 'two').write_text(str(sorted(k for k in os.environ if k in ('DVC_ROOT', 'DVC_STAGE'))))\n"
+    )
+    stage = {"cmd": "python write.py", "deps": ["write.py"], "params": ["a.b"], "outs": ["out"]}
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"write": stage}}))
+    Repo.init(str(root), no_scm=True).close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        repo = Repo(str(root))
+        repo.reproduce()
+        repo.close()
+    return root
+
+
+@canary(
+    "dvc",
+    "the schema of dvc.lock",
+    "a stage has deps and outs with path and md5, and its params by file",
+    "workflow/lock.py, workflow/recorded.py",
+)
+def test_the_lock_has_paths_and_hashes_of_every_stage(dvc):
+    lock = yaml.safe_load((dvc / "dvc.lock").read_text())
+    stage = lock["stages"]["write"]
+    assert lock["schema"] == "2.0"
+    assert stage["params"] == {"params.yaml": {"a.b": 1}}
+    assert [(dep["path"], dep["md5"]) for dep in stage["deps"]] == [("write.py", dvc_md5(dvc / "write.py"))]
+    assert [(out["path"], out["hash"]) for out in stage["outs"]] == [("out", "md5")]
+
+
+@canary(
+    "dvc",
+    "the md5 of a folder",
+    "it is that of a sorted JSON list of md5 and relpath, and ends in .dir",
+    "workflow/recorded.py (dvc_md5)",
+)
+def test_the_hash_of_a_folder_is_that_of_its_list(dvc):
+    (out,) = yaml.safe_load((dvc / "dvc.lock").read_text())["stages"]["write"]["outs"]
+    assert out["md5"].endswith(".dir")
+    assert out["md5"] == dvc_md5(dvc / "out")
+
+
+@canary(
+    "dvc",
+    "the layout of the cache",
+    "an entry lies under files/md5, two letters of its hash and the rest; of a folder, its list",
+    "workflow/recorded.py (cache_folder, entry, read_listing)",
+)
+def test_the_cache_has_an_entry_for_every_hash(dvc):
+    cache = dvc / ".dvc/cache/files/md5"
+    for path in ("out", "out/two", "out/é/one"):
+        assert entry(cache, dvc_md5(dvc / path)).is_file(), path
+    assert entry(cache, dvc_md5(dvc / "out/two")).read_bytes() == (dvc / "out/two").read_bytes()
+
+
+@canary(
+    "dvc",
+    "the run cache",
+    "what a stage made is kept in runs/, so that going back to older parameters runs nothing",
+    "README.md, tests/test_pipeline.py",
+)
+def test_what_a_stage_made_is_in_the_run_cache(dvc):
+    assert any(file.is_file() for file in (dvc / ".dvc/cache/runs").rglob("*"))
+
+
+@canary(
+    "dvc",
+    "DVC_ROOT and DVC_STAGE",
+    "DVC sets both for the commands that it runs",
+    "workflow/stage.py, workflow/tracking/store.py",
+)
+def test_a_command_is_told_its_repository_and_stage(dvc):
+    assert (dvc / "out/two").read_text() == "['DVC_ROOT', 'DVC_STAGE']"
+
+
+@canary("dvc", "dvc.repo.Repo.status", "it names a changed output", "tests/faults/damage.py")
+def test_the_status_names_what_was_changed(dvc):
+    repo = Repo(str(dvc))
+    assert repo.status() == {}
+    (dvc / "out/two").unlink()
+    (dvc / "out/two").write_text("other")
+    repo = Repo(str(dvc))
+    assert "out" in str(repo.status())
+
+
+@pytest.fixture(scope="module")
+def lm():
+    from lm_eval.models.huggingface import HFLM
+
+    from tests.tiny import tokenizer
+
+    return HFLM(pretrained=llama(), tokenizer=tokenizer(), batch_size=1, max_length=64, logits_cache=False)
+
+
+@canary(
+    "lm-eval",
+    "HFLM",
+    "it takes a model that is loaded, can do without its logits cache, and reads its share of the requests from _rank "
+    "and _world_size, and gathers with its accelerator",
+    "evaluation.py (run_tasks)",
+)
+def test_a_loaded_model_is_taken_and_its_share_can_be_set(lm):
+    assert (lm.rank, lm.world_size) == (0, 1)
+    assert lm.device.type == "cpu"
+    lm._rank, lm._world_size = 1, 2
+    assert (lm.rank, lm.world_size) == (1, 2)
+    lm._rank, lm._world_size = 0, 1
+    assert "logits_cache" in inspect.signature(type(lm)).parameters
+    assert "self.accelerator" in inspect.getsource(type(lm))
+
+
+@canary(
+    "lm-eval",
+    "simple_evaluate",
+    "a task may be a dictionary whose items custom_dataset gives; results are 'metric,filter', counts in n-samples",
+    "evaluation.py (_task, _flat)",
+)
+def test_a_task_in_memory_gives_figures_by_metric_and_filter(lm):
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.tasks import TaskManager
+
+    from drank.evaluation import LAST_WORD
+
+    items = Dataset.from_list([{"context": "ka lo", "target": "mi"}] * 2)
+    task = {"task": "in_memory", "test_split": "test", "custom_dataset": lambda **_: {"test": items}, **LAST_WORD}
+    manager = TaskManager(include_defaults=False)
+    assert not manager.all_tasks
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
+    assert {"acc,none", "perplexity,none"} <= results["results"]["in_memory"].keys()
+    assert results["n-samples"]["in_memory"]["effective"] == 2
