@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from drank.allocation import Allocation, Block, Choice, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
 from drank.released import released
 from drank.sensitivity import sensitivity, stable_rank_scores
 from drank.workflow.files import file_sha256, read_json, read_tensors, write_json, write_text
 from drank.workflow.params import Preset, read_params
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 RATIOS = tuple(i / 100 for i in range(10, 100, 5))  # sizes that the stable-rank variant of ASVD's search may choose
@@ -17,9 +19,10 @@ RATIOS = tuple(i / 100 for i in range(10, 100, 5))  # sizes that the stable-rank
 
 def main(variant: str, root: Path = Path()) -> None:
     asked, preset = read_params(root / "params.yaml").variant(variant)
-    folder = root / "data/spectrum" / asked.spectrum
-    summary = read_json(folder / "summary.json")
-    units = read_units(folder, summary)
+    inputs, folder = Inputs(root), f"data/spectrum/{asked.spectrum}"
+    described, values = inputs / f"{folder}/summary.json", inputs / f"{folder}/singular_values.safetensors"
+    summary = read_json(described)
+    units = read_units(read_tensors(values), summary)
     allocation = allocate(units, preset, asked.size_ratio, summary.get("sensitivity"))
     header = {
         "format_version": 1,
@@ -28,15 +31,14 @@ def main(variant: str, root: Path = Path()) -> None:
         **preset.model_dump(),
         **asked.model_dump(),
     }
-    hashes = {name: file_sha256(folder / name) for name in ("singular_values.safetensors", "summary.json")}
-    described = describe(units, allocation, rows_by_file(summary)) | {"left_dense": summary["left_dense"]}
-    write_json(root / "data/allocation" / f"{variant}.json", header | described | {"inputs": hashes})
-    table = pd.DataFrame(described["units"]).drop(columns="members").to_csv(index=False, lineterminator="\n")
+    hashes = {file.name: file_sha256(file) for file in (described, values)}
+    result = describe(units, allocation, rows_by_file(summary)) | {"left_dense": summary["left_dense"]}
+    write_json(root / "data/allocation" / f"{variant}.json", header | result | {"inputs": hashes})
+    table = pd.DataFrame(result["units"]).drop(columns="members").to_csv(index=False, lineterminator="\n")
     write_text(root / "data/allocation" / f"{variant}.csv", table)
 
 
-def read_units(folder: Path, summary: dict[str, Any]) -> list[Unit | Block]:
-    values = read_tensors(folder / "singular_values.safetensors")
+def read_units(values: dict[str, Tensor], summary: dict[str, Any]) -> list[Unit | Block]:
     fields = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
 
     def unit(row: dict[str, Any]) -> Unit:

@@ -8,14 +8,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drank.compression import compress
 from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors, replacing_folder, weights_sha256
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
-    source = root / "data/allocation" / f"{variant}.json"
+    inputs = Inputs(root)
+    source = inputs / f"data/allocation/{variant}.json"
     allocation = read_json(source)
-    spectrum = root / "data/spectrum" / allocation["spectrum"]
-    base = root / "data/raw/model"
+    spectrum, base = f"data/spectrum/{allocation['spectrum']}", inputs / "data/raw/model"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     provenance = {
         "variant": variant,
@@ -26,9 +27,9 @@ def main(variant: str, root: Path = Path()) -> None:
         model,
         allocation["units"],
         lambda file, rank: read_rows(
-            spectrum / f"factors/{file}.safetensors", ("output_vectors", "input_vectors"), rank
+            inputs / f"{spectrum}/factors/{file}.safetensors", ("output_vectors", "input_vectors"), rank
         ),
-        lambda mlp, channels: read_tensors(spectrum / f"cuts/{mlp}.{channels}.safetensors"),
+        lambda mlp, channels: read_tensors(inputs / f"{spectrum}/cuts/{mlp}.{channels}.safetensors"),
         provenance,
     )
     with replacing_folder(root / "data/compression" / variant) as folder:

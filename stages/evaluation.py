@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks
+from drank.language_model.vocabulary import check_ids
 from drank.perplexity import token_perplexity
 from drank.workflow.files import read_json, read_tensors, write_json
 from drank.workflow.params import Params, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 
@@ -28,23 +30,25 @@ def main(variant: str, root: Path = Path()) -> None:
 
 def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     asked, _ = params.variant(variant)
-    allocation = read_json(root / "data/allocation" / f"{variant}.json")
-    tests = read_tensors(root / "data/sampling/test.safetensors")
-    short = root / "data/sampling/last.safetensors"
+    inputs = Inputs(root)
+    allocation = read_json(inputs / f"data/allocation/{variant}.json")
+    tests = read_tensors(inputs / "data/sampling/test.safetensors")
+    short = inputs / "data/sampling/last.safetensors"
     last_windows = read_tensors(short) if short.is_file() else {}
     batch = params.evaluation.batch_windows
-    folder = root / "data/compression" / variant
+    folder = inputs / f"data/compression/{variant}"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(params.evaluation.device)
 
     perplexities: dict[str, tuple[float, list[float]]] = {}
     for name in sorted(tests)[group.share]:
+        check_ids(model, tests[name], f"data/sampling/test.safetensors, {name}")
         bar = partial(tqdm, desc=f"{variant}, {name}", unit="batch")
         perplexities[name] = token_perplexity(model, tests[name], batch, bar, last_windows.get(name))
     together = {name: found for part in group.gather(perplexities) for name, found in part.items()}
     figures = {f"token_perplexity/{name}": perplexity for name, (perplexity, _) in together.items()}
     nats = {name: nats for name, (_, nats) in together.items()}
     tasks, tokenizer = params.evaluation.tasks, AutoTokenizer.from_pretrained(folder)
-    figures |= run_tasks(model, tokenizer, root / "data/sampling/tasks", tasks, batch)
+    figures |= run_tasks(model, tokenizer, inputs / "data/sampling/tasks", tasks, batch)
     if group.rank:
         return
 

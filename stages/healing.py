@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.language_model.healing import Healing, Plan, Step
 from drank.sampling import draw_windows
+from drank.workflow.checkpoint import Checkpoint
 from drank.workflow.files import (
     file_sha256,
     folder_sha256,
@@ -23,11 +23,11 @@ from drank.workflow.files import (
     replacing_folder,
     weights_sha256,
     write_json,
-    write_tensors,
     write_text,
 )
 from drank.workflow.params import Healing as Asked
 from drank.workflow.params import read_params
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 STEPS_A_CHECKPOINT = 10
@@ -37,16 +37,20 @@ def main(name: str, root: Path = Path()) -> None:
     asked = read_params(root / "params.yaml").healed(name)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
-    source, text = root / "data/compression" / asked.variant, root / "data/sampling"
+    inputs = Inputs(root)
+    source, text, dense = (
+        inputs / f"data/{name}" for name in (f"compression/{asked.variant}", "sampling", "raw/model")
+    )
     stream = read_tensors(text / "calibration_text.safetensors")["tokens"].long()
     drawn = read_json(text / "summary.json")
     begin = drawn["begin_token"] if drawn.get("calibration_begin", "window") == "window" else None
     windows = draw_windows(stream, asked.n_windows, asked.window_length, asked.seed, begin).to(asked.device)
-    teacher = load(root / "data/raw/model", asked) if asked.objective == "distillation" else None
+    teacher = load(dense, asked) if asked.objective == "distillation" else None
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
     healing = Healing(load(source, asked), teacher, windows, plan, asked.rank, asked.alpha)
-    inputs = [folder_sha256(source), folder_sha256(root / "data/raw/model"), folder_sha256(text)]
-    checkpoint = Checkpoint(root / f"data/healing/.{name}.checkpoint", inputs, asked)
+    read = [folder_sha256(source), folder_sha256(dense), folder_sha256(text)]
+    identity = {"inputs": read, "healing": asked.model_dump(mode="json")}
+    checkpoint = Checkpoint(root / f"data/healing/.{name}.checkpoint", identity)
     curve = take_steps(healing, checkpoint, name)
     write_text(root / f"data/healing/{name}.csv", "step,loss,learning_rate\n" + "".join(curve))
     save(name, healing.merge(), source, root)
@@ -55,31 +59,6 @@ def main(name: str, root: Path = Path()) -> None:
 
 def load(folder: Path, asked: Asked) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(asked.device)
-
-
-class Checkpoint:
-    """Where training stands, beside what it depends on: one of other inputs is not read."""
-
-    def __init__(self, folder: Path, inputs: list[str], asked: Asked) -> None:
-        self.folder = folder
-        self.identity = {"inputs": inputs, "healing": asked.model_dump(mode="json")}
-
-    def read(self) -> tuple[list[str], dict[str, Tensor]] | None:
-        if not (self.folder / "identity.json").is_file() or read_json(self.folder / "identity.json") != self.identity:
-            return None
-        return (self.folder / "curve.csv").read_text().splitlines(keepends=True), read_tensors(
-            self.folder / "state.safetensors"
-        )
-
-    def write(self, curve: list[str], state: dict[str, Tensor]) -> None:
-        with replacing_folder(self.folder) as folder:
-            write_tensors(folder / "state.safetensors", {key: tensor.cpu() for key, tensor in state.items()})
-            write_text(folder / "curve.csv", "".join(curve))
-            write_json(folder / "identity.json", self.identity)
-
-    def remove(self) -> None:
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
 
 
 def take_steps(healing: Healing, checkpoint: Checkpoint, name: str) -> list[str]:

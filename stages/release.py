@@ -7,20 +7,21 @@ from typing import Any
 from drank.release import CARD, CHECKSUMS, STATEMENT, card, checksums, statement
 from drank.workflow.files import file_sha256, read_json, replacing_folder, write_json, write_text
 from drank.workflow.params import ModelSource, Params, TextSource, read_params
+from drank.workflow.recorded import Inputs
 from drank.workflow.resolved import resolved
 from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
-    params = read_params(root / "params.yaml")
+    params, inputs = read_params(root / "params.yaml"), Inputs(root)
     parameters = resolved(params, variant)
-    allocation = read_json(root / f"data/allocation/{variant}.json")
-    results = read_json(root / f"results/{variant}.json")
+    allocation = read_json(inputs / f"data/allocation/{variant}.json")
+    results = read_json(inputs / f"results/{variant}.json")
     with replacing_folder(root / "data/models" / variant) as folder:
-        for file in sorted((root / "data/compression" / variant).iterdir()):
+        for file in sorted((inputs / f"data/compression/{variant}").iterdir()):
             shutil.copyfile(file, folder / file.name)
         write_text(folder / CARD, card(parameters, allocation, results))
-        materials = dependencies(root, variant, params, allocation)
+        materials = dependencies(inputs, variant, params, allocation)
         write_json(folder / STATEMENT, statement(digests(folder), parameters, materials, results))
         write_text(folder / CHECKSUMS, checksums(digests(folder)))
 
@@ -29,17 +30,17 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in folder.iterdir()}
 
 
-def dependencies(root: Path, variant: str, params: Params, allocation: dict[str, Any]) -> list[dict[str, Any]]:
+def dependencies(inputs: Inputs, variant: str, params: Params, allocation: dict[str, Any]) -> list[dict[str, Any]]:
     """Resource descriptors: sources with the hash that was asked for, then files as they were."""
     seed = params.spectrum[allocation["spectrum"]].calibration_seed
-    weights = sorted((root / "data/raw/model").glob("*.safetensors"))
+    weights = sorted((inputs / "data/raw/model").glob("*.safetensors"))
     files = [f"data/raw/model/{file.name}" for file in weights]
     files += [f"data/raw/text/{name}.jsonl" for name in params.text]
     files += [f"data/sampling/calibration/{seed}.safetensors", "data/sampling/test.safetensors"]
     files += [f"data/allocation/{variant}.json"]
     healed = []
     if variant in params.healing:
-        config = read_json(root / "data/compression" / variant / "config.json")
+        config = read_json(inputs / f"data/compression/{variant}/config.json")
         trained = config["quantization_config"]["provenance"]["healed_from_sha256"]
         healed = [{"name": f"data/compression/{params.healing[variant].variant}", "digest": {"sha256": trained}}]
     sources: list[tuple[str, ModelSource | TextSource]] = [("model", params.model)]
@@ -50,7 +51,7 @@ def dependencies(root: Path, variant: str, params: Params, allocation: dict[str,
             {"name": name, "uri": source.source, **({"digest": {"sha256": source.sha256}} if source.sha256 else {})}
             for name, source in sources
         ),
-        *({"name": file, "digest": {"sha256": file_sha256(root / file)}} for file in files),
+        *({"name": file, "digest": {"sha256": file_sha256(inputs / file)}} for file in files),
         *healed,
         *({"name": f"{spectrum}/{file}", "digest": {"sha256": d}} for file, d in sorted(allocation["inputs"].items())),
     ]

@@ -6,14 +6,15 @@ from drank.pictures import Spectrum, png
 from drank.report import page, pictures, summary
 from drank.workflow.files import read_json, read_tensors, replacing_folder, write_text
 from drank.workflow.params import read_params
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 
 def main(root: Path = Path()) -> None:
-    params = read_params(root / "params.yaml")
-    rows = [read_json(root / "data/evaluation" / f"{name}.json")["results"] for name in params.compared]
-    allocations = [read_json(root / "data/allocation" / f"{name}.json") for name in params.compared]
-    spectra = {key: read_spectrum(root / "data/spectrum" / key) for key in params.spectrum}
+    params, inputs = read_params(root / "params.yaml"), Inputs(root)
+    rows = [read_json(inputs / f"data/evaluation/{name}.json")["results"] for name in params.compared]
+    allocations = [read_json(inputs / f"data/allocation/{name}.json") for name in params.compared]
+    spectra = {key: read_spectrum(inputs, f"data/spectrum/{key}") for key in params.spectrum}
     table = summary(rows)
     write_text(root / "results/summary.csv", table.to_csv(index=False, lineterminator="\n"))
     shown = {name: (picture, png(picture.figure)) for name, picture in pictures(table, allocations, spectra).items()}
@@ -23,9 +24,9 @@ def main(root: Path = Path()) -> None:
     write_text(root / "results/report.html", page(rows, shown))
 
 
-def read_spectrum(folder: Path) -> Spectrum:
-    described = read_json(folder / "summary.json")
-    values = read_tensors(folder / "singular_values.safetensors")
+def read_spectrum(inputs: Inputs, folder: str) -> Spectrum:
+    described = read_json(inputs / f"{folder}/summary.json")
+    values = read_tensors(inputs / f"{folder}/singular_values.safetensors")
     whole = [matrix for block in described["blocks"] for matrix in block["cuts"][0]["matrices"]]
     return Spectrum(
         metric=described["metric"],

@@ -9,21 +9,22 @@ from typing import Any
 from drank import sampling
 from drank.workflow.files import replacing_folder, write_json, write_tensors, write_text
 from drank.workflow.params import read_params
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 
 def main(root: Path = Path()) -> None:
     from transformers import AutoTokenizer
 
-    params = read_params(root / "params.yaml")
+    params, inputs = read_params(root / "params.yaml"), Inputs(root)
     asked, seed = params.sampling, params.sampling.seed
-    tokenizer = AutoTokenizer.from_pretrained(root / "data/raw/model")
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "data/raw/model")
     begin = sampling.begin_token(tokenizer)
     calibration_begin, test_begin = asked.calibration_begin or "window", asked.test_begin or "window"
     calibration, tests, last_windows, texts = {}, {}, {}, {}
     tasks: dict[str, list[Any]] = {}
     for name in params.text:
-        documents = read_column(root / f"data/raw/text/{name}.jsonl", "text")
+        documents = read_column(inputs / f"data/raw/text/{name}.jsonl", "text")
         cleaned = documents if asked.documents == "unchanged" else sampling.clean(documents)
         texts[name] = {"documents": len(documents), "empty_or_repeated": len(documents) - len(cleaned)}
         if name == asked.calibration_text:

@@ -16,10 +16,12 @@ from drank.covariance import NotFiniteError
 from drank.language_model.linears import Linear, find_linears
 from drank.language_model.substitution import measure_sensitivity
 from drank.language_model.units import Mlp, find_groups, find_mlps
+from drank.language_model.vocabulary import check_ids
 from drank.spectrum import Metric, damped, effective_rank, whitened_spectrum
 from drank.workflow.files import read_json, read_rows, read_tensors, write_json, write_tensors
 from drank.workflow.params import Params, Spectrum, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
+from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 VECTORS = ("output_vectors", "input_vectors")
@@ -27,25 +29,25 @@ VECTORS = ("output_vectors", "input_vectors")
 
 def main(key: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
-    on = params.covariance
+    params.factors(key)
+    on, destination = params.covariance, root / "data/spectrum" / key
     if must_launch(on.processes):
-        launch(on.processes, "stages.spectrum", key, "--root", str(root))
+        launch(on.processes, "stages.spectrum", key, "--root", str(root), fills=destination)
         return
-    destination = root / "data/spectrum" / key
     with process_group(on.threads, on.device) as group, group.replacing_folder(destination) as folder:
         collect(key, root, params, group, folder)
 
 
 def collect(key: str, root: Path, params: Params, group: Group, folder: Path) -> None:
-    asked = params.spectrum[key]
-    model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=torch.bfloat16)
+    asked, inputs = params.factors(key), Inputs(root)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "data/raw/model", dtype=torch.bfloat16)
     model = model.to(params.covariance.device)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
     mlps = find_mlps(model, linears) if asked.units == "block" else []
     in_mlps = {linear.name for mlp in mlps for linear in (*mlp.before, mlp.down)}
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
-    metrics = Metrics(asked, root / "data/covariance" / str(asked.calibration_seed), params.covariance.device)
+    metrics = Metrics(asked, inputs / f"data/covariance/{asked.calibration_seed}", params.covariance.device)
     writer = Writer(folder)
     bar = partial(tqdm, desc=f"spectrum {key}", disable=group.rank > 0 or None)
     units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="unit")}
@@ -53,6 +55,7 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     blocks = {i: block(mlps[i], asked.cuts, metrics, writer) for i in bar(shared_out(members, group), unit="MLP")}
     summary: dict[str, Any] = {
         "metric": asked.metric,
+        "damping": asked.damping,
         "left_dense": read_json(metrics.covariances / "summary.json")["left_dense"],
         "units": in_order(group.gather(list(units.items()))),
         "blocks": in_order(group.gather(list(blocks.items()))),
@@ -62,8 +65,9 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     for others in group.gather(values):
         writer.singular_values |= {name: torch.tensor(v, dtype=torch.float64) for name, v in others.items()}
     if asked.sensitivity_windows:
-        windows = read_tensors(root / f"data/sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
+        windows = read_tensors(inputs / f"data/sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
         windows, batch = windows[: asked.sensitivity_windows], params.covariance.batch_windows
+        check_ids(model, windows, f"data/sampling/calibration/{asked.calibration_seed}.safetensors")
         mine = linears[group.share]
         parts = group.gather(sensitivity(model.eval(), mine, writer, windows, asked.sensitivity_ratios, batch))
         summary["sensitivity"] = {name: scores for part in parts for name, scores in part.items()}

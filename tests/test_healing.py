@@ -242,7 +242,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "stages.healing", "kfac-80-healed"]
     started = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
-    while not (checkpoint / "identity.json").exists() and started.poll() is None:
+    while not (checkpoint / "checkpoint.json").exists() and started.poll() is None:
         time.sleep(0.01)
     started.send_signal(signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL

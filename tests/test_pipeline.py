@@ -164,7 +164,7 @@ def test_mistakes_end_in_one_clear_message_and_leave_nothing_behind(project, cha
 
 def test_activations_that_are_not_finite_are_refused_by_name(project, tmp_path):
     root = tmp_path / "broken"
-    shutil.copytree(project, root, ignore=shutil.ignore_patterns(".dvc", ".git", "models"))
+    shutil.copytree(project, root, ignore=shutil.ignore_patterns("dvc.lock", ".dvc", ".git", "models"))
     model = AutoModelForCausalLM.from_pretrained(root / "data/raw/model")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")

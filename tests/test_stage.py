@@ -1,5 +1,6 @@
 """How a stage starts and ends, and the first of them, raw, as a command line."""
 
+import errno
 import json
 import runpy
 import sys
@@ -44,6 +45,17 @@ def test_a_bug_keeps_its_traceback(command_line, error):
     command_line()
     with pytest.raises(type(error)):
         run_stage(main)
+
+
+def test_what_the_system_refuses_is_one_message_too(command_line, capsys):
+    def main() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "params.yaml")
+
+    command_line()
+    with pytest.raises(SystemExit) as end:
+        run_stage(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("error: params.yaml: permission denied; ")
 
 
 def test_arguments_reach_the_stage_and_a_good_end_has_exit_status_0(command_line):

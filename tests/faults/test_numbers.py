@@ -1,6 +1,7 @@
 """Degenerate numbers through the real stages: a result that is defined, or an error that names the place.
 
-What single functions make of such numbers is in their own tests (spectrum, covariance, pivot, perplexity, linears).
+What single functions make of such numbers is in their own tests (spectrum, covariance, pivot, perplexity, linears);
+linears that no token goes through, or no gradient comes back to, of real architectures are in test_architectures.
 """
 
 import shutil
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from drank.covariance import NotFiniteError
 from drank.language_model.linears import UnreachedError
+from drank.language_model.vocabulary import TokenError
 from drank.perplexity import NotFiniteLossError
 from drank.sampling import SamplingError
 from drank.workflow.files import read_json
@@ -51,8 +53,9 @@ def enormous_gradients(weights):
 
 @pytest.fixture
 def root(reproduced, tmp_path):
+    """Without dvc.lock, by which every stage would name what was changed here as damage."""
     root = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".dvc", ".git", "source", "figures", "models")
+    ignored = shutil.ignore_patterns(".dvc", "dvc.lock", ".git", "source", "figures", "models")
     shutil.copytree(reproduced, root, ignore=ignored)
     return root
 
@@ -130,6 +133,49 @@ def test_degenerate_matrices_go_through_and_what_was_discarded_is_told(root, cha
     compression.main("svd-llm-80", root)
     model = AutoModelForCausalLM.from_pretrained(root / "data/compression/svd-llm-80")
     assert torch.isfinite(model(torch.arange(64)[None]).logits).all()
+
+
+@pytest.mark.parametrize("exponent", [-30, -300])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_a_covariance_of_condition_1e30_gives_finite_factors_and_tells_what_it_discards(root, exponent, scale):
+    """Diagonal, so that float32 holds it exactly; of 1e-300 it holds zeros."""
+    without_gradients(root)
+    covariance.main("0", root)
+    file = root / f"data/covariance/0/inputs/{LAST}.safetensors"
+    stored = load_file(file)
+    values = torch.logspace(0, exponent, len(stored["covariance"]), dtype=torch.float64) * scale
+    save_file(stored | {"covariance": torch.diag(values.float())}, file)
+    spectrum.main("input", root)
+    factors = load_file(root / f"data/spectrum/input/factors/{LAST}.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in factors.values())
+    (row,) = [row for row in read_json(root / "data/spectrum/input/summary.json")["units"] if row["name"] == LAST]
+    kept = load_file(root / "data/spectrum/input/singular_values.safetensors")[LAST]
+    assert row["n_discarded"] == 32 - len(kept) > 0
+    assert 1 <= row["effective_rank"] <= 3
+    allocation.main("svd-llm-80", root)
+    compression.main("svd-llm-80", root)
+    model = AutoModelForCausalLM.from_pretrained(root / "data/compression/svd-llm-80")
+    assert torch.isfinite(model(torch.arange(64)[None]).logits).all()
+
+
+def test_damping_and_what_was_discarded_are_told_where_the_model_is(reproduced):
+    statement = read_json(reproduced / "data/models/kfac-80/provenance.json")
+    asked = statement["predicate"]["buildDefinition"]["externalParameters"]["spectrum"]
+    assert asked["damping"] == 1e-4
+    summary = read_json(reproduced / "data/spectrum/kfac/summary.json")
+    rows = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
+    assert rows
+    assert all(row["n_discarded"] >= 0 for row in rows)
+
+
+def test_a_window_with_an_id_that_the_model_lacks_is_named(root):
+    file = root / "data/sampling/calibration/0.safetensors"
+    windows = load_file(file)["windows"]
+    windows[3, 5] ^= 1 << 30
+    save_file({"windows": windows}, file)
+    with pytest.raises(TokenError, match=r"data/sampling/calibration: holds token id 10\d{8}, .* 0 to 319"):
+        covariance.main("0", root)
+    assert not (root / "data/covariance/.0.partial").exists()
 
 
 def test_a_text_of_one_token_is_refused_by_name(root):

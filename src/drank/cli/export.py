@@ -81,10 +81,11 @@ def save_dense(model: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shards = [file.stat().st_size for file in model.glob("*.safetensors")]
-    loaded = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
+    plain = {"local_files_only": True, "trust_remote_code": False}  # False does not ask, and runs nothing of the folder
+    loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **plain)
     loaded.dequantize()
     loaded.save_pretrained(folder, **({"max_shard_size": max(shards)} if len(shards) > 1 else {}))
-    AutoTokenizer.from_pretrained(model, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model, **plain).save_pretrained(folder)
 
 
 def weight_bytes(folder: Path) -> int:

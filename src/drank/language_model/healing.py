@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from drank.language_model.linears import layer_index
+
 WARM_UP = 0.05  # share of the steps in which the learning rate rises; then it falls, linearly, to zero
 
 
@@ -139,8 +141,6 @@ def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor
 def matrices(model: nn.Module) -> list[str]:
     """Names of the matrices in the numbered layers, each once: a basis that modules share stays as it is, as adapters
     of its own in every module would be several bases."""
-    from drank.language_model.linears import layer_index
-
     seen: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim == 2 and layer_index(name) is not None:
