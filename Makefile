@@ -14,8 +14,8 @@ VERSION_TESTS := $(patsubst %,tests/test_%.py,hooks plugin loading modules offlo
 run: $(VENV)/installed  ## the whole pipeline, then MLflow, then a table of variants
 	drank run
 
-test: check  ## linters, types, tests
-	python -m pytest
+test: check  ## linters, types, tests, which run in two processes of one thread each
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
 
 test-ui: $(VENV)/installed  ## MLflow's pages and the report in the system's Chromium, which must be there
 	$(VENV)/bin/pip install --quiet --editable '.[ui]'

@@ -110,7 +110,9 @@ def test_a_released_folder_becomes_a_plain_one_with_the_same_bytes_each_time(pro
 
 @pytest.mark.pipeline
 def test_a_base_model_in_shards_is_named_by_one_hash_that_the_audit_finds_again(project, tmp_path):
-    root = shutil.copytree(project, tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns(".git", ".dvc"))
+    root = shutil.copytree(
+        project, tmp_path / "project", symlinks=True, ignore=shutil.ignore_patterns(".git", ".dvc", "dvc.lock")
+    )
     base = root / "data/raw/model"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     shards = {file.name: file_sha256(file) for file in (tmp_path / "shards").glob("*.safetensors")}

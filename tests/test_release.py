@@ -124,5 +124,5 @@ def test_a_killed_release_leaves_the_old_folder(project, tmp_path):
     (root / "results/kfac-80.json").write_text("{")
     done = run(root, "python", "-m", "stages.release", "kfac-80", check=False)
     assert done.returncode == 1
-    assert "results/kfac-80.json: damaged, not JSON" in done.stderr
+    assert "error: results/kfac-80.json: damaged, or changed since evaluation@kfac-80 wrote it" in done.stderr
     assert {f.name: file_sha256(f) for f in (root / "data/models/kfac-80").iterdir()} == before

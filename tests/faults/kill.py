@@ -124,19 +124,11 @@ def change(root: Path, **sections: object) -> None:
 
 
 def fresh(project: Path, root: Path) -> None:
-    """A copy of a project without what a run makes, as git makes one.
-
-    The .gitignore files that DVC writes are there: DVC 3.67 takes back those of a run in which any stage failed, also
-    the entries of stages that were done, and later runs skip these.
-    """
+    """A copy of a project without what a run makes, as git makes one."""
     made = ("results", "dvc.lock", "mlflow.db*", "mlartifacts", "__pycache__", "cache", "tmp", "data")
     shutil.copytree(project, root, symlinks=True, ignore=shutil.ignore_patterns(*made))
     if (project / "data/downloads").exists():
         shutil.copytree(project / "data/downloads", root / "data/downloads", copy_function=os.link)
-    for file in [*project.glob("data/**/.gitignore"), *project.glob("results/**/.gitignore")]:
-        copy = root / file.relative_to(project)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
 
 
 def forget(project: Path, root: Path, n_stages: int) -> None:
