@@ -172,3 +172,21 @@ def test_a_bit_that_flips_at_rest_is_refused_found_taken_away_and_made_again(pro
     assert dvc_md5(project / "data/compression/kfac-80") == models
     assert (project / "dvc.lock").read_bytes() == lock
     assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
+
+
+@pytest.mark.pipeline
+def test_notes_of_dvc_that_a_kill_has_torn_are_told_deleted_and_made_anew(project):
+    lock, rwlock = project / "dvc.lock", project / ".dvc/tmp/rwlock"
+    before = lock.read_bytes()
+    lock.write_bytes(before[: len(before) // 2].rpartition(b"md5: ")[0])
+    rwlock.write_text("")
+    refused = run(project, "drank", "run", check=False)
+    assert refused.returncode == 1
+    assert "dvc.lock: " in refused.stderr.splitlines()[-1]
+    assert "`drank check --mend`" in refused.stderr.splitlines()[-1]
+    told = run(project, "drank", "check", check=False)
+    assert told.returncode == 1
+    assert [line.split(": ")[0] for line in told.stdout.splitlines()] == ["dvc.lock", ".dvc/tmp/rwlock"]
+    assert "2 deleted" in run(project, "drank", "check", "--mend").stdout
+    assert "Running stage" not in run(project, "dvc", "repro").stdout  # it remembers
+    assert lock.read_bytes() == before

@@ -680,6 +680,16 @@ def test_a_deleted_experiment_is_not_worked_around(project):
         track(project)
 
 
+def test_the_artefacts_of_a_server_are_not_looked_for_beside_its_database(tmp_path):
+    runs = Runs(tmp_path)
+    runs.client.create_experiment("drank", artifact_location="mlflow-artifacts:/1")
+    with (
+        pytest.raises(TrackingError, match="made through a server.*MLFLOW_TRACKING_URI=http://127.0.0.1:5000"),
+        store.open_store(tmp_path),
+    ):
+        pass
+
+
 def test_where_to_look_is_a_command_for_a_file_and_a_page_for_a_server():
     page = "http://127.0.0.1:5000/#/experiments/1/runs"
     assert where_to_look(Tracked("drank", "sqlite:////some where/mlflow.db", page, (), ())) == (

@@ -17,12 +17,23 @@ def check(
 ) -> None:
     """Read every file of dvc.lock again, in the workspace and in DVC's cache, and compare it with its md5.
 
+    DVC's notes that a kill has torn (dvc.lock, .dvc/tmp/rwlock) are told before that, and deleted by --mend.
+
     DVC itself trusts a file whose size and time of change it knows, and an entry of its cache that is read-only.
     """
     from tqdm import tqdm
 
     from drank.workflow import damage
 
+    if torn := damage.find_torn(root):
+        for path, wrong in torn.items():
+            typer.echo(wrong)
+            if mend:
+                path.unlink()
+        if not mend:
+            raise CommandError("DVC cannot read its notes; `drank check --mend`, while no DVC is at work, deletes them")
+        typer.echo(f"{len(torn)} deleted; `dvc repro` makes them anew, of what its cache remembers")
+        return
     found = list(damage.find_damage(root, lambda paths: tqdm(list(paths), desc="check", unit="out", disable=None)))
     for one in found:
         was = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"

@@ -55,13 +55,18 @@ def reproduce(root: Path, targets: list[str]) -> None:
     Raises:
         CommandError: DVC or a stage failed.
     """
+    from drank.workflow.damage import find_torn
+
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # DVC by itself gives up after 3 seconds, also at the end of a stage of hours, if a `dvc status` is at work then.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PATH": path})
     if done.returncode != 0:
         full = f" ({free:,} bytes are left in {root.resolve()})" if (free := disk_usage(root).free) < SCARCE else ""
-        raise CommandError(f"dvc repro ended with exit status {done.returncode}{full}; nothing was logged to MLflow")
+        torn = "".join(f"; {wrong}, or `drank check --mend`" for wrong in find_torn(root).values())
+        raise CommandError(
+            f"dvc repro ended with exit status {done.returncode}{full}; nothing was logged to MLflow{torn}"
+        )
 
 
 def report(tracked: "Tracked") -> None:

@@ -1,11 +1,12 @@
 """Every byte that dvc.lock speaks of, in the workspace and in DVC's cache, read again: what is not as recorded."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from drank.workflow.recorded import cache_folder, dvc_md5, entry, outs_by_path, read_listing
+from drank.workflow.recorded import LockError, cache_folder, dvc_md5, entry, outs_by_path, read_listing, read_lock
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,26 @@ def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter
             for cached in sorted({md5, *listed.values()}):
                 if cache:
                     yield from read.compare(entry(cache, cached), stage, cached.removesuffix(".dir"))
+
+
+def find_torn(root: Path) -> dict[Path, str]:
+    """DVC's own notes that cannot be read, each with what is wrong: DVC writes them in place, so a kill can tear them.
+
+    Without its lock file, ``dvc repro`` takes what it finds in its cache of runs, and writes the lock anew.
+    """
+    torn = {}
+    lock, rwlock = root / "dvc.lock", root / ".dvc/tmp/rwlock"
+    if lock.is_file():
+        try:
+            read_lock(lock)
+        except LockError as error:
+            torn[lock] = str(error)
+    if rwlock.is_file():
+        try:
+            json.loads(rwlock.read_text(encoding="utf-8"))
+        except ValueError as error:
+            torn[rwlock] = f"{rwlock}: not JSON: {error}"
+    return torn
 
 
 def mend(damages: Iterable[Damage]) -> list[Path]:
