@@ -342,8 +342,8 @@ def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, option
         ("t.csv", as_csv(["one\n\ntwo", "three"], column="body")),
         ("t.jsonl", b'{"body": "one\\n\\ntwo", "id": 1}\n\n{"body": "three"}\n'),
         ("t.zip", as_zip(inner_jsonl=b'{"body": "one\\n\\ntwo"}\n{"body": "three"}', README_md=b"about")),
-        ("t.json.gz", gzip.compress(b'{"body": "one\\n\\ntwo"}\n{"body": "three"}\n')),
-        ("t.csv.gz", gzip.compress(as_csv(["one\n\ntwo", "three"], column="body"))),
+        ("t.json.gz", gzip.compress(b'{"body": "one\\n\\ntwo"}\n{"body": "three"}\n', mtime=0)),
+        ("t.csv.gz", gzip.compress(as_csv(["one\n\ntwo", "three"], column="body"), mtime=0)),
         ("t.parquet", as_parquet(id=["1", "2"], body=["one\n\ntwo", "three"])),
     ],
 )
