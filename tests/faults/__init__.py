@@ -1,8 +1,8 @@
 """Faults on purpose: what is damaged, malicious, killed, crowded or out of space is named, or changes no result.
 
 Each runs in a short form under pytest. The long forms print counts: ``python -m tests.faults.NAME`` for ``damage``,
-``documents``, ``kill``, ``disk``, ``two_at_once`` and ``determinism``; docs/trust.md has those that were taken. Who sees
-a flipped bit or a truncation:
+``documents``, ``kill``, ``disk``, ``two_at_once`` and ``determinism``; docs/trust.md has those that were taken. Who
+sees a flipped bit or a truncation:
 
 ===================================  =============================  ===================  ============================
 fault                                ``dvc status``, ``dvc repro``  next use             ``drank audit`` of a model
