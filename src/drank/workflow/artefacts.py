@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from drank.workflow.history import file_at
-from drank.workflow.recorded import dvc_md5
+from drank.workflow.recorded import dvc_md5, entry
 
 
 class ArtefactError(ValueError):
@@ -69,28 +69,25 @@ class Store:
         return (self.root / (done.stdout.strip() or ".dvc/cache")).resolve() / "files/md5"
 
     def _from_cache(self, path: str, md5: str) -> "Artefact | None":
-        entry = self._entry(md5)
-        if not entry.is_file():
+        cached = entry(self.cache, md5)
+        if not cached.is_file():
             return None
         if not md5.endswith(".dir"):
             return Artefact("cache", {"": self._checked(path, md5)})
-        text = entry.read_bytes()
+        text = cached.read_bytes()
         if _md5(text) != md5.removesuffix(".dir"):
-            raise ArtefactError(f"{path}: its listing in DVC's cache is damaged: {entry}; delete it and `dvc repro`")
+            raise ArtefactError(f"{path}: its listing in DVC's cache is damaged: {cached}; delete it and `dvc repro`")
         rows = json.loads(text)
-        if not all(self._entry(row["md5"]).is_file() for row in rows):
+        if not all(entry(self.cache, row["md5"]).is_file() for row in rows):
             return None
         return Artefact("cache", {row["relpath"]: self._checked(path, row["md5"]) for row in rows})
 
     def _checked(self, path: str, md5: str) -> Path:
-        entry = self._entry(md5)
-        found = dvc_md5(entry)
+        cached = entry(self.cache, md5)
+        found = dvc_md5(cached)
         if found != md5:
-            raise ArtefactError(f"{path}: damaged in DVC's cache: {entry} has md5 {found}; delete it and `dvc repro`")
-        return entry
-
-    def _entry(self, md5: str) -> Path:
-        return self.cache / md5[:2] / md5[2:]
+            raise ArtefactError(f"{path}: damaged in DVC's cache: {cached} has md5 {found}; delete it and `dvc repro`")
+        return cached
 
 
 @dataclass(frozen=True)
