@@ -183,13 +183,13 @@ def test_a_pipe_and_a_name_in_bytes_are_refused_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["spectrum", "covariance", "allocation", "evaluation", "healing", "release"])
-@pytest.mark.parametrize("name", ["../../out", "..", "", "nosuch", "/tmp/out", "a\n", "\u202ekfac", "KFAC", "-x"])
+@pytest.mark.parametrize("name", ["../../out", "..", "", "nosuch", "{}/out", "a\n", "\u202ekfac", "KFAC", "-x"])
 def test_a_stage_asked_for_a_name_that_is_not_in_params_writes_nothing(tmp_path, stage, name):
     root = tmp_path / "a/b"
     root.mkdir(parents=True)
     (root / "params.yaml").write_text(PARAMS)
     with pytest.raises(ParamsError, match="no .* in"):
-        importlib.import_module(f"stages.{stage}").main(name, root)
+        importlib.import_module(f"stages.{stage}").main(name.format(tmp_path), root)  # an absolute path among them
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [root / "params.yaml"]
 
 
