@@ -107,7 +107,7 @@ def collect(
     """The middle of the stage covariance: the moments of inputs and of output gradients."""
     modules = {linear.name: linear.module for linear in linears}
     inputs = {x.name: SecondMoment(x.in_features) for x in linears if owners[x.name] == x.name}
-    gradients = {x.name: SecondMoment(x.out_features) for x in linears if fisher != "none"}
+    gradients = {x.name: SecondMoment(x.out_features, magnitudes=False) for x in linears if fisher != "none"}
     with ExitStack() as stack:
         stack.enter_context(watching_inputs({n: modules[n] for n in inputs}, lambda n, x: add(inputs[n], x)))
         stack.enter_context(

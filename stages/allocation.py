@@ -1,15 +1,16 @@
 """Allocation: the spectrum of a variant's preset, and its size ratio -> data/allocation/<variant>.json."""
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from torch import Tensor
+import numpy as np
 
 from drank.allocation import Allocation, Block, Choice, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
 from drank.released import released
 from drank.sensitivity import sensitivity, stable_rank_scores
-from drank.workflow.files import file_sha256, read_json, read_tensors, write_json, write_text
+from drank.workflow.files import file_sha256, read_arrays, read_json, write_json, write_text
 from drank.workflow.params import Preset, read_params
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
@@ -22,7 +23,7 @@ def main(variant: str, root: Path = Path()) -> None:
     inputs, folder = Inputs(root), f"data/spectrum/{asked.spectrum}"
     described, values = inputs / f"{folder}/summary.json", inputs / f"{folder}/singular_values.safetensors"
     summary = read_json(described)
-    units = read_units(read_tensors(values), summary)
+    units = read_units(read_arrays(values), summary)
     allocation = allocate(units, preset, asked.size_ratio, summary.get("sensitivity"))
     header = {
         "format_version": 1,
@@ -34,15 +35,23 @@ def main(variant: str, root: Path = Path()) -> None:
     hashes = {file.name: file_sha256(file) for file in (described, values)}
     result = describe(units, allocation, rows_by_file(summary)) | {"left_dense": summary["left_dense"]}
     write_json(root / "data/allocation" / f"{variant}.json", header | result | {"inputs": hashes})
-    table = pd.DataFrame(result["units"]).drop(columns="members").to_csv(index=False, lineterminator="\n")
-    write_text(root / "data/allocation" / f"{variant}.csv", table)
+    write_text(root / "data/allocation" / f"{variant}.csv", table(result["units"]))
 
 
-def read_units(values: dict[str, Tensor], summary: dict[str, Any]) -> list[Unit | Block]:
+def table(rows: list[dict[str, Any]]) -> str:
+    """The units as CSV, for `dvc plots`; a list of members is no cell of a table."""
+    text, columns = io.StringIO(), [key for key in rows[0] if key != "members"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_units(values: dict[str, np.ndarray], summary: dict[str, Any]) -> list[Unit | Block]:
     fields = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
 
     def unit(row: dict[str, Any]) -> Unit:
-        return Unit(**{f: row[f] for f in fields}, energies=(values[row["factors"]] ** 2).numpy())
+        return Unit(**{f: row[f] for f in fields}, energies=values[row["factors"]] ** 2)
 
     blocks = [
         Block(row["name"], tuple(tuple(unit(m) for m in cut["matrices"]) for cut in row["cuts"]))

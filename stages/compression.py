@@ -1,41 +1,55 @@
 """Compression: base model, allocation and cached factors -> data/compression/<variant>/, a Hugging Face folder."""
 
-import shutil
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from drank.compression import compress
-from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors, replacing_folder, weights_sha256
+from drank.workflow.files import (
+    copy_files,
+    file_sha256,
+    read_json,
+    read_rows,
+    read_tensors,
+    replacing_folder,
+    weights_sha256,
+)
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
     inputs = Inputs(root)
-    source = inputs / f"data/allocation/{variant}.json"
+    source, base = inputs / f"data/allocation/{variant}.json", inputs / "data/raw/model"
     allocation = read_json(source)
-    spectrum, base = f"data/spectrum/{allocation['spectrum']}", inputs / "data/raw/model"
+    with replacing_folder(root / "data/compression" / variant) as folder:
+        if allocation["allocation"] == "dense":
+            copy_files(base, folder)
+        else:
+            save_compressed(inputs, source, allocation, base, folder)
+        copy_files(source, folder / "allocation.json")
+
+
+def save_compressed(inputs: Inputs, source: Path, allocation: dict[str, Any], base: Path, folder: Path) -> None:
+    import torch  # what the dense variant can do without takes seconds to import
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from drank.compression import compress
+
+    spectrum = f"data/spectrum/{allocation['spectrum']}"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     provenance = {
-        "variant": variant,
+        "variant": allocation["variant"],
         "allocation_sha256": file_sha256(source),
         "base_model_sha256": weights_sha256({file.name: file_sha256(file) for file in base.glob("*.safetensors")}),
     }
     compress(
         model,
         allocation["units"],
-        lambda file, rank: read_rows(
-            inputs / f"{spectrum}/factors/{file}.safetensors", ("output_vectors", "input_vectors"), rank
-        ),
+        lambda file, rank: read_rows(inputs / f"{spectrum}/factors/{file}.safetensors", rank),
         lambda mlp, channels: read_tensors(inputs / f"{spectrum}/cuts/{mlp}.{channels}.safetensors"),
         provenance,
     )
-    with replacing_folder(root / "data/compression" / variant) as folder:
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        shutil.copyfile(source, folder / "allocation.json")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 if __name__ == "__main__":

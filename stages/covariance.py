@@ -57,7 +57,11 @@ def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Grou
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
         owning = {name: linear for name, linear in within.items() if owners[name] == name}
         inputs = {n: SecondMoment(a.in_features, params.device) for n, a in owning.items() if sweep.inputs}
-        gradients = {n: SecondMoment(a.out_features, params.device) for n, a in within.items() if sweep.gradients}
+        gradients = {
+            n: SecondMoment(a.out_features, params.device, magnitudes=False)
+            for n, a in within.items()
+            if sweep.gradients
+        }
         with (
             watching_inputs({name: within[name].module for name in inputs}, adding_to(inputs)),
             watching_output_gradients({name: within[name].module for name in gradients}, adding_to(gradients)),
@@ -69,6 +73,8 @@ def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Grou
         write("gradients", "gradients leaving", gradients, group, folder)
     if group.rank == 0:
         summary = {"fisher": params.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
+        if params.fisher != "none":
+            summary["fisher_windows"] = params.fisher_windows or len(windows)
         write_json(folder / "summary.json", summary | {"left_dense": [asdict(row) for row in left]})
 
 
@@ -100,12 +106,15 @@ def sweeps(
 ) -> Iterator[Sweep]:
     """All passes at once, or block after block."""
     if params.offload:
-        blocks, batches = find_blocks(model, linears), split_windows(windows, params.batch_windows, group.share)
+        batches = split_windows(windows, params.batch_windows, group.share, params.fisher_windows)
+        blocks = find_blocks(model, linears)
         yield from offloaded_sweeps(model, blocks, batches, params.fisher, params.fisher_seed, Files(scratch))
     elif params.fisher == "none":
         yield Sweep("", True, False, run_windows(model, windows, params.batch_windows, group.share))
     else:
-        passes = run_backward(model, windows, params.batch_windows, params.fisher, params.fisher_seed, group.share)
+        passes = run_backward(
+            model, windows, params.batch_windows, params.fisher, params.fisher_seed, group.share, params.fisher_windows
+        )
         yield Sweep("", True, True, passes)
 
 
@@ -130,18 +139,20 @@ def write(kind: str, what: str, moments: dict[str, SecondMoment], group: Group, 
     missed = []
     for name, moment in moments.items():
         n_tokens = torch.tensor(moment.n_tokens)
-        group.sum(moment.total, moment.magnitude, n_tokens)
+        group.sum(moment.total, n_tokens, *([] if moment.magnitude is None else [moment.magnitude]))
         moment.n_tokens = int(n_tokens)
         if group.rank:
             continue
-        if not moment.magnitude.any():  # no token, or only zeros: a metric in which every matrix is as good as none
+        if (
+            not moment.total.diagonal().any()
+        ):  # no token, or only zeros: a metric in which every matrix is as good as none
             missed.append(name)
             continue
         try:
             tensors = {"covariance": moment.mean()}
         except NotFiniteError as error:
             raise NotFiniteError(f"{what} {name}: {error}") from None
-        if kind == "inputs":
+        if moment.magnitude is not None:
             tensors["magnitude"] = moment.mean_magnitude()
         write_tensors(folder / f"{kind}/{name}.safetensors", {key: t.float().cpu() for key, t in tensors.items()})
     if missed:

@@ -1,11 +1,10 @@
 """Release: a variant's weights, with model card, provenance and checksums -> data/models/<variant>/."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from drank.release import CARD, CHECKSUMS, STATEMENT, card, checksums, statement
-from drank.workflow.files import file_sha256, read_json, replacing_folder, write_json, write_text
+from drank.workflow.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
 from drank.workflow.params import ModelSource, Params, TextSource, read_params
 from drank.workflow.recorded import Inputs
 from drank.workflow.resolved import resolved
@@ -18,16 +17,12 @@ def main(variant: str, root: Path = Path()) -> None:
     allocation = read_json(inputs / f"data/allocation/{variant}.json")
     results = read_json(inputs / f"results/{variant}.json")
     with replacing_folder(root / "data/models" / variant) as folder:
-        for file in sorted((inputs / f"data/compression/{variant}").iterdir()):
-            shutil.copyfile(file, folder / file.name)
+        copy_files(inputs / f"data/compression/{variant}", folder)
         write_text(folder / CARD, card(parameters, allocation, results))
         materials = dependencies(inputs, variant, params, allocation)
-        write_json(folder / STATEMENT, statement(digests(folder), parameters, materials, results))
-        write_text(folder / CHECKSUMS, checksums(digests(folder)))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {file.name: file_sha256(file) for file in folder.iterdir()}
+        digests = {file.name: file_sha256(file) for file in folder.iterdir()}
+        write_json(folder / STATEMENT, statement(digests, parameters, materials, results))
+        write_text(folder / CHECKSUMS, checksums(digests | {STATEMENT: file_sha256(folder / STATEMENT)}))
 
 
 def dependencies(inputs: Inputs, variant: str, params: Params, allocation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,8 +24,6 @@ from drank.workflow.processes import Group, launch, must_launch, process_group
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
-VECTORS = ("output_vectors", "input_vectors")
-
 
 def main(key: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
@@ -56,6 +54,7 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     summary: dict[str, Any] = {
         "metric": asked.metric,
         "damping": asked.damping,
+        "gradient_damping": metrics.gradient_damping,
         "left_dense": read_json(metrics.covariances / "summary.json")["left_dense"],
         "units": in_order(group.gather(list(units.items()))),
         "blocks": in_order(group.gather(list(blocks.items()))),
@@ -96,6 +95,7 @@ class Metrics:
     def __init__(self, asked: Spectrum, covariances: Path, device: str = "cpu") -> None:
         self.asked, self.covariances, self.device = asked, covariances, device
         self.owners = read_json(covariances / "summary.json")["owners"]
+        self.gradient_damping = asked.damping if asked.gradient_damping is None else asked.gradient_damping
         self._latest: tuple[str, Metric] | None = None
 
     def of(self, linear: Linear) -> tuple[Metric | None, Metric | None]:
@@ -118,7 +118,7 @@ class Metrics:
         return self._latest[1]
 
     def _of_gradients(self, name: str) -> Metric:
-        return Metric(damped(self._read(f"gradients/{name}")["covariance"].double(), self.asked.damping))
+        return Metric(damped(self._read(f"gradients/{name}")["covariance"].double(), self.gradient_damping))
 
     def _read(self, name: str) -> dict[str, Tensor]:
         tensors = read_tensors(self.covariances / f"{name}.safetensors")
@@ -137,8 +137,8 @@ class Writer:
             spectrum = whitened_spectrum(W, H, G)
         except NotFiniteError as error:
             raise NotFiniteError(f"{file}: {error}; is the base model damaged?") from None
-        vectors = (spectrum.output_vectors.cpu(), spectrum.input_vectors.cpu())
-        write_tensors(self.folder / f"factors/{file}.safetensors", dict(zip(VECTORS, vectors, strict=True)))
+        stored = {name: rows.cpu() for name, rows in spectrum.rows().items()}
+        write_tensors(self.folder / f"factors/{file}.safetensors", stored)
         self.singular_values[file] = spectrum.singular_values.cpu()
         first = members[0]
         return {
@@ -169,8 +169,9 @@ def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -
     cuts_of_down = remove_channels(mlp.down.weight.detach(), H_down.covariance, G_down.covariance, kept)
     for alive, down, loss in cuts_of_down:
         suffix = "" if len(alive) == mlp.n_channels else f".{len(alive)}"
-        stored = {"alive": alive.cpu(), "down": down.float().cpu()}
-        write_tensors(writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", stored)
+        if suffix:
+            stored = {"alive": alive.cpu(), "down": down.float().cpu()}
+            write_tensors(writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", stored)
         matrices = []
         for linear in mlp.before:
             W, G = linear.weight.detach()[alive].float(), Metric(G_before[linear.name][alive][:, alive])
@@ -192,11 +193,11 @@ def sensitivity(
         affordable = int(ratio * math.prod(sizes[name]) / sum(sizes[name]) + 1e-6)
         return min(affordable, len(writer.singular_values[name])) or None
 
-    def factors(name: str, rank: int) -> tuple[Tensor, ...]:
-        return read_rows(writer.folder / f"factors/{name}.safetensors", VECTORS, rank)
+    def vectors(name: str, rank: int) -> dict[str, Tensor]:
+        return read_rows(writer.folder / f"factors/{name}.safetensors", rank)
 
     bar = partial(tqdm, desc="sensitivity", unit="matrix")
-    return measure_sensitivity(model, linears, factors, windows, ratios, batch_windows, rank, bar)
+    return measure_sensitivity(model, linears, vectors, windows, ratios, batch_windows, rank, bar)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from drank.compression import UnsafePivotError, compress
 from drank.language_model.linears import find_linears
 from drank.language_model.units import find_groups, find_mlps
 from drank.pivot import pivot_rows
-from drank.spectrum import whitened_spectrum
+from drank.spectrum import factors, whitened_spectrum
 from tests import tiny
 
 IDS = torch.arange(12)[None]
@@ -33,9 +33,15 @@ def weight_of(members):
     return torch.cat([m.weight.detach().float() for m in members])
 
 
-def factors_of(groups):
+def slices_of(groups):
+    """left and right of the rank-k slice, from weights as they are now."""
+    weights = {group[0].name: weight_of(group).clone() for group in groups}
+    return lambda name, k: factors(weights[name], **whitened_spectrum(weights[name]).rows(k))
+
+
+def vectors_of(groups):
     spectra = {group[0].name: whitened_spectrum(weight_of(group)) for group in groups}
-    return lambda name, k: (spectra[name].output_vectors[:k], spectra[name].input_vectors[:k])
+    return lambda name, k: spectra[name].rows(k)
 
 
 def singles(model):
@@ -50,7 +56,7 @@ def renumber(mlps, weights, read, k, biases=()):
     """Channels of MLPs whose matrices are all in pivot form are numbered as the first one computes them."""
     for mlp in mlps:
         left, right = read(mlp.before[0].name, k)
-        order = pivot_rows(left.T, right).order.long()
+        order = pivot_rows(left, right).order.long()
         for linear in mlp.before:
             weights[linear.name] = weights[linear.name][order]
             if linear.name in biases:
@@ -69,12 +75,12 @@ def reloaded(model, folder):
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_full_rank_but_one_stays_close_and_the_reloaded_model_has_the_same_logits(build, form, tmp_path):
     model = build()
-    read = factors_of(singles(model))
+    sliced = slices_of(singles(model))
     rows = units(model, form, 15)
-    expected = {unit["name"]: read(unit["name"], 15)[0].T @ read(unit["name"], 15)[1] for unit in rows}
+    expected = {unit["name"]: torch.mm(*sliced(unit["name"], 15)) for unit in rows}
     if form == "pivot":
-        renumber(find_mlps(model, find_linears(model, ["re:.*"])), expected, read, 15)
-    compress(model, rows, read, no_cut, {"variant": "test"})
+        renumber(find_mlps(model, find_linears(model, ["re:.*"])), expected, sliced, 15)
+    compress(model, rows, vectors_of(singles(model)), no_cut, {"variant": "test"})
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
     loaded = reloaded(model, tmp_path)
@@ -85,13 +91,13 @@ def test_full_rank_but_one_stays_close_and_the_reloaded_model_has_the_same_logit
 def test_a_group_stores_its_basis_once_and_is_the_slice_of_the_stack(form, tmp_path):
     model = tiny.llama()
     groups = find_groups(find_linears(model, ["q_proj", "gate_proj"]), 2, even_with_grouped_heads=True)
-    read = factors_of(groups)
+    sliced = slices_of(groups)
     expected = {}
     for group in groups:
-        left, right = read(group[0].name, 9)
-        parts = (left.T @ right).split(group[0].out_features)
+        left, right = sliced(group[0].name, 9)
+        parts = (left @ right).split(group[0].out_features)
         expected |= {member.name: part for member, part in zip(group, parts, strict=True)}
-    compress(model, [row(group, form, 9) for group in groups], read, no_cut, {})
+    compress(model, [row(group, form, 9) for group in groups], vectors_of(groups), no_cut, {})
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
     loaded = reloaded(model, tmp_path)
@@ -124,21 +130,22 @@ def test_an_mlp_that_lost_channels_is_really_smaller_and_keeps_its_biases(build,
         sizes = {"out_features": out_features, "in_features": in_features}
         rows.append(row((linear,), form, 12) | sizes)
 
-    def read(name, k):
-        return spectra[name].output_vectors[:k], spectra[name].input_vectors[:k]
+    def sliced(name, k):
+        return factors(weights[name], **spectra[name].rows(k))
 
+    slices = {name: sliced(name, 12) for name in weights}
     compress(
         model,
         rows,
-        read,
+        lambda name, k: spectra[name].rows(k),
         lambda name, channels: {"alive": cut.alive, "down": cut.down.float()},
         {},
     )
     loaded = reloaded(model, tmp_path)
     if form != "dense":
-        weights = {name: read(name, 12)[0].T @ read(name, 12)[1] for name in weights}
+        weights = {name: left @ right for name, (left, right) in slices.items()}
     if form == "pivot":
-        renumber([mlp], weights, read, 12, expected_bias)
+        renumber([mlp], weights, lambda name, _: slices[name], 12, expected_bias)
     for name, weight in weights.items():
         module = loaded.get_submodule(name)
         if form == "dense":
@@ -153,7 +160,7 @@ def test_an_mlp_that_lost_channels_is_really_smaller_and_keeps_its_biases(build,
 def test_nothing_to_compress_leaves_a_plain_model():
     model = tiny.llama()
     before = model(IDS).logits
-    assert compress(model, units(model, "dense", 16), factors_of(singles(model)), no_cut, {}) is model
+    assert compress(model, units(model, "dense", 16), vectors_of(singles(model)), no_cut, {}) is model
     assert torch.equal(model(IDS).logits, before)
     assert not hasattr(model.config, "quantization_config")
 
@@ -164,7 +171,7 @@ def test_a_unit_whose_pivot_coefficients_pass_the_limit_is_refused_by_name(monke
     model = tiny.llama()
     linear = find_linears(model, ["layers.0.self_attn.q_proj"])[0]
     with pytest.raises(UnsafePivotError, match=f"{linear.name}: pivot coefficients reach .* use storage 'factors'"):
-        compress(model, [row((linear,), "pivot", 2)], factors_of([(linear,)]), no_cut, {})
+        compress(model, [row((linear,), "pivot", 2)], vectors_of([(linear,)]), no_cut, {})
 
 
 def test_a_matrix_of_zeros_is_stored_as_one_row_of_zeros(tmp_path):
@@ -172,5 +179,5 @@ def test_a_matrix_of_zeros_is_stored_as_one_row_of_zeros(tmp_path):
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.zero_()
     zero = find_linears(model, ["layers.0.self_attn.q_proj"])
-    compress(model, [row(zero, "pivot", 1)], factors_of([tuple(zero)]), no_cut, {})
+    compress(model, [row(zero, "pivot", 1)], vectors_of([tuple(zero)]), no_cut, {})
     assert not reloaded(model, tmp_path).model.layers[0].self_attn.q_proj.dense_weight().any()

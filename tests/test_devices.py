@@ -11,7 +11,7 @@ from drank.channels import remove_channels
 from drank.covariance import SecondMoment
 from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
 from drank.pivot import pivot_rows
-from drank.spectrum import damped, whitened_spectrum
+from drank.spectrum import damped, factors, whitened_spectrum
 from drank.workflow.processes import ProcessError, process_group
 
 FORGOTTEN = [contextlib.nullcontext(), torch.device("meta")]
@@ -39,9 +39,10 @@ def weight(n_out, n_in):
 
 def test_spectra_and_pivot_rows():
     def run():
-        spectrum = whitened_spectrum(weight(12, 8), damped(positive(8), 1e-3), damped(positive(12), 1e-3))
-        yield from (spectrum.singular_values, spectrum.output_vectors, spectrum.input_vectors)
-        form = pivot_rows(spectrum.output_vectors[:5].T, spectrum.input_vectors[:5])
+        W = weight(12, 8)
+        spectrum = whitened_spectrum(W, damped(positive(8), 1e-3), damped(positive(12), 1e-3))
+        yield from (spectrum.singular_values, *spectrum.rows().values())
+        form = pivot_rows(*factors(W, **spectrum.rows(5)))
         yield from (form.kept, form.coefficients, form.order)
 
     both(run)

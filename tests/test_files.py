@@ -274,7 +274,7 @@ def test_a_folder_or_a_file_in_the_way_is_named_and_left(tmp_path, write, value)
     assert names(tmp_path) == ["file", "folder", "folder/inside"]
 
 
-@pytest.mark.parametrize("read", [read_json, read_tensors, lambda path: read_rows(path, ["a"], 1)])
+@pytest.mark.parametrize("read", [read_json, read_tensors, lambda path: read_rows(path, 1)])
 def test_a_folder_that_is_read_as_a_file_is_not_called_damaged(tmp_path, read):
     with pytest.raises(FileError, match="a folder is where a file should be"):
         read(tmp_path)

@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from drank.pivot import pivot_rows
+from drank.spectrum import factors
 from drank.workflow.files import read_json, read_rows, read_tensors
 from tests.conftest import REPOSITORY, run
 
@@ -94,9 +95,8 @@ def test_the_saved_model_is_the_allocated_slice_of_the_cached_factors(project):
     factored = [unit for unit in allocation["units"] if unit["form"] == "factors"]
     assert factored
     for unit in factored:
-        factors = project / "data/spectrum/input/factors" / f"{unit['name']}.safetensors"
-        left, right = read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
-        assert torch.equal(weights[f"{unit['name']}.weight"], left.T.bfloat16())
+        left, right = slice_of(project, "input", unit)
+        assert torch.equal(weights[f"{unit['name']}.weight"], left.bfloat16())
         assert torch.equal(weights[f"{unit['name']}.basis"], right.bfloat16())
 
 
@@ -106,9 +106,9 @@ def test_pivot_units_rebuild_the_slice_of_the_cached_factors(project):
     assert allocation["price"] <= allocation["budget"]
     pivots = [unit for unit in allocation["units"] if unit["form"] == "pivot"]
     assert pivots
-    slices = {unit["name"]: factors_of(project, unit) for unit in pivots}
+    slices = {unit["name"]: slice_of(project, "kfac", unit) for unit in pivots}
     orders = {  # an MLP's channels are numbered as its first pivot layer before the nonlinearity computes them
-        unit["name"].rpartition(".")[0]: pivot_rows(left.T, right).order.long()
+        unit["name"].rpartition(".")[0]: pivot_rows(left, right).order.long()
         for unit in reversed(pivots)
         for left, right in [slices[unit["name"]]]
         if unit["role"] in ("gate", "up")
@@ -116,16 +116,21 @@ def test_pivot_units_rebuild_the_slice_of_the_cached_factors(project):
     for unit in pivots:
         left, right = slices[unit["name"]]
         order = orders.get(unit["name"].rpartition(".")[0])
-        expected = left.T @ right
+        expected = left @ right
         if order is not None:
             expected = expected[:, order] if unit["role"] == "down" else expected[order]
         rebuilt = model.get_submodule(unit["name"]).dense_weight().float()
         assert torch.linalg.norm(rebuilt - expected) < 0.02 * torch.linalg.norm(expected)
 
 
-def factors_of(project, unit):
-    factors = project / "data/spectrum/kfac/factors" / f"{unit['factors']}.safetensors"
-    return read_rows(factors, ("output_vectors", "input_vectors"), unit["rank"])
+def slice_of(project, spectrum, unit):
+    folder = project / "data/spectrum" / spectrum
+    weight = read_tensors(project / "data/raw/model/model.safetensors")[f"{unit['name']}.weight"]
+    if weight.shape != (unit["out_features"], unit["in_features"]):
+        mlp, down = unit["name"].rpartition(".")[0], unit["role"] == "down"
+        cut = read_tensors(folder / f"cuts/{mlp}.{unit['in_features' if down else 'out_features']}.safetensors")
+        weight = cut["down"] if down else weight[cut["alive"]]
+    return factors(weight, **read_rows(folder / f"factors/{unit['factors']}.safetensors", unit["rank"]))
 
 
 def test_the_dense_variant_is_the_model_itself(project):

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.covariance import NotFiniteError
-from drank.spectrum import Metric, damped, effective_rank, square_root, whitened_spectrum
+from drank.spectrum import Metric, damped, effective_rank, factors, square_root, whitened_spectrum
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
 
 
-def rebuilt(spectrum, k=None):
-    return spectrum.output_vectors[:k].T.double() @ spectrum.input_vectors[:k].double()
+def rebuilt(W, spectrum, k=None):
+    left, right = factors(W, **spectrum.rows(k))
+    return left.double() @ right.double()
 
 
 def covariance(size, rank, seed=0):
@@ -34,9 +35,10 @@ def test_a_metric_keeps_its_root_for_the_next_weight(monkeypatch):
 
 
 def test_diagonal_case_by_hand():
-    spectrum = whitened_spectrum(torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([1.0, 16.0])))
+    W = torch.diag(torch.tensor([3.0, 1.0]))
+    spectrum = whitened_spectrum(W, torch.diag(torch.tensor([1.0, 16.0])))
     torch.testing.assert_close(spectrum.singular_values, torch.tensor([4.0, 3.0], dtype=torch.float64))
-    torch.testing.assert_close(rebuilt(spectrum, 1), torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(rebuilt(W, spectrum, 1), torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,7 +46,7 @@ def test_without_covariance_it_is_the_plain_svd(shape):
     W = torch.randn(shape)
     spectrum = whitened_spectrum(W)
     torch.testing.assert_close(spectrum.singular_values, torch.linalg.svdvals(W.double()), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(rebuilt(spectrum), W.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rebuilt(W, spectrum), W.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -62,7 +64,7 @@ def test_dropped_energy_is_the_error_in_the_metric_and_svd_cannot_do_better(n_ou
     H = covariance(n_in, rank, seed)
     spectrum = whitened_spectrum(W, H)
     k = data.draw(st.integers(0, len(spectrum.singular_values)))
-    D = W.double() - rebuilt(spectrum, k)
+    D = W.double() - rebuilt(W, spectrum, k)
     scale = float(torch.trace(W.double() @ H @ W.double().T))
     measured = float(torch.trace(D @ H @ D.T))
     assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
@@ -80,7 +82,7 @@ def test_with_an_output_metric_dropped_energy_is_the_two_sided_error(n_out, n_in
     found[: len(spectrum.singular_values)] = spectrum.singular_values
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6 * float(expected[0]))
     k = data.draw(st.integers(0, len(spectrum.singular_values)))
-    D = W.double() - rebuilt(spectrum, k)
+    D = W.double() - rebuilt(W, spectrum, k)
     scale = float(torch.trace(G @ W.double() @ H @ W.double().T))
     measured = float(torch.trace(G @ D @ H @ D.T))
     assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
@@ -90,7 +92,7 @@ def test_an_identity_output_metric_changes_nothing():
     W, H = torch.randn(5, 9), covariance(9, 30)
     plain, weighted = whitened_spectrum(W, H), whitened_spectrum(W, H, torch.eye(5))
     torch.testing.assert_close(plain.singular_values, weighted.singular_values)
-    torch.testing.assert_close(rebuilt(plain, 3), rebuilt(weighted, 3))
+    torch.testing.assert_close(rebuilt(W, plain, 3), rebuilt(W, weighted, 3))
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal():
@@ -105,8 +107,8 @@ def test_singular_covariances_are_harmless(shape, rank):
     spectrum = whitened_spectrum(W, H)
     assert len(spectrum.singular_values) == max(1, rank)
     assert spectrum.n_discarded == 4 - max(1, rank)
-    assert all(torch.isfinite(t).all() for t in (spectrum.output_vectors, spectrum.input_vectors))
-    D = W.double() - rebuilt(spectrum)
+    assert all(torch.isfinite(t).all() for t in spectrum.rows().values())
+    D = W.double() - rebuilt(W, spectrum)
     assert float(torch.trace(D @ H.double() @ D.T)) == pytest.approx(0, abs=1e-5)
 
 
@@ -116,19 +118,35 @@ def test_badly_scaled_covariances_keep_the_error_theorem(condition):
     Q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     H = Q @ torch.diag(torch.logspace(0, -math.log10(condition), 8, dtype=torch.float64)) @ Q.T
     spectrum = whitened_spectrum(W, H)
-    D = W.double() - rebuilt(spectrum, 2)
+    D = W.double() - rebuilt(W, spectrum, 2)
     assert float(torch.trace(D @ H @ D.T)) == pytest.approx(float((spectrum.singular_values[2:] ** 2).sum()), rel=1e-4)
 
 
 def test_a_zero_matrix_keeps_one_zero_component():
-    spectrum = whitened_spectrum(torch.zeros(3, 5), torch.eye(5))
+    W = torch.zeros(3, 5)
+    spectrum = whitened_spectrum(W, torch.eye(5))
     assert spectrum.singular_values.tolist() == [0.0]
-    assert not rebuilt(spectrum).any()
+    assert not rebuilt(W, spectrum).any()
 
 
 def test_both_factors_of_a_component_have_the_same_norm():
-    spectrum = whitened_spectrum(torch.randn(7, 5), covariance(5, 20))
-    torch.testing.assert_close(spectrum.output_vectors.norm(dim=1), spectrum.input_vectors.norm(dim=1))
+    for shape in ((7, 5), (5, 7)):
+        W = torch.randn(shape)
+        left, right = factors(W, **whitened_spectrum(W, covariance(shape[1], 20)).rows())
+        torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("metrics", ["none", "input", "output", "both"])
+def test_only_the_smaller_side_is_stored_and_duals_only_where_they_differ(shape, metrics):
+    H = covariance(shape[1], 50) if metrics in ("input", "both") else None
+    G = covariance(shape[0], 50, seed=1) if metrics in ("output", "both") else None
+    spectrum = whitened_spectrum(torch.randn(shape), H, G)
+    near = G if shape[0] <= shape[1] else H
+    assert spectrum.vectors.shape == (len(spectrum.singular_values), min(shape))
+    assert (spectrum.duals is None) == (near is None)
+    duals = spectrum.vectors if spectrum.duals is None else spectrum.duals
+    torch.testing.assert_close(spectrum.vectors @ duals.T, torch.eye(len(duals)), rtol=0, atol=1e-4)
 
 
 def test_square_root_squares_back():

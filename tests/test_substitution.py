@@ -6,6 +6,7 @@ import torch
 from drank.language_model.linears import find_linears
 from drank.language_model.substitution import measure_sensitivity
 from drank.perplexity import NotFiniteLossError, token_perplexity
+from drank.spectrum import whitened_spectrum
 from tests import tiny
 
 RATIOS = [0.3, 0.8]
@@ -18,13 +19,8 @@ def windows():
 
 def svd(linears):
     """A reader of plain truncated SVD, from the weights as they are now."""
-    parts = {linear.name: torch.linalg.svd(linear.weight.detach().float(), full_matrices=False) for linear in linears}
-
-    def read(name, rank):
-        U, S, Vh = parts[name]
-        return (U * S).T[:rank].contiguous(), Vh[:rank]
-
-    return read
+    spectra = {linear.name: whitened_spectrum(linear.weight.detach().float()) for linear in linears}
+    return lambda name, rank: spectra[name].rows(rank)
 
 
 def rank_of(linears):
@@ -49,11 +45,12 @@ def test_a_score_is_the_perplexity_with_that_weight_alone_replaced(build, window
     scores = measure_sensitivity(model, linears, read, windows, RATIOS, 2, rank)
     assert unchanged(model, before)
     for linear in linears:
-        left, right = read(linear.name, rank(linear.name, 0.3))
         by_hand = build()
         with torch.no_grad():
             target = next(x for x in find_linears(by_hand, ["re:.*"]) if x.name == linear.name)
-            target.weight.copy_(left.T @ right)
+            U, S, Vh = torch.linalg.svd(target.weight, full_matrices=False)
+            k = rank(linear.name, 0.3)
+            target.weight.copy_((U[:, :k] * S[:k]) @ Vh[:k])
         assert scores[linear.name][0.3] == pytest.approx(token_perplexity(by_hand, windows, 2)[0], rel=1e-6)
     assert list(scores) == [linear.name for linear in linears]
     assert all(list(row) == RATIOS for row in scores.values())
@@ -109,7 +106,7 @@ def test_a_broken_product_names_the_linear_and_the_weight_comes_back(windows):
     before = state(model)
 
     def broken(name, rank):
-        return torch.full((rank, 32), torch.nan), torch.ones(rank, 64)
+        return {"vectors": torch.full((rank, 32), torch.nan)}
 
     with pytest.raises(NotFiniteLossError, match=r"layers\.0\.mlp\.down_proj at ratio 0.3 \(rank 9\): window 0"):
         measure_sensitivity(model, linears, broken, windows, RATIOS, 4, rank_of(linears))

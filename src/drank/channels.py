@@ -51,25 +51,25 @@ def remove_channels(
         ValueError: ``kept`` does not fall, or leaves 1 ... n.
         torch.linalg.LinAlgError: the input metric is singular; give it damping.
     """
-    n = down.shape[1]
+    n, out = down.shape[1], len(down)
     if any(not 1 <= m <= n for m in kept) or any(a <= b for a, b in pairwise(kept)):
         raise ValueError(f"channels kept must fall from at most {n} to at least 1; got {list(kept)}")
     # The correction acts from the right, so W and G^½ W take it together; the second has the costs.
     W = torch.cat([down.double(), square_root(output_metric) @ down.double()])
-    out = len(down)
     inverse = torch.linalg.inv(input_metric.double())
-    alive, loss, cuts = torch.arange(n, device=down.device), 0.0, []
+    alive = torch.ones(n, dtype=torch.bool, device=down.device)
+    n_alive, loss, cuts = n, 0.0, []
     for m in kept:
-        while len(alive) > m:
-            costs = (W[out:] ** 2).sum(0) / inverse.diagonal()
-            removed = costs.argsort()[: min(at_once, len(alive) - m)]
-            stays = torch.ones_like(alive, dtype=torch.bool)
-            stays[removed] = False
+        while n_alive > m:
+            costs = ((W[out:] ** 2).sum(0) / inverse.diagonal()).masked_fill(~alive, torch.inf)
+            removed = costs.argsort()[: min(at_once, n_alive - m)]
             block = torch.linalg.inv(inverse[removed][:, removed])
             loss += float(((W[out:, removed] @ block) * W[out:, removed]).sum())
-            step = block @ inverse[removed][:, stays]
-            W = W[:, stays] - W[:, removed] @ step
-            inverse = inverse[stays][:, stays] - inverse[stays][:, removed] @ step
-            alive = alive[stays]
-        cuts.append(Cut(alive, W[:out].clone(), loss))
+            # In place and with the removed channels, whose entries become zero: copies of the rest would cost more.
+            step = block @ inverse[removed]
+            torch.addmm(W, W[:, removed], step, alpha=-1, out=W)
+            torch.addmm(inverse, inverse[:, removed], step, alpha=-1, out=inverse)
+            alive[removed] = False
+            n_alive -= len(removed)
+        cuts.append(Cut(alive.nonzero()[:, 0], W[:out, alive], loss))
     return cuts

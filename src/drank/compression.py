@@ -12,6 +12,7 @@ from drank.language_model.modules import places
 from drank.language_model.plugin import attach, swap_modules
 from drank.language_model.stored import Stored, Tensors
 from drank.pivot import PivotForm, pivot_rows, split_group
+from drank.spectrum import factors
 
 # Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 10. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
@@ -26,7 +27,7 @@ class UnsafePivotError(ValueError):
 def compress(
     model: nn.Module,
     units: Iterable[Mapping[str, Any]],
-    read_factors: Callable[[str, int], tuple[Tensor, ...]],
+    read_vectors: Callable[[str, int], Tensors],
     read_cut: Callable[[str, int], Tensors],
     provenance: Mapping[str, Any],
 ) -> nn.Module:
@@ -34,7 +35,8 @@ def compress(
 
     Args:
         units: rows of an allocation: name, members, factors, role, form, rank, out_features, in_features.
-        read_factors: (file, k) -> output vectors (k, out) and input vectors (k, in) of the rank-k slice.
+        read_vectors: (file, k) -> the first k rows of what a :class:`drank.spectrum.Spectrum` has of the unit,
+            ``vectors`` and ``duals``, the latter only where they differ.
         read_cut: (MLP, channels) -> ``alive``, the channels kept, and ``down``, the corrected matrix that reads them.
         provenance: goes to config.json under ``quantization_config.provenance``.
 
@@ -43,7 +45,7 @@ def compress(
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
-    stored = [module for unit in units for module in _stored(model, unit, read_factors, read_cut)]
+    stored = [module for unit in units for module in _stored(model, unit, read_vectors, read_cut)]
     if not stored:
         return model
     stored = fold_channel_order(model, stored)
@@ -60,7 +62,7 @@ def compress(
 def _stored(
     model: nn.Module,
     unit: Mapping[str, Any],
-    read_factors: Callable[[str, int], tuple[Tensor, ...]],
+    read_vectors: Callable[[str, int], Tensors],
     read_cut: Callable[[str, int], Tensors],
 ) -> Iterator[Stored]:
     members, form = unit["members"], unit["form"]
@@ -71,17 +73,18 @@ def _stored(
         if removed:
             yield Stored(members[0], {"form": form, **sizes}, removed)
         return
-    left, right = read_factors(unit["factors"], unit["rank"])
+    weight = removed["weight"] if removed else torch.cat([_weight(module) for module in modules])
+    left, right = factors(weight, **read_vectors(unit["factors"], unit["rank"]))
     spec = {"form": form, "rank": unit["rank"], **sizes}
     bias = {key: tensor for key, tensor in removed.items() if key == "bias"}
     if form == "factors":
-        for name, rows in zip(members, left.T.chunk(len(members)), strict=True):
+        for name, rows in zip(members, left.chunk(len(members)), strict=True):
             shared = {"basis": members[0]} if len(members) > 1 else {}
             yield Stored(name, spec | shared, {"weight": rows, "basis": right} | bias)
         return
     if not left.any():
         left = torch.eye(*left.shape, dtype=left.dtype)  # a matrix of zeros: one row is as good as another
-    pivot = _safe(members[0], pivot_rows(left.T, right))
+    pivot = _safe(members[0], pivot_rows(left, right))
     if len(members) == 1:
         tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}
         yield Stored(members[0], spec, tensors | bias)
@@ -94,7 +97,7 @@ def _stored(
 
 def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[str, int], Tensors]) -> Tensors:
     """Weight, and bias if any, of an MLP's matrix after the removal of channels; nothing where none was removed."""
-    weight = module.weight.T if is_conv1d(module) else module.weight
+    weight = _weight(module)
     if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
         return {}
     down = unit["role"] == "down"
@@ -103,6 +106,11 @@ def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[
     if module.bias is not None and not down:
         tensors["bias"] = module.bias[cut["alive"]]
     return tensors
+
+
+def _weight(module: Any) -> Tensor:
+    """(out, in); transformers' Conv1D stores the transpose."""
+    return module.weight.T if is_conv1d(module) else module.weight
 
 
 def _safe(name: str, form: PivotForm) -> PivotForm:

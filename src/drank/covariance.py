@@ -35,13 +35,13 @@ class SecondMoment:
 
     Attributes:
         total: (d, d) float32, Σ x xᵀ on and above the diagonal; below it there is nothing to rely on.
-        magnitude: (d,) float64, Σ |x|.
+        magnitude: (d,) float64, Σ |x|; None where nobody asked for it.
         n_tokens: n.
     """
 
-    def __init__(self, size: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, size: int, device: torch.device | str | None = None, magnitudes: bool = True) -> None:
         self.total = torch.zeros(size, size, device=device)
-        self.magnitude = torch.zeros(size, dtype=torch.float64, device=device)
+        self.magnitude = torch.zeros(size, dtype=torch.float64, device=device) if magnitudes else None
         self.n_tokens = 0
 
     def add(self, x: Float[Tensor, "tokens size"]) -> None:
@@ -50,7 +50,8 @@ class SecondMoment:
         with _products_in_bfloat16() if x.dtype == torch.bfloat16 else nullcontext():
             for i in range(0, len(self.total), PANEL):
                 self.total[i : i + PANEL, i:].addmm_(rows[:, i : i + PANEL].T, rows[:, i:])
-        self.magnitude += rows.abs().sum(0)
+        if self.magnitude is not None:
+            self.magnitude += torch.linalg.vector_norm(rows, 1, 0)
         self.n_tokens += len(rows)
 
     def mean(self) -> Float[Tensor, "size size"]:
@@ -76,7 +77,13 @@ class SecondMoment:
         return H
 
     def mean_magnitude(self) -> Float[Tensor, " size"]:
-        """E|x_i|, float64: the activation magnitude by which ASVD scales channels."""
+        """E|x_i|, float64: the activation magnitude by which ASVD scales channels.
+
+        Raises:
+            ValueError: magnitudes were not asked for.
+        """
+        if self.magnitude is None:
+            raise ValueError("magnitudes were not collected: ask for them when the sum is made")
         return self.magnitude / self.n_tokens
 
 

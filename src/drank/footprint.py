@@ -97,9 +97,9 @@ def output_sides(shape: Shape) -> list[int]:
     return [out for out, _ in shape.linears.values()]
 
 
-def moments(sides: Sequence[int]) -> int:
-    """Running sums: d² float32 of products and d float64 of magnitudes each."""
-    return sum(4 * d**2 + 8 * d for d in sides)
+def moments(sides: Sequence[int], magnitudes: bool) -> int:
+    """Running sums: d² float32 of products each and, of inputs, d float64 of magnitudes."""
+    return sum(4 * d**2 + 8 * d * magnitudes for d in sides)
 
 
 def writing(sides: Sequence[int]) -> int:
@@ -108,10 +108,9 @@ def writing(sides: Sequence[int]) -> int:
 
 
 def forward_peak(shape: Shape, tokens: int) -> int:
-    """Of a block's forward pass, largest where the input of down is watched: (4 d + 10 m) bytes a token with d the
-    hidden and m the MLP's size. The residual stream is there twice; that input is there in bfloat16, in float32 and as
-    absolute values."""
-    return tokens * (4 * shape.hidden + 10 * shape.mlp)
+    """Of a block's forward pass, about (8 d + 6 m) bytes a token with d the hidden and m the MLP's size: an input of
+    the MLP is there in bfloat16 and in float32 while it is watched, or three of its activations are there in bfloat16."""
+    return tokens * (8 * shape.hidden + 6 * shape.mlp)
 
 
 def graph(shape: Shape, tokens: int) -> int:
@@ -124,8 +123,8 @@ def graph(shape: Shape, tokens: int) -> int:
 
 def backward_peak(shape: Shape, tokens: int) -> int:
     """Of a block's backward pass, its graph included: largest where up's gradient is watched, after two of the MLP's
-    activations were freed: 8 m + 6 d bytes a token more than the graph."""
-    return graph(shape, tokens) + tokens * (8 * shape.mlp + 6 * shape.hidden)
+    activations were freed: 6 m + 6 d bytes a token more than the graph."""
+    return graph(shape, tokens) + 6 * tokens * (shape.mlp + shape.hidden)
 
 
 def head_peak(shape: Shape, tokens: int) -> int:
@@ -150,7 +149,7 @@ def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[st
         others = (shape.n_layers - 1) * graph(shape, setting.batch)
         head = graph(shape, setting.batch) + head_peak(shape, setting.batch)
         passes = others + max(forward, backward, head)
-    sums = [moments(inputs), moments(gradients)]
+    sums = [moments(inputs, magnitudes=True), moments(gradients, magnitudes=False)]
     return {
         "weights": 2 * (n_blocks * block_parameters(shape) + end_parameters(shape)),
         "covariances": n_blocks * (max(sums) if offload else sum(sums)),
@@ -184,9 +183,9 @@ def hidden_states(shape: Shape, setting: Setting, kfac: bool) -> int:
     return (blocks * setting.tokens + setting.batch) * shape.hidden * 2
 
 
-def factors(out: int, n: int) -> int:
-    """float32 vectors of both sides at full rank."""
-    return 4 * (out + n) * min(out, n)
+def vectors(out: int, n: int, kfac: bool) -> int:
+    """float32 vectors of the smaller side at full rank, and as many duals where that side has a metric."""
+    return 4 * min(out, n) ** 2 * (2 if kfac or out > n else 1)
 
 
 def cut_sizes(shape: Shape, setting: Setting) -> list[int]:
@@ -213,13 +212,17 @@ def grouped_units(shape: Shape, layers: int) -> Iterator[tuple[int, int]]:
 
 
 def spectrum_files(shape: Shape, setting: Setting, blocks: bool, layers: int = 1) -> int:
-    """Factors, singular values (float64), and for every cut the corrected down (float32) and the channels (int64)."""
+    """Vectors, singular values (float64), and for every cut the corrected down (float32) and the channels (int64).
+
+    As blocks in the metric of inputs and gradients, else in that of inputs.
+    """
     units = list(spectrum_units(shape, setting, blocks)) * shape.n_layers
     if layers > 1:
         units = list(grouped_units(shape, layers))
-    total = sum(factors(*unit) + 8 * min(unit) for unit in units)
+    total = sum(vectors(*unit, blocks) + 8 * min(unit) for unit in units)
     if blocks:
-        total += shape.n_layers * sum(4 * shape.hidden * m + 8 * m for m in cut_sizes(shape, setting))
+        cut = [m for m in cut_sizes(shape, setting) if m < shape.mlp]
+        total += shape.n_layers * sum(4 * shape.hidden * m + 8 * m for m in cut)
     return total
 
 
@@ -254,11 +257,11 @@ def covariance_flops(shape: Shape, setting: Setting, kfac: bool, offload: bool) 
 
 
 def channel_flops(shape: Shape, setting: Setting) -> float:
-    """Of removing channels from a layer's MLP: the inverse of H (2 m³), the root of G, and downdates of H⁻¹ and of
-    [W; G^½ W], where removing the channels from m to m' takes 2/3 (m³ - m'³) and 2 · hidden · (m² - m'²)."""
+    """FLOPs of removing channels from a layer's MLP: the inverse of H (2 m³), the root of G, and downdates of all of
+    H⁻¹ and of [W; G^½ W], which take 2 m² and 4 · hidden · m for every channel removed."""
     m, least, d = shape.mlp, min(cut_sizes(shape, setting)), shape.hidden
     root = (EIGH + 2) * d**3 + 2 * d * d * m
-    return float(2 * m**3 + root + 2 / 3 * (m**3 - least**3) + 2 * d * (m**2 - least**2))
+    return float(2 * m**3 + root + (m - least) * (2 * m**2 + 4 * d * m))
 
 
 def spectrum_flops(out: int, n: int, kfac: bool) -> float:

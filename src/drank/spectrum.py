@@ -1,6 +1,6 @@
-r"""Whitened spectra and the factors that slicing needs. Knows tensors only: no files, no models.
+r"""Whitened spectra and the vectors that slicing needs. Knows tensors only: no files, no models.
 
-With y = W x, H = E[x xᵀ] and G = E[g gᵀ], the loss of replacing W by W - D is \|G^½ D H^½\|_F^2 (half of it in nats a
+With y = W x, H = E[x xᵀ] and G = E[g gᵀ], the loss of replacing W by W - D is \|G^½ D H^½\|_F^2 (half of it in nats per
 token, where g is the gradient of the summed token loss). Hence
 Z = G^½ W H^½ = U S Vᵀ, and keeping k components costs Σ_{i>k} s_i² (Eckart-Young). See docs/method.md.
 """
@@ -20,21 +20,47 @@ NOISE = 1e-13
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of Z and rank-one components of W in the same order.
+    """Singular values of Z, and vectors on the smaller side of W that turn W into its best rank-k approximation.
 
-    W_k = output_vectors[:k].T @ input_vectors[:k] is the best rank-k approximation in the metric.
+    W_k = duals[:k].T @ vectors[:k] @ W where out <= in, and W @ vectors[:k].T @ duals[:k] elsewhere: a projection on k
+    dimensions, oblique unless the metric of that side is the identity. The factor of the larger side is one product
+    with W away (:func:`factors`), so nobody stores it.
 
     Attributes:
         singular_values: (r,) float64, descending, r <= min(out, in); the unit is that of the metric.
-        output_vectors: (r, out) float32.
-        input_vectors: (r, in) float32; rows i of both have the same norm.
+        vectors: (r, d) float32 with d = min(out, in); G^½ u_i where out <= in, elsewhere H^½ v_i.
+        duals: (r, d) float32, G^-½ u_i or H^-½ v_i on their range, so vectors @ duals.T is the identity. None where
+            the metric of that side is the identity: they are the vectors.
         n_discarded: directions of Z dropped as numerically zero; min(out, in) - r.
     """
 
     singular_values: Float[Tensor, " r"]
-    output_vectors: Float[Tensor, "r out"]
-    input_vectors: Float[Tensor, "r in"]
+    vectors: Float[Tensor, "r d"]
+    duals: Float[Tensor, "r d"] | None
     n_discarded: int
+
+    def rows(self, k: int | None = None) -> dict[str, Tensor]:
+        """The first k rows of ``vectors``, and of ``duals`` where they differ, by name; all rows, if k is None."""
+        return {"vectors": self.vectors[:k]} | ({} if self.duals is None else {"duals": self.duals[:k]})
+
+
+def factors(
+    weight: Float[Tensor, "out in"], vectors: Float[Tensor, "k d"], duals: Float[Tensor, "k d"] | None = None
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    """The best rank-k approximation of a weight as left @ right, from the first k rows of a spectrum's vectors; float32.
+
+    Column i of left and row i of right have the same norm, so that neither loses more than the other when both are
+    rounded to the dtype of a model.
+
+    Args:
+        weight: the W that the spectrum is of.
+        duals: None as in :class:`Spectrum`.
+    """
+    W, near, dual = weight.float(), vectors.float(), (vectors if duals is None else duals).float()
+    left, right = (dual.T, near @ W) if len(W) <= W.shape[1] else (W @ near.T, dual)
+    tiny = torch.finfo(torch.float32).tiny
+    scale = ((right.norm(dim=1) + tiny) / (left.norm(dim=0) + tiny)).sqrt()
+    return left * scale, right / scale[:, None]
 
 
 def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -70,10 +96,10 @@ def whitened_spectrum(
     input_metric: Metric | Float[Tensor, "in in"] | None = None,
     output_metric: Metric | Float[Tensor, "out out"] | None = None,
 ) -> Spectrum:
-    r"""Spectrum of Z = G^½ W H^½ and the components of W, without inverse or Cholesky, so any H and G will do.
+    r"""Spectrum of Z = G^½ W H^½ and vectors of W's smaller side, without inverse or Cholesky, so any H and G will do.
 
-    With Z Zᵀ = U S² Uᵀ (out, out) and c_i = G^½ u_i, component i of W is (W H Wᵀ c_i) (c_iᵀ W) / s_i². With
-    Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i, it is (W a_i) (a_iᵀ Wᵀ G W) / s_i². The smaller of the two eigenproblems
+    With Z Zᵀ = U S² Uᵀ (out, out) and c_i = G^½ u_i, component i of W is (W H Wᵀ c_i / s_i²) (c_iᵀ W). With
+    Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i, it is (W a_i) (a_iᵀ Wᵀ G W / s_i²). The smaller of the two eigenproblems
     is solved, in float64: squaring Z loses singular values below 1e-8 of the largest, which cost less than 1e-16 of the
     total. H or G = None is the identity (both: plain SVD); a :class:`Metric` keeps its root for the next weight.
 
@@ -82,32 +108,19 @@ def whitened_spectrum(
     """
     W = _finite(weight, "weight").double()
     H, G = _metric(input_metric, "input metric"), _metric(output_metric, "output metric")
-    if len(W) <= W.shape[1]:
-        energies, right, left = _components(W.T, G, H)
-    else:
-        energies, left, right = _components(W, H, G)
+    near, far, W = (G, H, W.T) if len(W) <= W.shape[1] else (H, G, W)  # columns are on the smaller side from here on
+    gram = W.T @ (W if far is None else far.covariance @ W)
+    energies, V = _descending_eigh(gram if near is None else near.root @ gram @ near.root)
     kept = max(1, int((energies > NOISE * energies[0]).sum()))  # a zero matrix keeps one zero component
-    left, right = left[:kept], right[:kept]
-    tiny = torch.finfo(torch.float64).tiny
-    scale = ((right.norm(dim=1) + tiny) / (left.norm(dim=1) + tiny)).sqrt()[:, None]
+    energies, V = energies[:kept], V[:, :kept]
+    vectors = V if near is None else near.root @ V
+    duals = None if near is None else gram @ vectors / energies.clamp_min(torch.finfo(torch.float64).tiny)
     return Spectrum(
-        singular_values=energies[:kept].sqrt(),
-        output_vectors=(left * scale).float().contiguous(),
-        input_vectors=(right / scale).float().contiguous(),
+        singular_values=energies.sqrt(),
+        vectors=vectors.T.float().contiguous(),
+        duals=None if duals is None else duals.T.float().contiguous(),
         n_discarded=min(W.shape) - kept,
     )
-
-
-def _components(W: Tensor, near: Metric | None, far: Metric | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies, and the vectors of both sides as rows, from the eigenproblem on the side of W's columns.
-
-    near is the metric of the columns' side, far that of the rows'.
-    """
-    gram = W.T @ (W if far is None else far.covariance @ W)
-    root = None if near is None else near.root
-    energies, V = _descending_eigh(gram if root is None else root @ gram @ root)
-    a = V if root is None else root @ V
-    return energies, (W @ a).T, (gram @ a / energies.clamp_min(torch.finfo(torch.float64).tiny)).T
 
 
 def effective_rank(singular_values: Float[Tensor, " k"]) -> float:

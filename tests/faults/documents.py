@@ -200,7 +200,7 @@ class Tries:
         data = self.weights[8 + size :][begin : draw.choice([end, end, end, begin, begin + 64, None])]
         path.write_bytes(struct.pack("<Q", length) + changed + data)
         read_tensors(path)
-        read_rows(path, (name,), 1)
+        read_rows(path, 1)
 
     def config(self, draw: random.Random) -> None:
         """``quantization_config`` with every form, and its modules put into a model."""

@@ -57,15 +57,30 @@ def _removed_afterwards(handles: list[RemovableHandle]) -> Iterator[None]:
 
 
 class Batch(NamedTuple):
-    """Token windows that pass together: ids (n, length), the first of which is window number ``first`` of all."""
+    """Token windows that pass together: ids (n, length), the first of which is window number ``first`` of all.
+
+    ``backward`` tells whether gradients flow back from them too, where gradients are asked for.
+    """
 
     first: int
     ids: Tensor
+    backward: bool = True
 
 
-def split_windows(windows: Tensor, batch_windows: int, part: slice = slice(None)) -> list[Batch]:
-    """Windows (n, length) in batches; ``part`` takes some: ``slice(rank, None, n_ranks)`` is the share of a process."""
-    return [Batch(i * batch_windows, ids) for i, ids in enumerate(windows.split(batch_windows))][part]
+def split_windows(
+    windows: Tensor, batch_windows: int, part: slice = slice(None), n_backward: int | None = None
+) -> list[Batch]:
+    """Windows (n, length) in batches, the first ``n_backward`` of them (all, where None) with a backward pass.
+
+    ``part`` takes some batches: ``slice(rank, None, n_ranks)`` is the share of a process.
+    """
+    n_backward = len(windows) if n_backward is None else n_backward
+    batches, first = [], 0
+    for some, backward in ((windows[:n_backward], True), (windows[n_backward:], False)):
+        for ids in some.split(batch_windows) if len(some) else ():
+            batches.append(Batch(first, ids, backward))
+            first += len(ids)
+    return batches[part]
 
 
 @torch.inference_mode()
@@ -80,16 +95,26 @@ def run_windows(model: nn.Module, windows: Tensor, batch_windows: int, part: sli
 
 
 def run_backward(
-    model: nn.Module, windows: Tensor, batch_windows: int, fisher: str, seed: int = 0, part: slice = slice(None)
+    model: nn.Module,
+    windows: Tensor,
+    batch_windows: int,
+    fisher: str,
+    seed: int = 0,
+    part: slice = slice(None),
+    n_backward: int | None = None,
 ) -> Iterator[int]:
     """Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
 
     Gradients flow from the embeddings' output on; no weight needs one, which saves a third of the backward pass.
-    ``fisher`` and ``seed`` are those of :func:`send_back`.
+    Windows behind the first ``n_backward`` pass forwards only. ``fisher`` and ``seed`` are those of :func:`send_back`.
     """
     model.requires_grad_(False)
-    for batch in split_windows(windows, batch_windows, part):
-        send_back(run_from_embeddings(model, batch.ids).logits, batch, fisher, seed)
+    for batch in split_windows(windows, batch_windows, part, n_backward):
+        if batch.backward:
+            send_back(run_from_embeddings(model, batch.ids).logits, batch, fisher, seed)
+        else:
+            with torch.inference_mode():
+                run_decoder(model, batch.ids)
         yield len(batch.ids)
 
 
@@ -122,17 +147,19 @@ def send_back(logits: Tensor, batch: Batch, fisher: str, seed: int = 0) -> None:
         seed: of the draws. Each window has its own generator, from the seed and its number, so draws depend neither
             on the batching nor on which process has the window.
     """
-    logits = logits[:, :-1].float()
+    logits = logits.float()
     gradient = logits.detach().softmax(-1)
-    for index, p in enumerate(gradient):
+    for index, window in enumerate(gradient):
+        p = window[:-1]
         generator = _generator(seed, batch.first + index, p.device)
         if fisher == "gaussian":
             noise = torch.randn(p.shape, generator=generator, device=p.device).mul_(p.sqrt())
             p.mul_(-noise.sum(-1, keepdim=True)).add_(noise)
         else:
-            scores = logits[index].detach()
+            scores = logits[index, :-1].detach()
             labels = batch.ids[index, 1:].to(p.device) if fisher == "empirical" else _draw(scores, generator)
             p.scatter_add_(-1, labels[:, None], p.new_full((len(p), 1), -1.0))
+    gradient[:, -1] = 0  # nothing to cut off, whose backward would copy the logits
     logits.backward(gradient)
 
 

@@ -86,12 +86,12 @@ def offloaded_sweeps(
             before = f"{i - 1}-{batch.first}"
             with torch.no_grad():
                 store[f"{i}-{batch.first}"] = stack.run(i, batch, store[before].to(batch.ids.device) if i else None)
-            if i and fisher == "none":
+            if i and (fisher == "none" or not batch.backward):
                 del store[before]
             yield len(batch.ids)
 
     def backward(i: int) -> Iterator[int]:
-        for batch in batches:
+        for batch in (batch for batch in batches if batch.backward):
             before, gradient = f"{i - 1}-{batch.first}", f"gradient-{batch.first}"
             entering = store[before].to(batch.ids.device).requires_grad_(True) if i else None
             with torch.enable_grad():

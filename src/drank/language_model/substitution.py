@@ -1,10 +1,10 @@
 """How much worse does a model get when one of its linears is truncated? ASVD's measurement (arXiv:2312.05821).
 
 Each linear is taken by itself: its rank-k product stands in for the weight, the model reads a few windows, and the
-weight is put back bit for bit. Knows a loaded model and a way to read factors; nothing of files or allocations.
+weight is put back bit for bit. Knows a loaded model and a way to read vectors; nothing of files or allocations.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from drank.language_model.linears import Linear
 from drank.perplexity import NotFiniteLossError, token_perplexity
+from drank.spectrum import factors
 
 
 @torch.no_grad()
 def measure_sensitivity(
     model: nn.Module,
     linears: Sequence[Linear],
-    read_factors: Callable[[str, int], tuple[Tensor, ...]],
+    read_vectors: Callable[[str, int], Mapping[str, Tensor]],
     windows: Int64[Tensor, "n_windows window_length"],
     ratios: Sequence[float],
     batch_windows: int,
@@ -28,14 +29,14 @@ def measure_sensitivity(
 ) -> dict[str, dict[float, float]]:
     r"""Perplexity over the windows with one linear truncated, by the linear's name and by ratio.
 
-    .. math:: W_k = \sum_{i \le k} \mathrm{output}_i \, \mathrm{input}_i^\top, \qquad
-        k = \mathrm{menu\_rank}(\mathrm{name}, \mathrm{ratio})
+    .. math:: W_k = \mathrm{left}_k \, \mathrm{right}_k, \qquad k = \mathrm{menu\_rank}(\mathrm{name}, \mathrm{ratio})
 
     The product is formed in float32 and rounded to the weight's dtype. The cost is len(linears) * len(ratios) passes
     over the windows.
 
     Args:
-        read_factors: (name, k) -> output vectors (k, out) and input vectors (k, in) of the rank-k slice.
+        read_vectors: (name, k) -> the first k rows of what a :class:`drank.spectrum.Spectrum` has of the linear,
+            ``vectors`` and ``duals``, the latter only where they differ.
         ratios: shares of a linear's parameters that are kept.
         menu_rank: (name, ratio) -> rank; None where no rank is offered, and the pair is left out.
         progress: wraps the linears (tqdm).
@@ -47,10 +48,11 @@ def measure_sensitivity(
     for linear in progress(linears):
         ranks = {ratio: rank for ratio in ratios if (rank := menu_rank(linear.name, ratio)) is not None}
         scores[linear.name] = {}
-        with _restored(linear.weight.detach()) as weight:
+        with _restored(linear.weight.detach()) as (weight, own):
             for ratio, rank in ranks.items():
-                output_vectors, input_vectors = (f.to(weight.device).float() for f in read_factors(linear.name, rank))
-                weight.copy_(output_vectors.T @ input_vectors)
+                vectors = {key: rows.to(own.device) for key, rows in read_vectors(linear.name, rank).items()}
+                left, right = factors(own, **vectors)
+                weight.copy_(left @ right)
                 try:
                     scores[linear.name][ratio], _ = token_perplexity(model, windows, batch_windows)
                 except NotFiniteLossError as error:
@@ -59,10 +61,10 @@ def measure_sensitivity(
 
 
 @contextmanager
-def _restored(weight: Tensor) -> Iterator[Tensor]:
-    """The weight, to be overwritten in place; afterwards it has its own bits again, whatever happened."""
+def _restored(weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weight, to be overwritten in place, and a copy; afterwards it has its own bits again, whatever happened."""
     own = weight.clone()
     try:
-        yield weight
+        yield weight, own
     finally:
         weight.copy_(own)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from drank.workflow.refusals import FileError, check_access, refusals
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 FILE_MODE = 0o644  # safetensors leaves 0600, which a colleague, or a cache shared by a group, cannot read
@@ -100,39 +101,52 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
     Raises:
         FileError: the file is missing, truncated, not safetensors, or the system refuses to read it.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    with _safetensors(path):
+        return load_file(path)
+
+
+def read_arrays(path: Path) -> dict[str, "ndarray"]:
+    """Read all tensors of a safetensors file as NumPy has them, for stages that can do without the seconds of torch.
+
+    Raises:
+        FileError: as ``read_tensors``.
+    """
+    from safetensors.numpy import load_file
+
+    with _safetensors(path):
+        return load_file(path)
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[None]:
+    """What goes wrong while a safetensors file is read in the block, as an error of the user."""
+    from safetensors import SafetensorError
 
     try:
         check_access(path)
-        return load_file(path)
+        yield
     except FileNotFoundError:
         raise FileError(_missing(path)) from None
     except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is cut while it is read
         raise FileError(f"{path}: damaged, not safetensors: {error}; fetch or build it again") from None
 
 
-def read_rows(path: Path, names: Sequence[str], n_rows: int) -> tuple["Tensor", ...]:
-    """The first rows of named tensors; the rest of the file is not read.
+def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
+    """The first rows of every tensor of a safetensors file; the rest of it is not read.
 
     Raises:
-        FileError: the file is missing, damaged, lacks a name, holds fewer rows than asked, or the system refuses to
-            read it.
+        FileError: the file is missing, damaged, holds fewer rows than asked, or the system refuses to read it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        check_access(path)
-        with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(name) for name in names]
-            held = min((*part.get_shape(), 0)[0] for part in slices)
-            if held < n_rows:
-                raise FileError(f"{path}: holds {held} rows, {n_rows} were asked; does it belong to this allocation?")
-            return tuple(part[:n_rows] for part in slices)
-    except FileNotFoundError:
-        raise FileError(_missing(path)) from None
-    except (SafetensorError, RuntimeError) as error:  # torch's, of a type that packs two numbers into a byte
-        raise FileError(f"{path}: damaged, not safetensors: {error}; fetch or build it again") from None
+    with _safetensors(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        held = min(((*part.get_shape(), 0)[0] for part in slices.values()), default=0)
+        if held < n_rows:
+            raise FileError(f"{path}: holds {held} rows, {n_rows} were asked; does it belong to this allocation?")
+        return {name: part[:n_rows] for name, part in slices.items()}
 
 
 def check_plain(folder: Path) -> None:
@@ -149,6 +163,12 @@ def check_plain(folder: Path) -> None:
             raise FileError(f"{name}: the name is not UTF-8; rename or remove it")
         if not (path.is_file() or (path.is_dir() and not path.is_symlink())):
             raise FileError(f"{name}: neither a file, a folder nor a link to a file; remove it")
+
+
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy a file, or the files of a folder into one that is there; modes and times are new."""
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+        shutil.copyfile(file, destination / file.name if destination.is_dir() else destination)
 
 
 def file_sha256(path: Path) -> str:

@@ -106,6 +106,9 @@ class Covariance(Section):
     from the text's own next tokens; `sampled`: from tokens drawn from the model's prediction; `gaussian`: from a
     normal draw with the covariance of the Fisher matrix. One backward pass, about twice the cost of the forward
     pass."""
+    fisher_windows: Count | None = None
+    """Calibration windows that the backward pass takes, the first ones; all of them where left out. Gradients need
+    fewer windows than inputs (docs/log.md), and a backward pass costs twice a forward one."""
     fisher_seed: Seed = 0
     """Seeds the draws of `sampled` and `gaussian`, window by window; the others draw nothing."""
     offload: bool = False
@@ -137,6 +140,9 @@ class Spectrum(Section):
     """Exponent of the mean magnitude in metric `diagonal`."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean diagonal that is added to both covariances, so that no direction is free to destroy."""
+    gradient_damping: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same for the covariance of output gradients alone, in metric `kfac`; `damping` where left out. Few windows
+    need more of it: their largest directions are too large by chance, their smallest too small."""
     layers: Count = 1
     """Consecutive layers that share a basis, in units `group`: their queries, keys, values, gate and up."""
     even_with_grouped_heads: bool = False
@@ -155,6 +161,7 @@ class Spectrum(Section):
         """Rules:
 
         * `alpha` is needed by metric `diagonal`, and no other takes it.
+        * `gradient_damping` goes with metric `kfac`.
         * `layers` of 2 or more are needed by units `group`, and no other takes them.
         * `cuts` are needed by units `block`, and no other takes them.
         * `cuts` begin with 0.0 and rise.
@@ -165,6 +172,10 @@ class Spectrum(Section):
         if (self.alpha is not None) != (self.metric == "diagonal"):
             raise ValueError(
                 f"alpha = {self.alpha} with metric '{self.metric}': metric 'diagonal' needs it, no other takes it"
+            )
+        if self.gradient_damping is not None and self.metric != "kfac":
+            raise ValueError(
+                f"gradient_damping = {self.gradient_damping} with metric '{self.metric}': only 'kfac' has gradients"
             )
         if (self.layers > 1) != (self.units == "group"):
             raise ValueError(
@@ -322,6 +333,7 @@ class Params(Section):
         * `sampling.calibration_text` is a name of section `text`.
         * `sampling.held_out_share` of 0 needs a second text to test on.
         * A spectrum of metric `kfac` needs output gradients: `covariance.fisher` is then not `none`.
+        * `covariance.fisher_windows` go with a `fisher` that is not `none`, and are at most `sampling.n_windows`.
         * A spectrum's `calibration_seed` is one of `sampling.calibration_seeds`.
         * A preset of a spectrum with units `block` has allocation `least_loss`; the other rules know no blocks.
         * A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.
@@ -343,6 +355,13 @@ class Params(Section):
             raise ValueError(
                 f"spectrum.{needy[0]}.metric = 'kfac' needs output gradients, but covariance.fisher = 'none': "
                 f"write 'fisher: empirical' or 'fisher: sampled'"
+            )
+        backward = self.covariance.fisher_windows
+        if backward is not None and self.covariance.fisher == "none":
+            raise ValueError(f"covariance.fisher_windows = {backward} with fisher 'none', which runs no backward pass")
+        if backward is not None and backward > self.sampling.n_windows:
+            raise ValueError(
+                f"covariance.fisher_windows = {backward}, but sampling.n_windows = {self.sampling.n_windows} are drawn"
             )
         for name, spectrum in self.spectrum.items():
             if spectrum.calibration_seed not in self.sampling.calibration_seeds:
