@@ -29,6 +29,7 @@ def main(root: Path = Path()) -> None:
         texts[name] = {"documents": len(documents), "empty_or_repeated": len(documents) - len(cleaned)}
         if name == asked.calibration_text:
             calibrated, held_out = split(cleaned, asked.held_out_share, seed)
+            calibrated = calibrated[: asked.calibration_documents]
             stream = sampling.token_stream(calibrated, tokenizer, calibration_begin)
             calibration_text = stream.int()
             texts[name] |= {"calibration_documents": len(calibrated), "calibration_tokens": len(stream)}

@@ -109,7 +109,7 @@ def writing(sides: Sequence[int]) -> int:
 
 def forward_peak(shape: Shape, tokens: int) -> int:
     """Of a block's forward pass, about (8 d + 6 m) bytes a token with d the hidden and m the MLP's size: an input of
-    the MLP is there in bfloat16 and in float32 while it is watched, or three of its activations are there in bfloat16."""
+    the MLP is there in bfloat16 and float32 while it is watched, or three of its activations are there in bfloat16."""
     return tokens * (8 * shape.hidden + 6 * shape.mlp)
 
 

@@ -47,7 +47,7 @@ class Spectrum:
 def factors(
     weight: Float[Tensor, "out in"], vectors: Float[Tensor, "k d"], duals: Float[Tensor, "k d"] | None = None
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-    """The best rank-k approximation of a weight as left @ right, from the first k rows of a spectrum's vectors; float32.
+    """The best rank-k approximation of a weight as left @ right, from the first k rows of a spectrum's vectors.
 
     Column i of left and row i of right have the same norm, so that neither loses more than the other when both are
     rounded to the dtype of a model.

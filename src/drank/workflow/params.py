@@ -83,6 +83,9 @@ class Sampling(Section):
     n_task_items: Annotated[int, Field(ge=0)]
     """Items of each multiple-choice task that is made of the held-out documents, and of last-word prediction; 0 makes
     none."""
+    calibration_documents: Count | None = None
+    """Documents that calibration windows are drawn from, the first in the seeded order of those that are not held out;
+    all of them where left out. Reading a large text into tokens takes longer than everything else of this step."""
     # Not given, all of these are as they were before they were there, in what is written too.
     documents: Literal["cleaned", "unchanged"] | None = None
     """`cleaned`, as where left out: repaired, without empty and repeated ones, test texts shuffled; or `unchanged`."""

@@ -27,6 +27,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -551,7 +552,22 @@ def _load_gguf(source: str, file: Path) -> tuple[Any, Any]:
 
     # float32, so that a dequantised weight is rounded once, to bfloat16, when it is saved.
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    return _load(source, file.parent, options, {"gguf_file": file.name})
+    with _read_once():
+        return _load(source, file.parent, options, {"gguf_file": file.name})
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """A GGUF file is parsed once in the block: transformers parses it for the configuration, for the weights and for
+    the tokenizer, seconds each, since its vocabulary is read word by word."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 def _load(source: str, folder: Path, options: dict[str, Any], common: dict[str, Any]) -> tuple[Any, Any]:
