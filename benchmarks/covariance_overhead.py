@@ -7,6 +7,7 @@ linear takes 2 out·in.
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.measure import arguments, begin, interleaved, print_table, ratio
 from drank.covariance import SecondMoment
 from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
 from drank.language_model.linears import Linear, find_linears, shared_inputs
+from drank.language_model.precision import has_units
 from drank.workflow.files import read_tensors
 
 Moments = dict[str, SecondMoment]
@@ -106,8 +108,9 @@ def collect(
 ) -> tuple[Moments, Moments]:
     """The middle of the stage covariance: the moments of inputs and of output gradients."""
     modules = {linear.name: linear.module for linear in linears}
-    inputs = {x.name: SecondMoment(x.in_features) for x in linears if owners[x.name] == x.name}
-    gradients = {x.name: SecondMoment(x.out_features, magnitudes=False) for x in linears if fisher != "none"}
+    moment = partial(SecondMoment, bfloat16_units=has_units(torch.bfloat16, "cpu"))
+    inputs = {x.name: moment(x.in_features) for x in linears if owners[x.name] == x.name}
+    gradients = {x.name: moment(x.out_features, magnitudes=False) for x in linears if fisher != "none"}
     with ExitStack() as stack:
         stack.enter_context(watching_inputs({n: modules[n] for n in inputs}, lambda n, x: add(inputs[n], x)))
         stack.enter_context(

@@ -22,6 +22,7 @@ from benchmarks.ratio_sweep import yardstick_layers
 from drank.covariance import SecondMoment
 from drank.language_model.capture import run_windows, watching_inputs
 from drank.language_model.linears import Linear, find_linears, shared_inputs
+from drank.language_model.precision import has_units
 from drank.spectrum import Metric, whitened_spectrum
 from drank.workflow.files import read_tensors
 
@@ -86,7 +87,8 @@ def accumulation(model: Any, windows: Tensor, asked: argparse.Namespace) -> None
         for _ in run_windows(model, windows, len(windows)):
             pass
     shared = [seen[x.name] for x in layer if owners[x.name] == x.name]
-    moments = [SecondMoment(x.shape[1]) for x in shared]
+    units = has_units(torch.bfloat16, "cpu")
+    moments = [SecondMoment(x.shape[1], bfloat16_units=units) for x in shared]
     sums = {
         name: [torch.zeros(x.shape[1], x.shape[1]) for x in of] for name, of in (("4", shared), ("7", seen.values()))
     }

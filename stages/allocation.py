@@ -34,7 +34,8 @@ def main(variant: str, root: Path = Path()) -> None:
     }
     hashes = {file.name: file_sha256(file) for file in (described, values)}
     result = describe(units, allocation, rows_by_file(summary)) | {"left_dense": summary["left_dense"]}
-    write_json(root / "data/allocation" / f"{variant}.json", header | result | {"inputs": hashes})
+    origin = {"computed_in": summary["computed_in"], "inputs": hashes}
+    write_json(root / "data/allocation" / f"{variant}.json", header | result | origin)
     write_text(root / "data/allocation" / f"{variant}.csv", table(result["units"]))
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from drank.language_model.capture import (
 )
 from drank.language_model.linears import LeftDense, Linear, find_linears, shared_inputs, survey, unreached
 from drank.language_model.offload import Sweep, disk_map, find_blocks, offloaded_sweeps
+from drank.language_model.precision import has_units, name_of
 from drank.language_model.vocabulary import check_ids
 from drank.workflow.files import read_tensors, scratch_folder, write_json, write_tensors
 from drank.workflow.params import Covariance, read_params
@@ -43,11 +45,21 @@ def main(seed: str, root: Path = Path()) -> None:
         inputs = Inputs(root)
         windows = read_tensors(inputs / f"data/sampling/calibration/{seed}.safetensors")["windows"].to(params.device)
         with scratch_folder(folder / f".offloaded-{group.rank}") as scratch:
-            collect(inputs / "data/raw/model", windows, params, group, folder, scratch)
+            dtype = group.compute_dtype(asked.compute.dtype, params.device)
+            collect(inputs / "data/raw/model", windows, params, dtype, group, folder, scratch)
 
 
-def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Group, folder: Path, scratch: Path) -> None:
-    model = load(model_folder, params, scratch)
+def collect(
+    model_folder: Path,
+    windows: Tensor,
+    params: Covariance,
+    dtype: torch.dtype,
+    group: Group,
+    folder: Path,
+    scratch: Path,
+) -> None:
+    model = load(model_folder, params, dtype, scratch)
+    moment = partial(SecondMoment, device=params.device, bfloat16_units=has_units(torch.bfloat16, params.device))
     check_ids(model, windows, "data/sampling/calibration")
     linears, left = survey(model, params.targets, params.ignore)
     if group.rank == 0:
@@ -56,12 +68,8 @@ def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Grou
     for sweep in sweeps(model, linears, windows, params, group, scratch):
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
         owning = {name: linear for name, linear in within.items() if owners[name] == name}
-        inputs = {n: SecondMoment(a.in_features, params.device) for n, a in owning.items() if sweep.inputs}
-        gradients = {
-            n: SecondMoment(a.out_features, params.device, magnitudes=False)
-            for n, a in within.items()
-            if sweep.gradients
-        }
+        inputs = {n: moment(a.in_features) for n, a in owning.items() if sweep.inputs}
+        gradients = {n: moment(a.out_features, magnitudes=False) for n, a in within.items() if sweep.gradients}
         with (
             watching_inputs({name: within[name].module for name in inputs}, adding_to(inputs)),
             watching_output_gradients({name: within[name].module for name in gradients}, adding_to(gradients)),
@@ -75,7 +83,8 @@ def collect(model_folder: Path, windows: Tensor, params: Covariance, group: Grou
         summary = {"fisher": params.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
         if params.fisher != "none":
             summary["fisher_windows"] = params.fisher_windows or len(windows)
-        write_json(folder / "summary.json", summary | {"left_dense": [asdict(row) for row in left]})
+        told_in = {"dtype": name_of(dtype), "left_dense": [asdict(row) for row in left]}
+        write_json(folder / "summary.json", summary | told_in)
 
 
 def told(linears: Sequence[Linear], left: Sequence[LeftDense]) -> str:
@@ -89,15 +98,15 @@ def adding_to(moments: dict[str, SecondMoment]) -> Callback:
     return lambda name, rows: moments[name].add(rows)
 
 
-def load(model_folder: Path, params: Covariance, scratch: Path) -> Any:
+def load(model_folder: Path, params: Covariance, dtype: torch.dtype, scratch: Path) -> Any:
     if not params.offload:
-        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval().to(params.device)
+        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval().to(params.device)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
     blocks = find_blocks(skeleton, find_linears(skeleton, params.targets, params.ignore))
     places = disk_map(skeleton, blocks, params.device)
     return AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.bfloat16, device_map=places, offload_folder=scratch / "weights"
+        model_folder, dtype=dtype, device_map=places, offload_folder=scratch / "weights"
     ).eval()
 
 

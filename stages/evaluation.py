@@ -3,12 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks
+from drank.language_model.precision import name_of
 from drank.language_model.vocabulary import check_ids
 from drank.perplexity import token_perplexity
 from drank.workflow.files import read_json, read_tensors, write_json
@@ -37,7 +37,8 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     last_windows = read_tensors(short) if short.is_file() else {}
     batch = params.evaluation.batch_windows
     folder = inputs / f"data/compression/{variant}"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(params.evaluation.device)
+    dtype = group.compute_dtype(params.compute.dtype, params.evaluation.device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(params.evaluation.device)
 
     perplexities: dict[str, tuple[float, list[float]]] = {}
     for name in sorted(tests)[group.share]:
@@ -60,7 +61,7 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
     protocol = {
-        "dtype": "bfloat16",
+        "dtype": name_of(dtype),
         "lm_eval_max_length": MAX_LENGTH,
         "tasks": list(tasks),
         "test_windows": {name: list(windows.shape) for name, windows in tests.items()},

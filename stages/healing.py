@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.language_model.healing import Healing, Plan, Step
+from drank.language_model.precision import compute_dtype, name_of
 from drank.sampling import draw_windows
 from drank.workflow.checkpoint import Checkpoint
 from drank.workflow.files import (
@@ -34,7 +35,9 @@ STEPS_A_CHECKPOINT = 10
 
 
 def main(name: str, root: Path = Path()) -> None:
-    asked = read_params(root / "params.yaml").healed(name)
+    params = read_params(root / "params.yaml")
+    asked = params.healed(name)
+    dtype = compute_dtype(params.compute.dtype, asked.device)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
     inputs = Inputs(root)
@@ -45,20 +48,20 @@ def main(name: str, root: Path = Path()) -> None:
     drawn = read_json(text / "summary.json")
     begin = drawn["begin_token"] if drawn.get("calibration_begin", "window") == "window" else None
     windows = draw_windows(stream, asked.n_windows, asked.window_length, asked.seed, begin).to(asked.device)
-    teacher = load(dense, asked) if asked.objective == "distillation" else None
+    teacher = load(dense, asked, dtype) if asked.objective == "distillation" else None
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
-    healing = Healing(load(source, asked), teacher, windows, plan, asked.rank, asked.alpha)
+    healing = Healing(load(source, asked, dtype), teacher, windows, plan, asked.rank, asked.alpha)
     read = [folder_sha256(source), folder_sha256(dense), folder_sha256(text)]
-    identity = {"inputs": read, "healing": asked.model_dump(mode="json")}
+    identity = {"inputs": read, "healing": asked.model_dump(mode="json"), "dtype": name_of(dtype)}
     checkpoint = Checkpoint(root / f"data/healing/.{name}.checkpoint", identity)
     curve = take_steps(healing, checkpoint, name)
     write_text(root / f"data/healing/{name}.csv", "step,loss,learning_rate\n" + "".join(curve))
-    save(name, healing.merge(), source, root)
+    save(name, healing.merge(), dtype, source, root)
     checkpoint.remove()
 
 
-def load(folder: Path, asked: Asked) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(asked.device)
+def load(folder: Path, asked: Asked, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(asked.device)
 
 
 def take_steps(healing: Healing, checkpoint: Checkpoint, name: str) -> list[str]:
@@ -81,16 +84,20 @@ def row(step: Step) -> str:
     return f"{step.number},{step.loss!r},{step.learning_rate!r}\n"
 
 
-def save(name: str, model: Any, source: Path, root: Path) -> None:
-    """The same format, with the allocation that the sizes still are of, and what was trained in the provenance."""
+def save(name: str, trained: Any, dtype: torch.dtype, source: Path, root: Path) -> None:
+    """The format and types of the source, with the allocation that the sizes still are of, and what was trained, and in
+    which type, in the provenance."""
     allocation = read_json(source / "allocation.json") | {"variant": name}
     described = root / f"data/allocation/{name}.json"
     write_json(described, allocation)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.load_state_dict(trained.state_dict())  # rounds every tensor to its stored type
     section = model.config.quantization_config
     section.provenance = section.provenance | {
         "variant": name,
         "allocation_sha256": file_sha256(described),
         "healed_from_sha256": weights_sha256({file.name: file_sha256(file) for file in source.glob("*.safetensors")}),
+        "healed_in": name_of(dtype),
     }
     with replacing_folder(root / "data/compression" / name) as folder:
         model.save_pretrained(folder)

@@ -20,8 +20,9 @@ def main(variant: str, root: Path = Path()) -> None:
         copy_files(inputs / f"data/compression/{variant}", folder)
         write_text(folder / CARD, card(parameters, allocation, results))
         materials = dependencies(inputs, variant, params, allocation)
+        types = computed_in(inputs, variant, params, allocation, results)
         digests = {file.name: file_sha256(file) for file in folder.iterdir()}
-        write_json(folder / STATEMENT, statement(digests, parameters, materials, results))
+        write_json(folder / STATEMENT, statement(digests, parameters, materials, results, types))
         write_text(folder / CHECKSUMS, checksums(digests | {STATEMENT: file_sha256(folder / STATEMENT)}))
 
 
@@ -50,6 +51,17 @@ def dependencies(inputs: Inputs, variant: str, params: Params, allocation: dict[
         *healed,
         *({"name": f"{spectrum}/{file}", "digest": {"sha256": d}} for file, d in sorted(allocation["inputs"].items())),
     ]
+
+
+def computed_in(
+    inputs: Inputs, variant: str, params: Params, allocation: dict[str, Any], results: dict[str, Any]
+) -> dict[str, str]:
+    """The type that each kind of pass was computed in, as the stages recorded it."""
+    healed = {}
+    if variant in params.healing:
+        config = read_json(inputs / f"data/compression/{variant}/config.json")
+        healed = {"healing": config["quantization_config"]["provenance"]["healed_in"]}
+    return allocation["computed_in"] | healed | {"evaluation": results["protocol"]["dtype"]}
 
 
 if __name__ == "__main__":

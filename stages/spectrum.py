@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from drank.channels import remove_channels
 from drank.covariance import NotFiniteError
 from drank.language_model.linears import Linear, find_linears
+from drank.language_model.precision import name_of
 from drank.language_model.substitution import measure_sensitivity
 from drank.language_model.units import Mlp, find_groups, find_mlps
 from drank.language_model.vocabulary import check_ids
@@ -38,7 +39,9 @@ def main(key: str, root: Path = Path()) -> None:
 
 def collect(key: str, root: Path, params: Params, group: Group, folder: Path) -> None:
     asked, inputs = params.factors(key), Inputs(root)
-    model = AutoModelForCausalLM.from_pretrained(inputs / "data/raw/model", dtype=torch.bfloat16)
+    # Passes are those of the sensitivity alone; all else reads weights, which are stored in bfloat16.
+    passes = group.compute_dtype(params.compute.dtype, params.covariance.device) if asked.sensitivity_windows else None
+    model = AutoModelForCausalLM.from_pretrained(inputs / "data/raw/model", dtype=passes or torch.bfloat16)
     model = model.to(params.covariance.device)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
     mlps = find_mlps(model, linears) if asked.units == "block" else []
@@ -51,11 +54,13 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="unit")}
     members = [(*mlp.before, mlp.down) for mlp in mlps]
     blocks = {i: block(mlps[i], asked.cuts, metrics, writer) for i in bar(shared_out(members, group), unit="MLP")}
+    measured = read_json(metrics.covariances / "summary.json")
     summary: dict[str, Any] = {
         "metric": asked.metric,
         "damping": asked.damping,
         "gradient_damping": metrics.gradient_damping,
-        "left_dense": read_json(metrics.covariances / "summary.json")["left_dense"],
+        "computed_in": {"covariance": measured["dtype"]} | ({"sensitivity": name_of(passes)} if passes else {}),
+        "left_dense": measured["left_dense"],
         "units": in_order(group.gather(list(units.items()))),
         "blocks": in_order(group.gather(list(blocks.items()))),
     }

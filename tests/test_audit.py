@@ -399,7 +399,9 @@ def test_an_edited_lock_breaks_the_chain_wherever_it_is_edited(repository, folde
         assert row in told["working tree"], row
 
 
-@pytest.mark.parametrize("key", ["variants", "presets", "spectrum", "sampling", "covariance", "evaluation", "model"])
+@pytest.mark.parametrize(
+    "key", ["variants", "presets", "spectrum", "sampling", "covariance", "compute", "evaluation", "model"]
+)
 def test_an_edited_parameter_of_the_lock_breaks_the_chain(repository, folder, key):
     path = repository / "dvc.lock"
     text = path.read_text()

@@ -12,6 +12,7 @@ from mlflow.projects.utils import load_project
 from rich.console import Console
 
 from drank.cli.pipeline import table_of_variants
+from drank.tolerance import DTYPE_TOLERANCE
 from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent
@@ -137,6 +138,13 @@ def test_the_table_compares_perplexities_with_the_dense_variant():
     assert "20.00 (x1.00)" in text
     assert "35.00 (x1.75)" in text
     assert "0.800" in text
+
+
+def test_the_table_says_when_variants_were_measured_in_different_types():
+    assert "different types" not in rendered([row | {"dtype": "float32"} for row in ROWS])
+    mixed = rendered([ROWS[0] | {"dtype": "float32"}, ROWS[1] | {"dtype": "bfloat16"}, ROWS[1]])
+    assert "Measured in different types, bfloat16 and float32" in " ".join(mixed.split())
+    assert f"{DTYPE_TOLERANCE:.1%}" in mixed
 
 
 def test_without_a_dense_variant_there_is_nothing_to_compare_with():

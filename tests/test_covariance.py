@@ -32,11 +32,12 @@ def test_result_is_symmetric_and_positive_semidefinite(generator):
     assert torch.linalg.eigvalsh(H).min() > -1e-6
 
 
+@pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize(("tokens", "size"), [(64, 8), (2048, 600)])
-def test_bfloat16_products_are_exact_so_only_the_float32_sum_rounds(tokens, size):
+def test_bfloat16_products_are_exact_so_only_the_float32_sum_rounds(tokens, size, units):
     x = torch.randn(tokens, size).bfloat16()
     x[:, 0] *= 1e4  # a channel of massive activations must not drown the others
-    moment = SecondMoment(size)
+    moment = SecondMoment(size, bfloat16_units=units)
     moment.add(x)
     rows = x.double()
     error = (moment.mean() * tokens - rows.T @ rows).abs() / (rows.abs().T @ rows.abs())
@@ -44,9 +45,10 @@ def test_bfloat16_products_are_exact_so_only_the_float32_sum_rounds(tokens, size
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_many_batches_of_a_wide_input_stay_within_the_bound_of_the_docstring(generator):
+@pytest.mark.parametrize("units", [False, True])
+def test_many_batches_of_a_wide_input_stay_within_the_bound_of_the_docstring(generator, units):
     batches, tokens, size = 200, 16, 600  # wider than a panel, and no multiple of it
-    moment, exact, absolute = SecondMoment(size), torch.zeros(size, size, dtype=torch.float64), 0
+    moment, exact, absolute = SecondMoment(size, bfloat16_units=units), torch.zeros(size, size, dtype=torch.float64), 0
     for _ in range(batches):
         x = torch.randn(tokens, size, generator=generator).bfloat16()
         moment.add(x)

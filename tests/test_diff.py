@@ -17,6 +17,7 @@ from rich.console import Console
 
 from drank.cli.diff import document, heat_map, rendered, save
 from drank.difference import Figure, Parameter, Side, by_kind, compare, flat, layer_ranges, text_of
+from drank.tolerance import DTYPE_TOLERANCE
 from drank.workflow.difference import Comparison, DifferenceError, compare_targets, parameters_of
 from drank.workflow.files import FileError, write_json
 from drank.workflow.params import read_params
@@ -92,6 +93,16 @@ def test_metrics_that_were_measured_differently_are_remarked():
     assert compare(a, b).remarks == (
         "the metrics were measured differently: test_windows.news is [32, 512] in A and [16, 512] in B",
     )
+
+
+def test_metrics_of_different_types_are_remarked_with_the_tolerance():
+    a, b = (side(results={"m": 1.0, "protocol": {"dtype": dtype}}) for dtype in ("float32", "bfloat16"))
+    assert compare(a, b).remarks == (
+        "the metrics were measured differently: dtype is float32 in A and bfloat16 in B",
+        f"Measured in different types, bfloat16 and float32: a difference of less than {DTYPE_TOLERANCE:.1%} in token "
+        f"perplexity may come from the type alone.",
+    )
+    assert compare(a, a).remarks == ()
 
 
 def test_ranks_forms_and_channels_that_differ_are_summed_up_by_kind_and_depth():

@@ -11,6 +11,7 @@ from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
 from in_toto_attestation.v1.statement import Statement
 
 from drank import release
+from drank.language_model.precision import compute_dtype, name_of
 from drank.workflow.files import file_sha256, read_json
 from tests.conftest import run
 
@@ -79,7 +80,9 @@ def test_a_base_model_that_the_hub_does_not_have_is_named_in_the_text_alone(sour
 def test_the_statement_is_one_of_in_toto():
     digests = {"model.safetensors": "a" * 64, "config.json": "b" * 64}
     material = {"name": "model", "uri": "hub:some/model@main", "digest": {"sha256": "c" * 64}}
-    document = release.statement(digests, PARAMETERS, [material], RESULTS)
+    types = {"covariance": "bfloat16", "evaluation": "float32"}
+    document = release.statement(digests, PARAMETERS, [material], RESULTS, types)
+    assert document["predicate"]["buildDefinition"]["internalParameters"] == {"computed_in": types}
     subjects = [ResourceDescriptor(name=s["name"], digest=s["digest"]).pb for s in document["subject"]]
     statement = Statement(subjects, document["predicateType"], document["predicate"])
     statement.validate()
@@ -106,7 +109,12 @@ def test_a_released_folder_is_the_compressed_one_and_three_files_more(project):
         ["sha256sum", "--check", "--strict", release.CHECKSUMS], cwd=released, check=True, capture_output=True
     )
     document = read_json(released / release.STATEMENT)
-    materials = {m["name"]: m for m in document["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    used = read_json(project / "results/kfac-80.json")["protocol"]["dtype"]
+    build = document["predicate"]["buildDefinition"]
+    assert build["externalParameters"]["compute"] == {"dtype": "auto"}
+    assert build["internalParameters"]["computed_in"] == {"covariance": used, "evaluation": used}
+    assert used == name_of(compute_dtype("auto", "cpu"))
+    materials = {m["name"]: m for m in build["resolvedDependencies"]}
     assert materials["model"] == {"name": "model", "uri": "local:source/model"}
     for name, material in materials.items():
         if name.startswith("data/"):

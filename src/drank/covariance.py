@@ -1,7 +1,8 @@
 """Covariances of inputs, H = E[x xᵀ], and of output gradients, G = E[g gᵀ], streamed. Knows tensors only.
 
-Precision: activations are bfloat16 or float32; products and sums are float32. Products of bfloat16 numbers are exact in
-float32, so the multiplication itself runs in bfloat16 units. The sum has a *componentwise* bound,
+Precision: activations are bfloat16, float16 or float32; products and sums are float32. Products of bfloat16 numbers are
+exact in float32, so where a processor has bfloat16 units the multiplication itself runs in them. The sum has a
+*componentwise* bound,
 |ΔH_ij| <= (n + b) ε Σ|x_i||x_j| / N with n the tokens of a batch, b the batches and N = n b, ε = 6e-8, so a channel of
 huge activations cannot drown the others. The bound is loose: measured against float64 on the default model, the largest
 error is 4e-6 of √(H_ii H_jj) (docs/log.md).
@@ -33,21 +34,36 @@ class SecondMoment:
     x_t of shape (d,), H (d, d), symmetric, positive semidefinite up to rounding, and the same up to rounding
     whatever the batching.
 
+    Args:
+        size: d.
+        device: of the sums.
+        bfloat16_units: whether rows in bfloat16 are multiplied in bfloat16 units, which gives the same products.
+            Without units, or with slow ones, a float32 product of the converted rows is faster.
+
     Attributes:
         total: (d, d) float32, Σ x xᵀ on and above the diagonal; below it there is nothing to rely on.
         magnitude: (d,) float64, Σ |x|; None where nobody asked for it.
         n_tokens: n.
     """
 
-    def __init__(self, size: int, device: torch.device | str | None = None, magnitudes: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        device: torch.device | str | None = None,
+        *,
+        bfloat16_units: bool = False,
+        magnitudes: bool = True,
+    ) -> None:
         self.total = torch.zeros(size, size, device=device)
         self.magnitude = torch.zeros(size, dtype=torch.float64, device=device) if magnitudes else None
         self.n_tokens = 0
+        self._bfloat16_units = bfloat16_units
 
     def add(self, x: Float[Tensor, "tokens size"]) -> None:
         """Take in a batch of rows."""
         rows = x.float()
-        with _products_in_bfloat16() if x.dtype == torch.bfloat16 else nullcontext():
+        in_units = self._bfloat16_units and x.dtype == torch.bfloat16
+        with _products_in_bfloat16() if in_units else nullcontext():
             for i in range(0, len(self.total), PANEL):
                 self.total[i : i + PANEL, i:].addmm_(rows[:, i : i + PANEL].T, rows[:, i:])
         if self.magnitude is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from drank.tolerance import other_dtypes
+
 Document = Mapping[str, Any]
 DEPTHS = 3  # parts that the layers are cut into, where ranks are summed up by depth
 SIZES = ("kept_ratio", "price", "targeted_parameters", "parameters", "bytes")
@@ -238,10 +240,13 @@ def _sizes(a: Side, b: Side) -> tuple[Figure, ...]:
 
 
 def _protocol(a: Document | None, b: Document | None) -> list[str]:
-    before, now = (flat((side or {}).get("protocol", {})) for side in (a, b))
+    protocols = [(side or {}).get("protocol", {}) for side in (a, b)]
+    before, now = map(flat, protocols)
     differing = [key for key in sorted(before.keys() & now.keys()) if before[key] != now[key]]
     values = "; ".join(f"{key} is {before[key]} in A and {now[key]} in B" for key in differing)
-    return [f"the metrics were measured differently: {values}"] if differing else []
+    remarks = [f"the metrics were measured differently: {values}"] if differing else []
+    types = other_dtypes(protocols)
+    return [*remarks, types] if types else remarks
 
 
 @dataclass(frozen=True)

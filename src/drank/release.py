@@ -20,7 +20,11 @@ Document = Mapping[str, Any]
 
 
 def statement(
-    subjects: Mapping[str, str], parameters: Document, dependencies: Sequence[Document], results: Document
+    subjects: Mapping[str, str],
+    parameters: Document,
+    dependencies: Sequence[Document],
+    results: Document,
+    computed_in: Mapping[str, str],
 ) -> dict[str, Any]:
     """An in-toto statement (v1) whose predicate is SLSA provenance (v1).
 
@@ -29,6 +33,8 @@ def statement(
         parameters: everything of params.yaml that makes the variant; SLSA's ``externalParameters``.
         dependencies: resource descriptors of what the model was made of; SLSA's ``resolvedDependencies``.
         results: what evaluation measured, as the annotations of a by-product.
+        computed_in: the floating-point type that each kind of pass was computed in, such as {"covariance": "float32"};
+            SLSA's ``internalParameters``. ``parameters`` has what was asked, which may be left to the processor.
 
     SLSA's optional invocation id and times are left out: the same inputs give the same bytes.
     """
@@ -41,6 +47,7 @@ def statement(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": dict(parameters),
+                "internalParameters": {"computed_in": dict(computed_in)},
                 "resolvedDependencies": [dict(dependency) for dependency in dependencies],
             },
             "runDetails": {
@@ -130,6 +137,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 Without `import drank` loading stops with an error, but for the dense variant, which is a plain model.
+Weights are stored in bfloat16. On a processor without bfloat16 units add `dtype=torch.float32`: the same weights,
+several times faster.
 
 ## Results
 | figure | value | standard error |

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from drank.pareto import HIGHEST_RATIO, perplexity_by_size, perplexity_columns, reference
 from drank.pictures import Allocation, Spectrum, budget, loss_heat_map, rank_heat_map, spectrum_curves
+from drank.tolerance import other_dtypes
 
-LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes")
+LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes", "dtype")
 # The policy is a promise to the reader: a browser fetches nothing for this page, whatever is in it.
 PAGE_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>drank: variants</title>
@@ -47,9 +48,14 @@ class Picture:
 def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row a variant with the flat figures of its results, dense ones first, else in the order given.
 
-    Columns: what the variant is and its sizes (LEADING), then every figure by name; empty where a variant lacks one.
+    Columns: what the variant is, its sizes and the type it was measured in (LEADING), then every figure by name; empty
+    where a variant lacks one.
     """
-    flat = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
+    flat = [
+        {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+        | {"dtype": row.get("protocol", {}).get("dtype")}
+        for row in rows
+    ]
     ordered = sorted(flat, key=lambda row: row["preset"] != "dense")
     figures = sorted({key for row in ordered for key in row}.difference(LEADING))
     return pd.DataFrame(ordered, columns=[*LEADING, *figures])
@@ -132,11 +138,12 @@ def lead(rows: Sequence[Mapping[str, Any]]) -> str:
     compressed = [row["preset"] for row in rows if row["preset"] != "dense"]
     presets, targeted = len(set(compressed)), rows[0]["targeted_parameters"]
     protocols = dict.fromkeys(_protocol(row["protocol"]) for row in rows)
+    types = other_dtypes(row["protocol"] for row in rows)
     return (
         f"{len(rows)} variants of one model: {len(rows) - len(compressed)} dense, {len(compressed)} compressed by "
         f"{presets} preset{'s' * (presets != 1)}. Kept is the share of the {targeted / 1e6:.4g} million "
         "parameters in the targeted linear layers that a variant stores; MB are the weights of the whole model on "
-        f"disk, in millions of bytes. {' Other variants: '.join(protocols)}"
+        f"disk, in millions of bytes. {' Other variants: '.join(protocols)}{f' {types}' if types else ''}"
     )
 
 

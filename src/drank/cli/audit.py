@@ -116,8 +116,14 @@ def told(chain: dict[str, Any]) -> list[tuple[str, str]]:
             ("commit", f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "no git here")
         )
     rows += [("results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))}))]
+    rows += [("", _types(chain["computed_in"]))] if chain.get("computed_in") else []
     rows += [("MLflow", run["link"]) for run in chain.get("mlflow", ())[:1]]
     return rows
+
+
+def _types(computed_in: dict[str, str]) -> str:
+    others = ", ".join(f"{passes} in {dtype}" for passes, dtype in computed_in.items() if passes != "evaluation")
+    return f"measured in {computed_in.get('evaluation', 'an unknown type')}" + (f"; {others}" if others else "")
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ class BenchError(ValueError):
 
 
 class Dtype(StrEnum):
+    auto = "auto"
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
@@ -89,7 +90,9 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in the batch of the forward-only pass.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type that models are loaded in.")] = Dtype.bfloat16,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type that models are loaded in; auto: bfloat16 where it is fast, else float32.")
+    ] = Dtype.auto,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all samples as JSON.", dir_okay=False)
@@ -102,12 +105,13 @@ def bench(
     Each is in a process of its own, and they are timed in turn. Ratios, taken within a round, are to the dense variant
     if it is among them, else to the first; on a machine that is shared, believe them before the absolute figures.
     """
+    from drank.language_model.precision import compute_dtype, name_of
     from drank.workflow.files import write_json
 
-    found = find_targets(root, targets or [])
-    conditions = Conditions(
-        device or default_device(), dtype.value, threads, prompt_tokens, new_tokens, batch_size, repeats
-    )
+    found, place = find_targets(root, targets or []), device or default_device()
+    check_device(place)
+    chosen = name_of(compute_dtype(dtype.value, place))
+    conditions = Conditions(place, chosen, threads, prompt_tokens, new_tokens, batch_size, repeats)
     results = run(found, conditions)
     if json_file is not None:
         write_json(json_file, results)

@@ -88,11 +88,13 @@ def table_of_variants(rows: list[Row]) -> "Table":
     """Sizes, token perplexities with their ratio to the first dense variant's, and accuracies."""
     from rich.table import Table
 
+    from drank.tolerance import other_dtypes
+
     perplexities, accuracies = (
         [c for c in rows[0] if c.startswith(f"{kind}/")] for kind in ("token_perplexity", "acc")
     )
     dense = next((row for row in rows if row["preset"] == "dense"), None)
-    table = Table()
+    table = Table(caption=other_dtypes({"dtype": row["dtype"]} for row in rows if row.get("dtype")))
     table.add_column("variant")
     for heading in ("kept ratio", "megabytes", *perplexities, *accuracies):
         table.add_column(heading.replace("/", "\n").replace("_", " "), justify="right")

@@ -18,7 +18,17 @@ from pydantic import BaseModel, ValidationError
 from drank.difference import Difference, Side, compare, flat, text_of
 from drank.workflow.files import read_json
 from drank.workflow.history import file_at, has_history, resolve
-from drank.workflow.params import Covariance, Evaluation, Healing, ModelSource, Preset, Sampling, Spectrum, TextSource
+from drank.workflow.params import (
+    Compute,
+    Covariance,
+    Evaluation,
+    Healing,
+    ModelSource,
+    Preset,
+    Sampling,
+    Spectrum,
+    TextSource,
+)
 
 OF_PRESET = ("allocation", "storage", "beta", "scores", "floor", "cap", "dense_option", "multiple_of")
 OF_VARIANT = ("preset", "spectrum", "size_ratio")
@@ -187,6 +197,7 @@ def parameters_of(params: Document, name: str) -> dict[str, str | None]:
         "preset": _with_defaults(_section(params, "presets", variant.get("preset")), Preset),
         "spectrum": _with_defaults(_section(params, "spectrum", variant.get("spectrum")), Spectrum),
         "covariance": _with_defaults(_section(params, "covariance"), Covariance),
+        "compute": _with_defaults(_section(params, "compute"), Compute),
         "sampling": _with_defaults(_section(params, "sampling"), Sampling),
         "evaluation": _with_defaults(_section(params, "evaluation"), Evaluation),
         "model": _with_defaults(_section(params, "model"), ModelSource),

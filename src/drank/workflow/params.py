@@ -129,6 +129,13 @@ class Covariance(Section):
     """Of those, which are left alone; patterns of the same kind."""
 
 
+class Compute(Section):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point type of the passes of covariance, spectrum, healing and evaluation; weights are stored in bfloat16
+    in any case. `auto`: bfloat16 on a device that multiplies it fast, else float32. The type that was used is recorded
+    in the results."""
+
+
 class Spectrum(Section):
     calibration_seed: Seed
     """The draw of calibration windows whose covariances are used, one of `sampling.calibration_seeds`."""
@@ -318,6 +325,8 @@ class Params(Section):
     """What is drawn from the texts."""
     covariance: Covariance
     """What is measured of the model on the calibration windows, and of which linears."""
+    compute: Compute = Compute()
+    """How passes through a model are computed."""
     spectrum: dict[Name, Spectrum]
     """Sets of cached factors by name, each of which any number of variants slices."""
     presets: dict[Name, Preset]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from drank.language_model.precision import DTYPES, compute_dtype, name_of
 from drank.workflow.files import remove_partial, replacing_folder
 from drank.workflow.stage import end_without
 
@@ -76,6 +77,11 @@ class Group:
             texts = [torch.empty_like(padded) for _ in range(self.size)]
             distributed.all_gather(texts, padded)
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
+
+    def compute_dtype(self, asked: str, device: str) -> torch.dtype:
+        """``precision.compute_dtype``, the same in all processes: float32 if their processors choose differently."""
+        chosen = set(self.gather(name_of(compute_dtype(asked, device))))
+        return DTYPES[chosen.pop()] if len(chosen) == 1 else torch.float32
 
     @contextmanager
     def replacing_folder(self, destination: Path) -> Iterator[Path]:

@@ -9,7 +9,8 @@ def resolved(params: Params, name: str) -> dict[str, Any]:
     """The sections that a variant comes from, under keys that do not depend on its name, so that variants line up.
 
     ``variant`` (with its ``name``), ``preset``, ``spectrum``, ``covariance``, ``sampling``, ``evaluation``, ``model``
-    and ``text``, and ``healing`` where it was healed, in the types of JSON; keys without a value are left out.
+    and ``text``, ``compute`` where params.yaml has it, and ``healing`` where it was healed, in the types of JSON; keys
+    without a value are left out.
 
     Raises:
         ParamsError: params.yaml has no such variant.
@@ -23,6 +24,8 @@ def resolved(params: Params, name: str) -> dict[str, Any]:
         "evaluation": params.evaluation,
         "model": params.model,
     }
+    if "compute" in params.model_fields_set:  # older folders, made before the section was there, stay as they are
+        sections["compute"] = params.compute
     if name in params.healing:
         sections["healing"] = params.healing[name]
     document = {key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items()}

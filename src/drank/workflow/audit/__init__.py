@@ -133,6 +133,7 @@ def _chain(folder: Folder, record: Record | None, root: Path | None) -> dict[str
         ],
         "parameters": statement.parameters,
         "results": statement.results,
+        "computed_in": statement.computed_in,
     }
     if record is not None and root is not None:
         commit = record.commit

@@ -85,6 +85,7 @@ class Provenance(Document):
     allocation_sha256: Sha256
     base_model_sha256: Sha256
     healed_from_sha256: Sha256 | None = None
+    healed_in: str | None = None
 
 
 class Quantization(Document):
@@ -119,6 +120,7 @@ class Builder(Document):
 class BuildDefinition(Document):
     build_type: str = Field(alias="buildType")
     parameters: dict[str, dict[str, Any]] = Field(alias="externalParameters")
+    internal: dict[str, Any] = Field(alias="internalParameters", default={})
     dependencies: tuple[Resource, ...] = Field(alias="resolvedDependencies")
 
 
@@ -148,6 +150,13 @@ class StatementDocument(Document):
     def variant(self) -> str:
         """The variant's name, empty where the statement has none."""
         return str(self.parameters.get("variant", {}).get("name", ""))
+
+    @property
+    def computed_in(self) -> dict[str, str]:
+        """The type of each kind of pass, by its name; a statement of an older version has that of evaluation."""
+        dtype = self.results.get("protocol", {}).get("dtype")
+        found = self.predicate.build.internal.get("computed_in") or ({"evaluation": dtype} if dtype else {})
+        return {str(key): str(value) for key, value in found.items()}
 
     @property
     def results(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from drank.release import STATEMENT
+from drank.tolerance import other_dtypes
 from drank.workflow.audit.folder import Folder
 from drank.workflow.audit.ledger import BrokenLinkError
 from drank.workflow.files import FileError, read_tensors
@@ -37,6 +38,8 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
     ]
     told = [f"not the same bytes ({', '.join(name for name in differing if name != STATEMENT)} differ)"]
     told += [f"{len(moved)} of {len(ranks)} ranks differ", *perplexities]
+    types = other_dtypes(results.get("protocol", {}) for results in (figures, again))
+    told += [types.rstrip(".")] if types else []
     if test_windows is None or not test_windows.exists():
         raise BrokenLinkError(f"{'; '.join(told)}; without data/sampling their predictions cannot be compared")
     divergences = _divergences(folder, other, test_windows)
@@ -49,16 +52,15 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
 
 
 def _divergences(folder: Folder, other: Folder, test_windows: Path) -> dict[str, float]:
-    import torch
     from transformers import AutoModelForCausalLM
 
     import drank.language_model.plugin  # noqa: F401  registers the format
     from drank.divergence import token_divergence
+    from drank.language_model.precision import compute_dtype
 
     # Folders may be of others: nothing is fetched, unpickled or run, and nobody is asked.
     plain = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    ours, theirs = (
-        AutoModelForCausalLM.from_pretrained(f.path, dtype=torch.bfloat16, **plain).eval() for f in (folder, other)
-    )
+    dtype = compute_dtype("auto", "cpu")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f.path, dtype=dtype, **plain).eval() for f in (folder, other))
     texts = read_tensors(test_windows)
     return {text: token_divergence(ours, theirs, windows[:N_WINDOWS]) for text, windows in texts.items()}

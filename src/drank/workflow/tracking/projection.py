@@ -207,7 +207,7 @@ def _log_variant(store: Store, parent: str, state: State, variant: Variant, tags
 
     from drank.pictures import rank_heat_map
 
-    client, params = store.client, _params(variant)
+    client, params = store.client, _params(variant) | _used(variant)
     # MLflow's own colours are hashes, some of them alike.
     color = to_hex(colormaps["tab20"](state.variants.index(variant) % 20))
     tags = tags | {"mlflow.parentRunId": parent, "mlflow.runColor": color}
@@ -260,6 +260,12 @@ def _params(variant: Variant) -> dict[str, str]:
     del given["preset.spectrum"]
     sections = ("preset.", "spectrum.", "healing.", "sampling.", "covariance.")
     return short | {key: given[key] for key in given if key.startswith(sections) and key not in MACHINE}
+
+
+def _used(variant: Variant) -> dict[str, str]:
+    """The type that the variant was measured in; params.yaml may leave it to the processor."""
+    dtype = variant.results.get("protocol", {}).get("dtype")
+    return {"compute.dtype": dtype} if dtype else {}
 
 
 def _dense(state: State) -> Variant | None:

@@ -1,0 +1,304 @@
+"""Passes are computed in a type that the processor is fast in: by facts, in every stage, and recorded."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from stages import covariance, evaluation, healing, spectrum
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from drank.cli import bench
+from drank.language_model import precision
+from drank.language_model.precision import compute_dtype, has_units, name_of
+from drank.workflow.audit.folder import Folder
+from drank.workflow.audit.rebuilt import check_rebuilt
+from drank.workflow.files import read_json
+from drank.workflow.processes import Group
+
+# An x86 processor without AVX-512, imitated for oneDNN, torch and MKL.
+AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "DNNL_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "convolution")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def processor(monkeypatch, machine="x86_64", vendor="", onednn=False, amx=False, avx512_bf16=False, onednn_fp16=False):
+    """A processor of these facts in the place of this one."""
+
+    def told(value):
+        return lambda: value
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", told(onednn))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", told(onednn_fp16))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", told(amx), raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", told(avx512_bf16), raising=False)
+    monkeypatch.setattr(precision.platform, "machine", told(machine))
+    monkeypatch.setattr(precision, "_vendor", told(vendor))
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"vendor": "AuthenticAMD"}, torch.float32),  # AVX2
+        ({"vendor": "GenuineIntel"}, torch.float32),
+        ({"vendor": "GenuineIntel", "onednn": True}, torch.float32),  # AVX-512 alone: bfloat16 is emulated
+        ({"vendor": "AuthenticAMD", "onednn": True}, torch.float32),
+        ({"vendor": "GenuineIntel", "onednn": True, "avx512_bf16": True}, torch.float32),
+        ({"vendor": "AuthenticAMD", "onednn": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"vendor": "GenuineIntel", "onednn": True, "avx512_bf16": True, "amx": True}, torch.bfloat16),
+        ({"vendor": "AuthenticAMD", "avx512_bf16": True, "amx": True}, torch.float32),  # oneDNN was told not to
+        ({"machine": "AMD64", "vendor": "Intel64 Family 6", "onednn": True, "avx512_bf16": True}, torch.float32),
+        ({"machine": "aarch64", "onednn": True}, torch.bfloat16),
+        ({"machine": "arm64"}, torch.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_facts_of_a_processor_decide(monkeypatch, caplog, facts, expected):
+    processor(monkeypatch, **facts)
+    assert compute_dtype("auto", "cpu") == expected
+    assert caplog.messages == []
+
+
+def test_what_an_older_torch_cannot_tell_is_not_there(monkeypatch):
+    processor(monkeypatch, vendor="AuthenticAMD", onednn=True, avx512_bf16=True)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert compute_dtype("auto", "cpu") == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert compute_dtype("auto", "cpu") == torch.float32
+
+
+def test_the_vendor_is_the_one_of_the_system(monkeypatch, tmp_path):
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n")
+    monkeypatch.setattr(precision, "CPU_FACTS", facts)
+    assert precision._vendor() == "AuthenticAMD"
+    monkeypatch.setattr(precision, "CPU_FACTS", tmp_path / "none")
+    monkeypatch.setattr(precision.platform, "processor", lambda: "Intel64 Family 6 Model 207, GenuineIntel")
+    assert "Intel" in precision._vendor()
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_computes_in_bfloat16_if_its_hardware_does(monkeypatch, supported, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
+    )
+    assert compute_dtype("auto", "cuda") == compute_dtype("auto", "cuda:1") == expected
+    assert has_units(torch.float16, "cuda")
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "float16"])
+def test_a_slow_type_is_allowed_with_a_warning(monkeypatch, caplog, asked):
+    processor(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert name_of(compute_dtype(asked, "cpu")) == asked
+    (message,) = caplog.messages
+    assert message.startswith(f"{asked} is slow on this processor")
+    assert "auto or float32" in message
+    caplog.clear()
+    assert compute_dtype("float32", "cpu") == torch.float32
+    processor(monkeypatch, machine="aarch64", onednn=True, onednn_fp16=True)
+    assert name_of(compute_dtype(asked, "cpu")) == asked
+    assert caplog.messages == []
+
+
+def test_processes_on_unlike_processors_compute_in_float32(monkeypatch):
+    monkeypatch.setattr(Group, "gather", lambda _self, mine: [mine, "float32"])
+    assert Group(0, 2).compute_dtype("bfloat16", "cpu") == torch.float32
+    monkeypatch.setattr(Group, "gather", lambda _self, mine: [mine, mine])
+    assert Group(0, 2).compute_dtype("bfloat16", "cpu") == torch.bfloat16
+
+
+def test_a_bench_times_the_type_of_the_device(monkeypatch):
+    processor(monkeypatch)
+    timed = []
+    monkeypatch.setattr(bench, "find_targets", lambda root, names: ())
+    monkeypatch.setattr(bench, "run", lambda targets, conditions: timed.append(conditions.dtype))
+    monkeypatch.setattr(bench, "show", lambda results: None)
+    bench.bench(device="cpu")
+    bench.bench(device="cpu", dtype=bench.Dtype.bfloat16)
+    assert timed == ["float32", "bfloat16"]
+
+
+def run_as_avx2(*command, cwd=None):
+    environment = os.environ | AVX2 | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(cwd)} if cwd else {})
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_imitated_processor_without_units_is_found_out():
+    code = "from drank.language_model.precision import compute_dtype; print(compute_dtype('auto', 'cpu'))"
+    assert run_as_avx2("-c", code) == "torch.float32\n"
+
+
+# The stages
+
+
+class HalfProductError(AssertionError):
+    pass
+
+
+class NoHalfProducts(TorchDispatchMode):
+    """Refuses matrix products of 16-bit numbers, and those of float32 whose operands may be rounded to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in PRODUCTS or "scaled_dot_product" in name or name.startswith("mkldnn"):
+            self.n_products += 1
+            found = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            if found.intersection(HALVES) or torch.get_float32_matmul_precision() != "highest":
+                raise HalfProductError(f"{name} of {found}, {torch.get_float32_matmul_precision()}")
+        return func(*args, **kwargs or {})
+
+
+HEALED = {
+    "variant": "kfac-80", "objective": "distillation", "n_windows": 4, "window_length": 16, "epochs": 1,
+    "batch_windows": 2, "learning_rate": 1.0e-2, "rank": 2, "alpha": 4, "threads": 1,
+}  # fmt: skip
+MEASURED = {
+    "calibration_seed": 0, "metric": "input", "units": "matrix", "sensitivity_windows": 1, "sensitivity_ratios": [0.5],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(reproduced, tmp_path_factory):
+    """A copy of the project that no dvc.lock holds to its bytes, with a sensitivity and a healed variant to compute."""
+    root = tmp_path_factory.mktemp("precision") / "project"
+    shutil.copytree(reproduced, root, symlinks=True, ignore=shutil.ignore_patterns("dvc.lock", ".dvc", ".git"))
+    document = yaml.safe_load((root / "params.yaml").read_text())
+    document["healing"], document["spectrum"]["measured"] = {"healed": HEALED}, MEASURED
+    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return root
+
+
+@contextmanager
+def asked(root, **changes):
+    """Other parameters inside the block; keys are section__key."""
+    before = (root / "params.yaml").read_text()
+    document = yaml.safe_load(before)
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        document[section][key] = value
+    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    try:
+        yield
+    finally:
+        (root / "params.yaml").write_text(before)
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def rebuilt(root):
+    """The comparison of a folder with one of the same weights and another card."""
+    other = root / "data/models/again"
+    shutil.rmtree(other, ignore_errors=True)
+    shutil.copytree(root / "data/models/kfac-80", other)
+    (other / "README.md").write_text("another")
+    (other / "SHA256SUMS").unlink()
+    told = check_rebuilt(Folder(root / "data/models/kfac-80"), Folder(other), root / "data/sampling/test.safetensors")
+    shutil.rmtree(other)
+    assert "divergence on news 0 nats a token" in told
+
+
+def types_of(root, *keys):
+    """What was recorded: keys of a JSON file of the project."""
+    file, *path = keys
+    found = read_json(root / file)
+    for key in path:
+        found = found[key]
+    return found
+
+
+PASSES = {
+    "covariance": (lambda root: covariance.main("0", root), ("data/covariance/0/summary.json", "dtype")),
+    "sensitivity": (
+        lambda root: spectrum.main("measured", root),
+        ("data/spectrum/measured/summary.json", "computed_in", "sensitivity"),
+    ),
+    "evaluation": (lambda root: evaluation.main("kfac-80", root), ("results/kfac-80.json", "protocol", "dtype")),
+    "healing": (
+        lambda root: healing.main("healed", root),
+        ("data/compression/healed/config.json", "quantization_config", "provenance", "healed_in"),
+    ),
+    "rebuilt": (rebuilt, None),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_without_units_no_stage_multiplies_in_bfloat16(root, monkeypatch, name):
+    stage, recorded = PASSES[name]
+    processor(monkeypatch)
+    with NoHalfProducts() as watched:
+        stage(root)
+    assert watched.n_products > 0
+    if recorded:
+        assert types_of(root, *recorded) == "float32"
+
+
+def test_an_offloaded_pass_without_units_does_not_either(root, monkeypatch):
+    processor(monkeypatch)
+    with asked(root, covariance__offload=True), NoHalfProducts() as watched:
+        covariance.main("0", root)
+    assert watched.n_products > 0
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_stage_that_multiplies_in_bfloat16_is_caught(root, monkeypatch, name):
+    processor(monkeypatch, machine="aarch64", onednn=True)
+    with pytest.raises(HalfProductError), NoHalfProducts():
+        PASSES[name][0](root)
+
+
+def test_sums_of_a_slow_type_that_was_asked_for_are_in_float32(root, monkeypatch):
+    """Covariances of bfloat16 rows: the passes were asked for, the products of the covariances were not."""
+    processor(monkeypatch)
+    seen = []
+    set_precision = torch.set_float32_matmul_precision
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda p: (seen.append(p), set_precision(p)))
+    with asked(root, compute__dtype="bfloat16"):
+        covariance.main("0", root)
+        assert seen == []
+        assert types_of(root, "data/covariance/0/summary.json", "dtype") == "bfloat16"
+        processor(monkeypatch, machine="aarch64", onednn=True)
+        covariance.main("0", root)
+        assert "medium" in seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_pass_runs_in_every_type_and_stores_bfloat16(root, dtype):
+    with asked(root, compute__dtype=dtype):
+        for name in ("covariance", "sensitivity", "healing", "evaluation"):
+            stage, recorded = PASSES[name]
+            stage(root)
+            assert types_of(root, *recorded) == dtype
+    stored = load_file(root / "data/compression/healed/model.safetensors")
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.bfloat16}
+    assert types_of(root, "data/compression/healed/config.json", "dtype") == "bfloat16"
+
+
+def test_a_stage_on_an_imitated_processor_without_units_records_float32(root):
+    run_as_avx2("-m", "stages.covariance", "0", cwd=root)
+    assert json.loads((root / "data/covariance/0/summary.json").read_text())["dtype"] == "float32"
