@@ -171,21 +171,17 @@ class Spectrum(Section):
         """Rules:
 
         * `alpha` is needed by metric `diagonal`, and no other takes it.
-        * `gradient_damping` goes with metric `kfac`.
         * `layers` of 2 or more are needed by units `group`, and no other takes them.
         * `cuts` are needed by units `block`, and no other takes them.
         * `cuts` begin with 0.0 and rise.
         * `sensitivity_windows` and `sensitivity_ratios` are given together or not at all.
         * `sensitivity_windows` go with units `matrix`: only single matrices are measured.
         * Units `block` go with metric `kfac`: channels and ranks compete in nats, which no other metric has.
+        * `gradient_damping` goes with metric `kfac`.
         """
         if (self.alpha is not None) != (self.metric == "diagonal"):
             raise ValueError(
                 f"alpha = {self.alpha} with metric '{self.metric}': metric 'diagonal' needs it, no other takes it"
-            )
-        if self.gradient_damping is not None and self.metric != "kfac":
-            raise ValueError(
-                f"gradient_damping = {self.gradient_damping} with metric '{self.metric}': only 'kfac' has gradients"
             )
         if (self.layers > 1) != (self.units == "group"):
             raise ValueError(
@@ -208,6 +204,10 @@ class Spectrum(Section):
         if self.units == "block" and self.metric != "kfac":
             raise ValueError(
                 f"units 'block' with metric '{self.metric}': channels and ranks compete in nats, which only 'kfac' has"
+            )
+        if self.gradient_damping is not None and self.metric != "kfac":
+            raise ValueError(
+                f"gradient_damping = {self.gradient_damping} with metric '{self.metric}': only 'kfac' has gradients"
             )
         return self
 
@@ -345,7 +345,8 @@ class Params(Section):
         * `sampling.calibration_text` is a name of section `text`.
         * `sampling.held_out_share` of 0 needs a second text to test on.
         * A spectrum of metric `kfac` needs output gradients: `covariance.fisher` is then not `none`.
-        * `covariance.fisher_windows` go with a `fisher` that is not `none`, and are at most `sampling.n_windows`.
+        * `covariance.fisher_windows` go with a `fisher` that is not `none`.
+        * `covariance.fisher_windows` are at most `sampling.n_windows`.
         * A spectrum's `calibration_seed` is one of `sampling.calibration_seeds`.
         * A preset of a spectrum with units `block` has allocation `least_loss`; the other rules know no blocks.
         * A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.
