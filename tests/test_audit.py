@@ -495,9 +495,12 @@ def test_the_command_prints_the_chain_and_its_status_tells(project, folder):
     done = run(project, str(drank), "audit", str(folder))
     for told in (VARIANT, "local:source/model", "least_loss", "holds", "dvc repro release@", "token_perplexity/news"):
         assert told in done.stdout
+    used = read_json(project / f"results/{VARIANT}.json")["protocol"]["dtype"]
+    assert f"measured in {used}; covariance in {used}" in done.stdout
     as_json = json.loads(run(project, str(drank), "audit", str(folder), "--json").stdout)
     assert as_json["holds"]
     assert as_json["chain"]["variant"] == VARIANT
+    assert as_json["chain"]["computed_in"] == {"covariance": used, "evaluation": used}
     (folder / "extra").write_text("")
     failed = run(project, str(drank), "audit", str(folder), check=False)
     assert failed.returncode == 1

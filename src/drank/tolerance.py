@@ -8,13 +8,13 @@ from typing import Any
 DTYPE_TOLERANCE = 0.005
 
 
-def other_dtypes(protocols: Iterable[Mapping[str, Any]]) -> str | None:
+def other_dtypes(protocols: Iterable[Any]) -> str | None:
     """A sentence if results were computed in several types, else None.
 
     Args:
-        protocols: ``protocol`` of each results/<variant>.json; one without a type, of an older version, is passed over.
+        protocols: ``protocol`` of each results/<variant>.json; one without a type, or of another form, is passed over.
     """
-    found = sorted({str(protocol["dtype"]) for protocol in protocols if "dtype" in protocol})
+    found = sorted({str(p["dtype"]) for p in protocols if isinstance(p, Mapping) and "dtype" in p})
     if len(found) < 2:
         return None
     return (

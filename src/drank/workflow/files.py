@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FILE_MODE = 0o644  # safetensors leaves 0600, which a colleague, or a cache shared by a group, cannot read
 FOLDER_MODE = 0o755
+WRITABLE = 0o222
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,9 +167,24 @@ def check_plain(folder: Path) -> None:
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copy a file, or the files of a folder into one that is there; modes and times are new."""
+    """Copy a file, or the files of a folder into one that is there.
+
+    A file that nobody may write is a link to DVC's cache, and gets one name more; all others are copied.
+    """
     for file in sorted(source.iterdir()) if source.is_dir() else [source]:
-        shutil.copyfile(file, destination / file.name if destination.is_dir() else destination)
+        copy = destination / file.name if destination.is_dir() else destination
+        if not (file.stat().st_mode & WRITABLE) and _linked(file, copy):
+            continue
+        shutil.copyfile(file, copy)
+
+
+def _linked(file: Path, name: Path) -> bool:
+    """Give a file one name more; False where the file system has no such links, or is another one."""
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        return False
+    return True
 
 
 def file_sha256(path: Path) -> str:
@@ -310,7 +326,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _fix_modes(folder: Path) -> None:
     folder.chmod(FOLDER_MODE)
     for path in folder.rglob("*"):
-        path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
+        if path.is_dir() or path.stat().st_mode & WRITABLE:  # the rest are links to DVC's cache, whose mode stays
+            path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
 
 
 def _remove(path: Path) -> None:

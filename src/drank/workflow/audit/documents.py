@@ -154,9 +154,10 @@ class StatementDocument(Document):
     @property
     def computed_in(self) -> dict[str, str]:
         """The type of each kind of pass, by its name; a statement of an older version has that of evaluation."""
-        dtype = self.results.get("protocol", {}).get("dtype")
-        found = self.predicate.build.internal.get("computed_in") or ({"evaluation": dtype} if dtype else {})
-        return {str(key): str(value) for key, value in found.items()}
+        protocol = self.results.get("protocol")
+        measured = {"evaluation": protocol["dtype"]} if isinstance(protocol, dict) and "dtype" in protocol else {}
+        found = self.predicate.build.internal.get("computed_in", measured)
+        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
     @property
     def results(self) -> dict[str, Any]:
