@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drank.covariance import NotFiniteError, SecondMoment
@@ -28,6 +27,7 @@ from drank.language_model.vocabulary import check_ids
 from drank.workflow.files import read_tensors, scratch_folder, write_json, write_tensors
 from drank.workflow.params import Covariance, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
+from drank.workflow.progress import progress
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
@@ -65,6 +65,8 @@ def collect(
     if group.rank == 0:
         log.info(told(linears, left))
     owners = shared_inputs(model, linears, windows[:1, :8])
+    mine = len(windows[group.share]) * n_sweeps(model, linears, params)  # about: batches are dealt out, not windows
+    bar = progress(desc="covariance", unit="windows", total=mine, quiet=group.rank > 0)
     for sweep in sweeps(model, linears, windows, params, group, scratch):
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
         owning = {name: linear for name, linear in within.items() if owners[name] == name}
@@ -73,12 +75,12 @@ def collect(
         with (
             watching_inputs({name: within[name].module for name in inputs}, adding_to(inputs)),
             watching_output_gradients({name: within[name].module for name in gradients}, adding_to(gradients)),
-            tqdm(desc=f"covariance {sweep.prefix}", unit="window", disable=group.rank > 0 or None) as bar,
         ):
             for n_windows in sweep.passes:
                 bar.update(n_windows)
         write("inputs", "activations entering", inputs, group, folder)
         write("gradients", "gradients leaving", gradients, group, folder)
+    bar.close()
     if group.rank == 0:
         summary = {"fisher": params.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
         if params.fisher != "none":
@@ -125,6 +127,14 @@ def sweeps(
             model, windows, params.batch_windows, params.fisher, params.fisher_seed, group.share, params.fisher_windows
         )
         yield Sweep("", True, True, passes)
+
+
+def n_sweeps(model: Any, linears: list[Linear], params: Covariance) -> int:
+    """How often every window passes: once, or block after block and, with gradients, back from the head."""
+    if not params.offload:
+        return 1
+    n_blocks = len(list(model.get_submodule(find_blocks(model, linears)).children()))
+    return n_blocks if params.fisher == "none" else 2 * n_blocks + 1
 
 
 class Files:

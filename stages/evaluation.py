@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
@@ -14,6 +13,7 @@ from drank.perplexity import token_perplexity
 from drank.workflow.files import read_json, read_tensors, write_json
 from drank.workflow.params import Params, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
+from drank.workflow.progress import progress
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
@@ -43,13 +43,14 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     perplexities: dict[str, tuple[float, list[float]]] = {}
     for name in sorted(tests)[group.share]:
         check_ids(model, tests[name], f"data/sampling/test.safetensors, {name}")
-        bar = partial(tqdm, desc=f"{variant}, {name}", unit="batch")
+        bar = partial(progress, desc=f"{variant}, {name}", unit="batches", quiet=group.rank > 0)
         perplexities[name] = token_perplexity(model, tests[name], batch, bar, last_windows.get(name))
     together = {name: found for part in group.gather(perplexities) for name, found in part.items()}
     figures = {f"token_perplexity/{name}": perplexity for name, (perplexity, _) in together.items()}
     nats = {name: nats for name, (_, nats) in together.items()}
     tasks, tokenizer = params.evaluation.tasks, AutoTokenizer.from_pretrained(folder)
-    figures |= run_tasks(model, tokenizer, inputs / "data/sampling/tasks", tasks, batch)
+    bar = partial(progress, desc=f"{variant}, lm-eval", unit="requests", quiet=group.rank > 0)
+    figures |= run_tasks(model, tokenizer, inputs / "data/sampling/tasks", tasks, batch, bar)
     if group.rank:
         return
 

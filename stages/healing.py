@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
@@ -28,6 +27,7 @@ from drank.workflow.files import (
 )
 from drank.workflow.params import Healing as Asked
 from drank.workflow.params import read_params
+from drank.workflow.progress import progress
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
@@ -70,7 +70,8 @@ def take_steps(healing: Healing, checkpoint: Checkpoint, name: str) -> list[str]
     if found := checkpoint.read():
         curve, state = found
         healing.resume(state)
-    with tqdm(total=healing.plan.n_steps, initial=healing.n_taken, desc=f"healing {name}", unit="step") as bar:
+    n_steps, before = healing.plan.n_steps, healing.n_taken
+    with progress(desc=f"healing {name}", unit="steps", total=n_steps, initial=before) as bar:
         for step in healing.steps():
             curve.append(row(step))
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)

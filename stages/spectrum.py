@@ -1,14 +1,13 @@
 """Spectrum: weights and covariances -> data/spectrum/<key>/: summary.json, singular_values, factors a unit, cuts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from drank.channels import remove_channels
@@ -22,6 +21,7 @@ from drank.spectrum import Metric, damped, effective_rank, whitened_spectrum
 from drank.workflow.files import read_json, read_rows, read_tensors, write_json, write_tensors
 from drank.workflow.params import Params, Spectrum, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
+from drank.workflow.progress import progress
 from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
@@ -50,10 +50,10 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
     metrics = Metrics(asked, inputs / f"data/covariance/{asked.calibration_seed}", params.covariance.device)
     writer = Writer(folder)
-    bar = partial(tqdm, desc=f"spectrum {key}", disable=group.rank > 0 or None)
-    units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="unit")}
+    bar = partial(progress, desc=f"spectrum {key}", quiet=group.rank > 0)
+    units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="units")}
     members = [(*mlp.before, mlp.down) for mlp in mlps]
-    blocks = {i: block(mlps[i], asked.cuts, metrics, writer) for i in bar(shared_out(members, group), unit="MLP")}
+    blocks = {i: block(mlps[i], asked.cuts, metrics, writer) for i in bar(shared_out(members, group), unit="MLPs")}
     measured = read_json(metrics.covariances / "summary.json")
     summary: dict[str, Any] = {
         "metric": asked.metric,
@@ -73,7 +73,8 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
         windows, batch = windows[: asked.sensitivity_windows], params.covariance.batch_windows
         check_ids(model, windows, f"data/sampling/calibration/{asked.calibration_seed}.safetensors")
         mine = linears[group.share]
-        parts = group.gather(sensitivity(model.eval(), mine, writer, windows, asked.sensitivity_ratios, batch))
+        bar = partial(progress, desc="sensitivity", unit="matrices", quiet=group.rank > 0)
+        parts = group.gather(sensitivity(model.eval(), mine, writer, windows, asked.sensitivity_ratios, batch, bar))
         summary["sensitivity"] = {name: scores for part in parts for name, scores in part.items()}
     if group.rank == 0:
         write_tensors(folder / "singular_values.safetensors", writer.singular_values)
@@ -189,7 +190,13 @@ def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -
 
 
 def sensitivity(
-    model: Any, linears: list[Linear], writer: Writer, windows: Tensor, ratios: tuple[float, ...], batch_windows: int
+    model: Any,
+    linears: list[Linear],
+    writer: Writer,
+    windows: Tensor,
+    ratios: tuple[float, ...],
+    batch_windows: int,
+    bar: Callable[[Iterable[Linear]], Iterable[Linear]],
 ) -> dict[str, dict[float, float]]:
     """Perplexity with one linear truncated at a time, at the rank that two factors have for each ratio."""
     sizes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
@@ -201,7 +208,6 @@ def sensitivity(
     def vectors(name: str, rank: int) -> dict[str, Tensor]:
         return read_rows(writer.folder / f"factors/{name}.safetensors", rank)
 
-    bar = partial(tqdm, desc="sensitivity", unit="matrix")
     return measure_sensitivity(model, linears, vectors, windows, ratios, batch_windows, rank, bar)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from drank.cli.pipeline import table_of_variants
 from drank.tolerance import DTYPE_TOLERANCE
+from drank.workflow.plan import TIMELESS
 from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent
@@ -61,6 +62,12 @@ def test_run_reproduces_logs_and_shows_the_variants(project, tmp_path):
     done = command(tmp_path, "drank", "run", "--root", "project")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "evaluation@d-rank-80" in executed(done.stdout)
+    stages = executed(done.stdout)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("Initialized")]
+    assert told[0] == f"up to {len(stages)} stages to run ({TIMELESS}): {', '.join(stages)}"
+    assert [line for line in told if line.startswith("[")] == [
+        f"[{i} of {len(stages)}] {name}" for i, name in enumerate(stages, 1)
+    ]
     assert states(project) == [(lock_sha256(project), set(VARIANTS))]
     (row,) = (line for line in done.stdout.splitlines() if "d-rank-80" in line and "x1.25" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == [

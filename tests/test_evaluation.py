@@ -191,11 +191,19 @@ def test_rolling_perplexity_is_that_of_a_direct_computation(tmp_path, tokenizer,
     folder = write_tasks(tmp_path, tale_rolling=[{"text": text} for text in texts])
     with torch.inference_mode():
         nats = sum(rolling_nats(model, tokenizer, text) for text in texts)
-    figures = run_tasks(model, tokenizer, folder, ["tale_rolling"], batch_size)
+    rows, shown = [], []
+    model.register_forward_hook(lambda _model, _args, output: rows.extend(output.logits))
+    figures = run_tasks(model, tokenizer, folder, ["tale_rolling"], batch_size, counting(shown))
+    assert shown == list(range(len(rows)))
     assert set(figures) == {"bits_per_byte/tale", "word_perplexity/tale"}
     n_bytes, n_words = sum(map(len, texts)), sum(len(text.split(" ")) for text in texts)
     assert figures["bits_per_byte/tale"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
     assert figures["word_perplexity/tale"] == pytest.approx(math.exp(nats / n_words), rel=1e-4)
+
+
+def counting(shown):
+    """A progress that notes what it has counted."""
+    return lambda items: (shown.append(item) or item for item in items)
 
 
 def continuation_nats(model, tokenizer, context: str, continuation: str) -> tuple[float, bool]:
@@ -215,7 +223,9 @@ def test_choices_and_last_words_are_scored_as_by_hand(tmp_path, tokenizer):
             per_letter = [n / len(c) for n, c in zip(nats, row["choices"], strict=True)]
             right.append(nats.index(min(nats)) == row["label"])
             right_by_length.append(per_letter.index(min(per_letter)) == row["label"])
-    figures = run_tasks(model, tokenizer, folder, ["last_word", "next_sentence"], batch_size=2)
+    shown = []
+    figures = run_tasks(model, tokenizer, folder, ["last_word", "next_sentence"], 2, counting(shown))
+    assert shown == list(range(len(LAST_WORD) + 4 * len(NEXT_SENTENCE)))
     p, q, greedy = sum(right) / 4, sum(right_by_length) / 4, sum(hit for _, hit in words) / 3
     assert figures == pytest.approx(
         {

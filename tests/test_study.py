@@ -35,14 +35,9 @@ def test_every_preset_is_there_at_every_size_and_the_headline_rows_with_three_dr
 
 def test_presets_and_sources_are_those_of_the_shipped_parameters():
     shipped, study = (read_params(REPOSITORY / f) for f in ("params.yaml", "study/params.yaml"))
-<<<<<<< HEAD
     assert (study.model, study.text, study.covariance.targets) == (
         shipped.model, shipped.text, shipped.covariance.targets,
     )  # fmt: skip
-=======
-    for section in ("model", "text", "covariance", "compute"):
-        assert getattr(study, section) == getattr(shipped, section)
->>>>>>> wt-dtype
     for name in PEERS:
         assert study.presets[name] == shipped.presets[name]
     assert study.spectrum["input"] == shipped.spectrum["input"]
@@ -89,13 +84,7 @@ def test_the_experiment_of_healing_runs_the_main_pipeline_over_its_parameters(tm
     for file in ("params.yaml", "dvc.yaml"):
         assert (tmp_path / folder / file).read_bytes() == (REPOSITORY / folder / file).read_bytes()
     shipped, ours = (read_params(REPOSITORY / f) for f in ("params.yaml", "experiments/healing.yaml"))
-<<<<<<< HEAD
     assert (ours.model, ours.text, ours.covariance.targets) == (shipped.model, shipped.text, shipped.covariance.targets)
-=======
-    assert (ours.model, ours.text, ours.sampling, ours.covariance, ours.compute) == (
-        shipped.model, shipped.text, shipped.sampling, shipped.covariance, shipped.compute,
-    )  # fmt: skip
->>>>>>> wt-dtype
     assert ours.presets["kfac"] == shipped.presets["kfac-aligned"]
     assert ours.presets["d-rank"] == shipped.presets["d-rank"]
     assert (

@@ -5,7 +5,10 @@ Takes a loaded model; knows nothing of how it was compressed. Every function lea
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, tasks_folder: Path, tasks: Sequence[str], batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    tasks_folder: Path,
+    tasks: Sequence[str],
+    batch_size: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
     """lm-eval's figures by flat name: ``acc/last_word``, ``bits_per_byte/news``, ``acc_stderr/last_word``...
 
@@ -64,12 +72,15 @@ def run_tasks(
     An accuracy p of n items has the standard error sqrt(p (1 - p) / n). In a group of torch.distributed, each process
     takes its share of the items, and all figures are process 0's; the others get none.
 
+    Args:
+        progress: wraps the numbers of the requests of one kind, which are the model's windows where a text is read as a
+            whole (tqdm).
+
     Raises:
         EvaluationError: a task is neither ours nor lm-eval's, or a figure is not finite.
     """
     import lm_eval
     from accelerate import Accelerator
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     if not tasks:
@@ -78,7 +89,7 @@ def run_tasks(
     manager = TaskManager(include_defaults=not ours.issuperset(tasks))
     _check_known(set(tasks) - ours, manager.all_tasks, tasks_folder)
     # With its logits cache, windows of a repetitive text can be given each other's logits within a batch.
-    lm = HFLM(
+    lm = _counting(progress)(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
@@ -98,6 +109,39 @@ def run_tasks(
         log_samples=False,
     )
     return _flat(results["results"], results["n-samples"]) if results else {}
+
+
+def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
+    """lm-eval's class of models, which shows ``progress`` in place of a bar for every batch."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):
+        _ticks: Iterator[int] = iter(())
+
+        @contextmanager
+        def _counted(self, total: int) -> Iterator[None]:
+            self._ticks = iter(progress(range(total)))
+            yield
+            deque(self._ticks, maxlen=0)  # the bar ends, also where processes share requests out unevenly
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            with self._counted(len(requests)):
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            windows = sum(-(-len(self.tok_encode(request.args[0])) // self.max_length) for request in requests)
+            with self._counted(windows):
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+
+        def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
+            logits = super()._model_call(inps, *arguments, **options)
+            deque(islice(self._ticks, len(inps)), maxlen=0)
+            return logits
+
+    return Counting
 
 
 def _check_known(names: set[str], known: Iterable[str], tasks_folder: Path) -> None:

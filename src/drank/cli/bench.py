@@ -172,19 +172,18 @@ def run(targets: Sequence[Target], conditions: Conditions) -> dict[str, Any]:
         BenchError: no such device.
         BenchmarkError: what was asked cannot be timed.
     """
-    from tqdm import tqdm
-
     from drank.benchmark import FIGURES, measure
+    from drank.workflow.progress import progress
 
     check_device(conditions.device)
     started = environment(conditions.device)
     with ExitStack() as stack:
         workers = {target.name: stack.enter_context(worker()) for target in targets}
         loading = {target.name: workers[target.name].submit(_load, target.folder, conditions) for target in targets}
-        memory = {name: done.result() for name, done in tqdm(loading.items(), desc="loading", unit="model")}
+        memory = {name: done.result() for name, done in progress(loading.items(), desc="loading", unit="models")}
         threads = workers[targets[0].name].submit(_threads).result()
         runs = {name: partial(_ask, executor) for name, executor in workers.items()}
-        samples = measure(runs, conditions.repeats, progress=partial(tqdm, desc="timing", unit="round"))
+        samples = measure(runs, conditions.repeats, progress=partial(progress, desc="timing", unit="rounds"))
     sizes = {target.name: {"memory": memory[target.name], "disk": weights_bytes(target.folder)} for target in targets}
     reference = next((target for target in targets if target.dense), targets[0]).name
     figures = {

@@ -21,9 +21,8 @@ def check(
 
     DVC itself trusts a file whose size and time of change it knows, and an entry of its cache that is read-only.
     """
-    from tqdm import tqdm
-
     from drank.workflow import damage
+    from drank.workflow.progress import progress
 
     if torn := damage.find_torn(root):
         for path, wrong in torn.items():
@@ -34,7 +33,7 @@ def check(
             raise CommandError("DVC cannot read its notes; `drank check --mend`, while no DVC is at work, deletes them")
         typer.echo(f"{len(torn)} deleted; `dvc repro` makes them anew, of what its cache remembers")
         return
-    found = list(damage.find_damage(root, lambda paths: tqdm(list(paths), desc="check", unit="out", disable=None)))
+    found = list(damage.find_damage(root, lambda paths: progress(list(paths), desc="check", unit="outs")))
     for one in found:
         was = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"
         typer.echo(

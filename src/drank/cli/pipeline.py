@@ -4,9 +4,12 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
-from typing import TYPE_CHECKING, Annotated
+from threading import Thread
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
@@ -52,21 +55,57 @@ def track(root: Root = Path()) -> None:
 def reproduce(root: Path, targets: list[str]) -> None:
     """Run ``dvc repro`` in ``root``, with the Python that runs us as the ``python`` of its stages.
 
+    On standard error it says what will run and where it is; standard output is DVC's.
+
     Raises:
         CommandError: DVC or a stage failed.
     """
     from drank.workflow.damage import find_torn
+    from drank.workflow.plan import Plan
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # DVC by itself gives up after 3 seconds, also at the end of a stage of hours, if a `dvc status` is at work then.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PATH": path})
-    if done.returncode != 0:
+    plan = Plan(root, targets, say)
+    status = passing_on(command, root, os.environ | {"PATH": path}, plan.follow)
+    if status != 0:
         full = f" ({free:,} bytes are left in {root.resolve()})" if (free := disk_usage(root).free) < SCARCE else ""
         torn = "".join(f"; {wrong}, or `drank check --mend`" for wrong in find_torn(root).values())
-        raise CommandError(
-            f"dvc repro ended with exit status {done.returncode}{full}; nothing was logged to MLflow{torn}"
-        )
+        raise CommandError(f"dvc repro ended with exit status {status}{full}; nothing was logged to MLflow{torn}")
+
+
+def say(text: str) -> None:
+    """On standard error, if anybody listens there."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
+
+
+def passing_on(command: list[str], root: Path, environment: dict[str, str], follow: Callable[[str], None]) -> int:
+    """Run a command and give its standard output on, line by line, each after ``follow`` has seen it.
+
+    Where ours is closed, so is the command's. Returns its exit status.
+    """
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE)
+    reader = Thread(target=give_on, args=(process.stdout, follow), daemon=True)
+    reader.start()
+    try:
+        status = process.wait()
+    except BaseException:  # as subprocess.run: after an interrupt the command has a moment to end by itself
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(0.25)
+        process.kill()
+        raise
+    reader.join(5)  # a stage that outlives a killed DVC holds the pipe until it ends, too
+    return status
+
+
+def give_on(lines: IO[bytes], follow: Callable[[str], None]) -> None:
+    """Copy lines to standard output, and close their source where it takes no more."""
+    with lines, suppress(OSError):
+        for line in lines:
+            follow(line.decode(errors="replace"))
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
 
 
 def report(tracked: "Tracked") -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from drank.release import STATEMENT
 from drank.workflow.artefacts import AbsentError, Artefact, Store
@@ -20,6 +19,7 @@ from drank.workflow.files import file_sha256, read_json, read_tensors, weights_s
 from drank.workflow.history import Commit, file_at, find_commits, has_history, is_shallow
 from drank.workflow.lock import check_order, check_params, flat, lineage, outs_of, writer
 from drank.workflow.params import ParamsError, read_params
+from drank.workflow.progress import progress
 from drank.workflow.recorded import Stages, parse_lock, read_lock
 from drank.workflow.resolved import resolved
 
@@ -47,7 +47,7 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
     present = outs_of(read_lock(root / "dvc.lock")) if ledger.holds("working tree") else {}
     store = Store(root, present, record.commit.sha if record.commit else None)
     located: dict[str, Artefact] = {}
-    for path, md5 in tqdm(outs_of(record.stages).items(), "artefacts", leave=False, disable=None):
+    for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
         if path != record.path:
             ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
     if "healing" in folder.statement.parameters:

@@ -1,0 +1,222 @@
+"""What `drank run` says of the way ahead: the stages that will run, by real DVC, and their times, by hand."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from drank.footprint import Shape
+from drank.workflow import estimate, plan
+from drank.workflow.estimate import Model, seconds
+from drank.workflow.params import read_params
+from drank.workflow.plan import Plan, duration, planned
+from drank.workflow.speed import Speed, measure
+from tests import tiny
+from tests.test_tracking import VARIANTS, edit_params, executed, repro, write_project
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A project of stages that take no time, before and after its `dvc repro`."""
+    root = tmp_path_factory.mktemp("planned") / "project"
+    write_project(root)
+    fresh = planned(root, [])
+    return root, fresh, executed(repro(root))
+
+
+@pytest.fixture
+def project(reproduced, tmp_path):
+    return shutil.copytree(reproduced[0], tmp_path / "project", symlinks=True)
+
+
+def test_of_a_fresh_project_everything_runs(reproduced):
+    root, fresh, ran = reproduced
+    assert fresh == ran
+    assert planned(root, []) == []
+
+
+def test_a_changed_ratio_runs_that_variant_alone_and_the_old_one_almost_nothing(project):
+    before = read_params(project / "params.yaml").variants["d-rank-80"].size_ratio
+    edit_params(project, "variants", "d-rank-80", "size_ratio", value=0.5)
+    expected = [f"{step}@d-rank-80" for step in ("allocation", "compression", "evaluation", "release")]
+    assert sorted(planned(project, [])) == sorted([*expected, "report"])
+    assert planned(project, ["evaluation@d-rank-80"]) == expected[:3]
+    repro(project)
+    edit_params(project, "variants", "d-rank-80", "size_ratio", value=before)
+    assert planned(project, []) == ["report"]  # it reads folders of which a part changes: nobody can tell before
+
+
+def test_what_dvc_has_in_its_cache_does_not_run(project):
+    shutil.rmtree(project / "data")
+    assert planned(project, ["release@dense"]) == []
+    shutil.rmtree(project / ".dvc/cache")
+    assert set(planned(project, [])) >= {"sampling", "covariance", *(f"release@{name}" for name in VARIANTS)}
+
+
+def test_what_is_wrong_with_a_project_is_left_for_dvc_to_say(project):
+    assert planned(project, ["no-such-stage"]) is None
+    (project / "dvc.yaml").write_text("stages: [")
+    said = []
+    assert Plan(project, [], said.append).left == {}
+    assert said == []
+
+
+@pytest.fixture
+def answers(monkeypatch, tmp_path):
+    """A project with two stages, and answers of the process that estimates."""
+    (tmp_path / "params.yaml").write_text(tiny.PARAMS.replace("local:source/model", "hub:some/model"))
+    given = []
+
+    def run(command, **_):
+        given.append(command[3:])
+        found = {"raw": 5.0, "sampling": 4.0, "covariance@0": 40.0} if command[3] else None
+        return subprocess.CompletedProcess(command, 0, json.dumps({"speeds": {}, "seconds": found}))
+
+    monkeypatch.setattr(plan, "planned", lambda root, targets: ["raw", "sampling", "covariance@0"])
+    monkeypatch.setattr(plan.subprocess, "run", run)
+    return tmp_path, given
+
+
+def test_time_is_told_when_the_model_is_there(answers):
+    root, given = answers
+    said = []
+    ahead = Plan(root, [], said.append)
+    ahead.follow("Running stage 'raw':\n")
+    assert said == [
+        "up to 3 stages to run (time is told when the model is there): raw, sampling, covariance@0",
+        "[1 of 3] raw",
+    ]
+    (root / "data/raw/model").mkdir(parents=True)
+    (root / "data/raw/model/config.json").write_text("{}")
+    for line in (
+        "> python -m stages.raw",
+        "",
+        "Stage 'sampling' didn't change, skipping",
+        "Running stage 'covariance@0':",
+    ):
+        ahead.follow(line)
+    assert said[2:] == [
+        "1 stage to run, about 40 s here:\n  covariance@0  40 s",
+        "[3 of 3] covariance@0, about 40 s; about 40 s left",
+    ]
+    first, second = given
+    assert first[0] == ""  # speeds alone, measured while nothing else is at work
+    assert second == [str((root / "data/raw/model").resolve()), json.dumps({"speeds": {}, "seconds": None})]
+
+
+def test_a_local_model_has_its_times_from_the_start(answers):
+    root, _ = answers
+    (root / "params.yaml").write_text(tiny.PARAMS)
+    (root / "source/model").mkdir(parents=True)
+    (root / "source/model/config.json").write_text("{}")
+    said = []
+    ahead = Plan(root, [], said.append)
+    assert said == [
+        "up to 3 stages to run, about 50 s here:\n  raw           5 s\n  sampling      4 s\n  covariance@0  40 s"
+    ]
+    ahead.follow("Stage 'raw' is cached - skipping run, checking out outputs")
+    ahead.follow("Running stage 'sampling':")
+    assert said[1:] == ["[2 of 3] sampling, about 4 s; about 40 s left"]
+
+
+def test_an_up_to_date_project_has_nothing_to_run(answers, monkeypatch):
+    monkeypatch.setattr(plan, "planned", lambda root, targets: [])
+    said = []
+    Plan(answers[0], [], said.append)
+    assert said == ["nothing to run: every stage is up to date"]
+    assert answers[1] == []  # nothing is measured
+
+
+def test_durations():
+    told = [duration(s) for s in (0.2, 5.4, 44, 94, 100, 3000, 5000, 9000)]
+    assert told == ["1 s", "5 s", "40 s", "90 s", "2 min", "50 min", "83 min", "2.5 h"]
+
+
+SHAPE = Shape("tiny", 2, 32, 64, 4, 2, 320)
+FAST = 1e30
+
+
+def times(tmp_path, model=None, text=tiny.PARAMS, **speeds):
+    (tmp_path / "params.yaml").write_text(text)
+    speed = Speed(**{"float32": FAST, "bfloat16": 1.0, "float64": FAST, "eigenproblem": FAST} | speeds)
+    return seconds(read_params(tmp_path / "params.yaml"), model or Model(SHAPE), lambda threads, device: speed)
+
+
+def test_a_pass_takes_its_flops_by_the_faster_type(tmp_path):
+    # Without output gradients, and so without the spectrum that needs them and its variant.
+    document = yaml.safe_load(tiny.PARAMS)
+    document["covariance"]["fisher"] = "none"
+    for section, name in (("spectrum", "kfac"), ("presets", "kfac"), ("variants", "kfac-80")):
+        del document[section][name]
+    text = yaml.safe_dump(document)
+    # A token and layer: 2 * 9216 of linears, 2 * 32 * 64 of attention, 3 * 2 * 32² + 2 * 64² of sums.
+    flops = 8 * 64 * 2 * (18_432 + 4_096 + 14_336)
+    assert times(tmp_path, text=text, float32=1e6)["covariance@0"] == pytest.approx(4 + flops / 0.8e6, rel=1e-3)
+    found = times(tmp_path, text=text, float32=1e6, bfloat16=1e7)["covariance@0"]
+    assert found == pytest.approx(4 + flops / 0.45e7, rel=1e-3)
+
+
+def test_a_spectrum_takes_its_eigenproblems(tmp_path):
+    # Sides of 32 in a layer: one for queries, output and down, two for gate and up; of 16: keys, values.
+    flops = 2 * 10 / 3 * ((1 + 1 + 1 + 2 + 2) * 32**3 + 2 * 16**3)
+    assert times(tmp_path, eigenproblem=1e5)["spectrum@input"] == pytest.approx(4 + flops / 1e5, rel=1e-3)
+    assert times(tmp_path, eigenproblem=1e5)["spectrum@kfac"] > 2 * flops / 1e5  # with both roots, and every cut
+
+
+def test_an_evaluation_takes_its_windows_texts_and_items(tmp_path):
+    tokens = 4 * 2 * 64 + 32_768 // 4 + 8 * 80 + 4 * 8 * 80  # test windows, news_rolling, last_word, next_sentence
+    flops = tokens * (2 * (2 * 9216 + 4096) + 2 * 320 * 32)
+    assert times(tmp_path, float32=1e6)["evaluation@dense"] == pytest.approx(10 + flops / 0.8e6, rel=1e-3)
+
+
+def test_every_stage_of_the_pipeline_has_a_time(tmp_path):
+    asked = {"variant": "kfac-80", "objective": "distillation", "n_windows": 4, "window_length": 64, "epochs": 2}
+    asked |= {"batch_windows": 2, "learning_rate": 0.001, "rank": 2, "alpha": 4, "threads": 1}
+    text = tiny.PARAMS.replace("healing: {}", f"healing: {json.dumps({'mended': asked})}")
+    found = times(tmp_path, text=text)
+    names = {name.partition("@")[0] for name in found}
+    assert names == {
+        "raw", "sampling", "covariance", "spectrum", "allocation", "compression", "healing", "evaluation",
+        "healed-evaluation", "release", "healed-release", "report",
+    }  # fmt: skip
+    assert all(time > 0 for time in found.values())
+
+
+def test_another_architecture_counts_by_its_parameters(tmp_path):
+    more = times(tmp_path, Model(SHAPE, 3.0), float32=1e6)["evaluation@dense"] - 10
+    assert more == pytest.approx(3 * (times(tmp_path, float32=1e6)["evaluation@dense"] - 10), rel=1e-3)
+
+
+def test_a_shape_is_read_from_the_config_and_parameters_from_the_headers(tmp_path):
+    model = tiny.llama().bfloat16()
+    model.save_pretrained(tmp_path / "llama")
+    found = estimate.read_model(tmp_path / "llama")
+    assert found.shape == Shape("llama", 2, 32, 64, 4, 2, 320, tied=True)
+    assert found.parameters == 1
+    tiny.gpt2().save_pretrained(tmp_path / "gpt2")
+    found = estimate.read_model(tmp_path / "gpt2")
+    assert found.shape == Shape("gpt2", 2, 32, 128, 4, 4, 320, gated=False, tied=found.shape.tied)
+    assert found.parameters == pytest.approx(1, abs=0.3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    save_file({"x": model.lm_head.weight.clone()}, tmp_path / "other/model.safetensors")
+    assert estimate.read_model(tmp_path / "other") is None
+
+
+def test_a_machine_is_measured():
+    speed = measure(1, "cpu")
+    assert speed.float32 > speed.eigenproblem > 1e6
+
+
+def test_windows_without_a_number_are_guessed_from_the_texts(tmp_path):
+    (tmp_path / "params.yaml").write_text(tiny.PARAMS.replace("n_test_windows: 4", "n_test_windows: all"))
+    folder = Path(tmp_path / "data/raw/text")
+    folder.mkdir(parents=True)
+    (folder / "news.jsonl").write_text("x" * 10_000)
+    (folder / "commons.jsonl").write_text("x" * 1_000)
+    params = read_params(tmp_path / "params.yaml")
+    assert estimate.read_test_windows(params, tmp_path) == int((0.3 * 10_000 + 1_000) / 4 / 64)

@@ -1,0 +1,99 @@
+"""Progress: lines in a log, by a clock that the test sets, and a bar on a real pseudo-terminal."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+import tqdm.std
+
+from drank.workflow.progress import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, as tqdm reads them."""
+    seconds = [1000.0]
+    monkeypatch.setattr(tqdm.std, "time", lambda: seconds[0])
+    return seconds
+
+
+def test_a_log_gets_a_line_every_half_minute_with_done_all_and_time_left(clock, capsys):
+    for _ in progress(range(10), desc="covariance", unit="windows"):
+        clock[0] += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "covariance: 3 of 10 windows, 01:10 left",
+        "covariance: 6 of 10 windows, 00:40 left",
+        "covariance: 9 of 10 windows, 00:10 left",
+    ]
+
+
+def test_less_than_half_a_minute_leaves_nothing_in_a_log(clock, capsys):
+    for _ in progress(range(10), desc="covariance", unit="windows"):
+        clock[0] += 2.9
+    assert capsys.readouterr().err == ""
+
+
+def test_a_counter_that_goes_on_from_a_checkpoint(clock, capsys):
+    with progress(desc="healing", unit="steps", total=8, initial=4) as bar:
+        for _ in range(4):
+            clock[0] += 20
+            bar.set_postfix(loss="3.1", refresh=False)
+            bar.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "healing: 6 of 8 steps, loss=3.1, 00:40 left",
+        "healing: 8 of 8 steps, loss=3.1, 00:00 left",
+    ]
+
+
+def test_one_process_of_several_talks(clock, capsys):
+    for _ in progress(range(10), desc="covariance", unit="windows", quiet=True):
+        clock[0] += 60
+    assert capsys.readouterr().err == ""
+
+
+def test_nobody_listening_ends_nothing(clock, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        seen = []
+        for item in progress(range(3), desc="covariance", unit="windows"):
+            clock[0] += 60
+            seen.append(item)
+        assert seen == [0, 1, 2]
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            broken.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), broken.fileno())
+
+
+def test_the_switch_of_libraries_does_not_silence_a_log(clock, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    for _ in progress(range(2), desc="check", unit="outs"):
+        clock[0] += 40
+    assert capsys.readouterr().err.splitlines() == ["check: 1 of 2 outs, 00:40 left", "check: 2 of 2 outs, 00:00 left"]
+
+
+PROGRAM = """\
+from drank.workflow.stage import quieten_libraries
+quieten_libraries()
+from drank.workflow.progress import progress
+for _ in progress(range(3), desc="covariance", unit="windows"):
+    pass
+"""
+
+
+def test_a_terminal_gets_a_bar():
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, stderr=theirs, check=True)
+    os.close(theirs)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert "\rcovariance: 100%|" in said
+    assert "3/3 [" in said
