@@ -17,24 +17,22 @@ from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
-    inputs = Inputs(root)
-    source, base = inputs / f"data/allocation/{variant}.json", inputs / "data/raw/model"
+    source, base = Inputs(root) / f"data/allocation/{variant}.json", root / "data/raw/model"
     allocation = read_json(source)
     with replacing_folder(root / "data/compression" / variant) as folder:
         if allocation["allocation"] == "dense":
             copy_files(base, folder)
         else:
-            save_compressed(inputs, source, allocation, base, folder)
+            save_compressed(root / f"data/spectrum/{allocation['spectrum']}", source, allocation, base, folder)
         copy_files(source, folder / "allocation.json")
 
 
-def save_compressed(inputs: Inputs, source: Path, allocation: dict[str, Any], base: Path, folder: Path) -> None:
+def save_compressed(spectrum: Path, source: Path, allocation: dict[str, Any], base: Path, folder: Path) -> None:
     import torch  # what the dense variant can do without takes seconds to import
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from drank.compression import compress
 
-    spectrum = f"data/spectrum/{allocation['spectrum']}"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     provenance = {
         "variant": allocation["variant"],
@@ -44,8 +42,8 @@ def save_compressed(inputs: Inputs, source: Path, allocation: dict[str, Any], ba
     compress(
         model,
         allocation["units"],
-        lambda file, rank: read_rows(inputs / f"{spectrum}/factors/{file}.safetensors", rank),
-        lambda mlp, channels: read_tensors(inputs / f"{spectrum}/cuts/{mlp}.{channels}.safetensors"),
+        lambda file, rank: read_rows(spectrum / f"factors/{file}.safetensors", rank),
+        lambda mlp, channels: read_tensors(spectrum / f"cuts/{mlp}.{channels}.safetensors"),
         provenance,
     )
     model.save_pretrained(folder)

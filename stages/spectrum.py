@@ -22,7 +22,6 @@ from drank.workflow.files import read_json, read_rows, read_tensors, write_json,
 from drank.workflow.params import Params, Spectrum, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
 from drank.workflow.progress import progress
-from drank.workflow.recorded import Inputs
 from drank.workflow.stage import run_stage
 
 
@@ -38,17 +37,17 @@ def main(key: str, root: Path = Path()) -> None:
 
 
 def collect(key: str, root: Path, params: Params, group: Group, folder: Path) -> None:
-    asked, inputs = params.factors(key), Inputs(root)
+    asked, data = params.factors(key), root / "data"
     # Passes are those of the sensitivity alone; all else reads weights, which are stored in bfloat16.
     passes = group.compute_dtype(params.compute.dtype, params.covariance.device) if asked.sensitivity_windows else None
-    model = AutoModelForCausalLM.from_pretrained(inputs / "data/raw/model", dtype=passes or torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(data / "raw/model", dtype=passes or torch.bfloat16)
     model = model.to(params.covariance.device)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)
     mlps = find_mlps(model, linears) if asked.units == "block" else []
     in_mlps = {linear.name for mlp in mlps for linear in (*mlp.before, mlp.down)}
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
-    metrics = Metrics(asked, inputs / f"data/covariance/{asked.calibration_seed}", params.covariance.device)
+    metrics = Metrics(asked, data / f"covariance/{asked.calibration_seed}", params.covariance.device)
     writer = Writer(folder)
     bar = partial(progress, desc=f"spectrum {key}", quiet=group.rank > 0)
     units = {i: unit(groups[i], metrics, writer) for i in bar(shared_out(groups, group), unit="units")}
@@ -69,7 +68,7 @@ def collect(key: str, root: Path, params: Params, group: Group, folder: Path) ->
     for others in group.gather(values):
         writer.singular_values |= {name: torch.tensor(v, dtype=torch.float64) for name, v in others.items()}
     if asked.sensitivity_windows:
-        windows = read_tensors(inputs / f"data/sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
+        windows = read_tensors(data / f"sampling/calibration/{asked.calibration_seed}.safetensors")["windows"]
         windows, batch = windows[: asked.sensitivity_windows], params.covariance.batch_windows
         check_ids(model, windows, f"data/sampling/calibration/{asked.calibration_seed}.safetensors")
         mine = linears[group.share]

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from drank.workflow.damage import find_damage
 from tests.conftest import run
 from tests.faults.damage import KEPT, MODEL, Damager, damaged, dvc_names, holding
 
@@ -23,6 +24,7 @@ def damager(reproduced, tmp_path_factory):
 
 FILES = [kind for kind in KEPT if kind not in ("lock", "wheels", "cache")]
 READ_BY_OTHERS = ("weights", "config", "documents")  # a released folder, by from_pretrained
+UNCHECKED = ("covariances", "factors")  # by stages that hashing would slow down by more than a twentieth
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -31,7 +33,7 @@ def test_written_damage_is_seen_by_dvc_and_by_the_audit(damager, kind):
     assert (seen.dvc, seen.audit) == (True, True), seen
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KEPT if kind not in ("lock", *READ_BY_OTHERS)])
+@pytest.mark.parametrize("kind", [kind for kind in KEPT if kind not in ("lock", *READ_BY_OTHERS, *UNCHECKED)])
 def test_damage_at_rest_is_refused_by_name_when_it_is_next_read(damager, kind, monkeypatch):
     """A bit that flips on the disk leaves size and time of change, and these are what DVC knows a file by."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -39,10 +41,20 @@ def test_damage_at_rest_is_refused_by_name_when_it_is_next_read(damager, kind, m
     assert seen.use == "named", seen
 
 
-@pytest.mark.parametrize("kind", READ_BY_OTHERS)
-def test_a_released_folder_that_is_damaged_at_rest_is_seen_by_the_audit(damager, kind):
+@pytest.mark.parametrize("kind", [*READ_BY_OTHERS, *UNCHECKED])
+def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_the_audit(damager, kind):
+    """Of a released folder, and of what it was sliced from."""
     seen = damager.fault(kind, at_rest=True, ask_dvc=False, use_it=False)
     assert seen.audit, seen
+
+
+@pytest.mark.parametrize("kind", UNCHECKED)
+def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_check(damager, kind):
+    file = sorted(damager.watched.glob(KEPT[kind].pattern))[0]
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
+    with holding(file, bytes(flipped), at_rest=True):
+        assert [damage.path for damage in find_damage(damager.watched)] == [file]
 
 
 def test_a_damaged_lock_is_refused_or_changes_no_figure(damager):

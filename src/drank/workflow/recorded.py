@@ -33,7 +33,8 @@ class Inputs:
     the disk changes neither, and the stage that reads it would make a wrong result under the name of the right one.
     So the bytes are compared with the md5 in dvc.lock; of a file within a folder that a stage wrote, with the folder's
     list in DVC's cache, or the whole folder is, where there is none. What the lock does not speak of is not compared:
-    a stage that is run by hand needs no DVC.
+    a stage that is run by hand needs no DVC. Stages that would spend more than a twentieth of their time on it,
+    spectrum and compression, read without it; `drank check` and `drank audit` read covariances and spectra again.
 
     Raises:
         LockError: dvc.lock is not one.
