@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from drank.channels import remove_channels
+from drank.channels import remove_channels, row_grams
 from drank.covariance import NotFiniteError
 from drank.language_model.linears import Linear, find_linears
 from drank.language_model.precision import name_of
 from drank.language_model.substitution import measure_sensitivity
 from drank.language_model.units import Mlp, find_groups, find_mlps
 from drank.language_model.vocabulary import check_ids
-from drank.spectrum import Metric, damped, effective_rank, whitened_spectrum
+from drank.spectrum import Metric, damped, effective_rank, gram_spectrum, whitened_spectrum
+from drank.spectrum import Spectrum as Factored
 from drank.workflow.files import read_json, read_rows, read_tensors, write_json, write_tensors
 from drank.workflow.params import Params, Spectrum, read_params
 from drank.workflow.processes import Group, launch, must_launch, process_group
@@ -137,11 +138,7 @@ class Writer:
         self.folder = folder
         self.singular_values: dict[str, Tensor] = {}
 
-    def factors(self, file: str, members: tuple[Linear, ...], W: Tensor, H: Metric | None, G: Metric | None) -> dict:
-        try:
-            spectrum = whitened_spectrum(W, H, G)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{file}: {error}; is the base model damaged?") from None
+    def write(self, file: str, members: tuple[Linear, ...], shape: tuple[int, int], spectrum: Factored) -> dict:
         stored = {name: rows.cpu() for name, rows in spectrum.rows().items()}
         write_tensors(self.folder / f"factors/{file}.safetensors", stored)
         self.singular_values[file] = spectrum.singular_values.cpu()
@@ -149,19 +146,27 @@ class Writer:
         return {
             "name": first.name, "members": [m.name for m in members], "factors": file,
             "kind": first.kind, "role": first.role, "layer": first.layer,
-            "out_features": len(W), "in_features": W.shape[1], "base_loss": 0.0,
+            "out_features": shape[0], "in_features": shape[1], "base_loss": 0.0,
             "effective_rank": effective_rank(spectrum.singular_values), "n_discarded": spectrum.n_discarded,
         }  # fmt: skip
+
+
+def factored(file: str, W: Tensor, H: Metric | None, G: Metric | None) -> Factored:
+    try:
+        return whitened_spectrum(W, H, G)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{file}: {error}; is the base model damaged?") from None
 
 
 def unit(group: tuple[Linear, ...], metrics: Metrics, writer: Writer) -> dict[str, Any]:
     """A matrix, or several stacked, in the mean of their input metrics: the loss of the stack is that of its parts."""
     inputs, outputs = zip(*(metrics.of(linear) for linear in group), strict=True)
-    if len(group) == 1:
-        return writer.factors(group[0].name, group, group[0].weight.detach().float(), inputs[0], outputs[0])
-    H = None if inputs[0] is None else Metric(torch.stack([metric.covariance for metric in inputs]).mean(0))
-    G = None if outputs[0] is None else Metric(torch.block_diag(*(metric.covariance for metric in outputs)))
-    return writer.factors(group[0].name, group, torch.cat([linear.weight.detach().float() for linear in group]), H, G)
+    name, W, H, G = group[0].name, group[0].weight.detach(), inputs[0], outputs[0]
+    if len(group) > 1:
+        W = torch.cat([linear.weight.detach() for linear in group])
+        H = None if H is None else Metric(torch.stack([metric.covariance for metric in inputs]).mean(0))
+        G = None if G is None else Metric(torch.block_diag(*(metric.covariance for metric in outputs)))
+    return writer.write(name, group, (len(W), W.shape[1]), factored(name, W.float(), H, G))
 
 
 def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -> dict[str, Any]:
@@ -169,23 +174,43 @@ def block(mlp: Mlp, cuts: tuple[float, ...], metrics: Metrics, writer: Writer) -
     H_down, G_down = metrics.kfac(mlp.down)
     H_before, _ = metrics.kfac(mlp.before[0])
     G_before = {linear.name: metrics.kfac(linear)[1].covariance for linear in mlp.before}
+    W_before = {linear.name: finite(linear) for linear in mlp.before}
     kept = [round(mlp.n_channels * (1 - share)) for share in cuts]
+    offered = remove_channels(finite(mlp.down), H_down.covariance, G_down, kept)
+    alive = [cut.alive for cut in offered]
+    grams = {name: row_grams(W, G_before[name], alive) for name, W in W_before.items()}
     described = []
-    cuts_of_down = remove_channels(mlp.down.weight.detach(), H_down.covariance, G_down.covariance, kept)
-    for alive, down, loss in cuts_of_down:
-        suffix = "" if len(alive) == mlp.n_channels else f".{len(alive)}"
+    for rows, down, loss, gram in offered:
+        suffix, matrices = "" if len(rows) == mlp.n_channels else f".{len(rows)}", []
         if suffix:
-            stored = {"alive": alive.cpu(), "down": down.float().cpu()}
-            write_tensors(writer.folder / f"cuts/{mlp.name}.{len(alive)}.safetensors", stored)
-        matrices = []
+            stored = {"alive": rows.cpu(), "down": down.float().cpu()}
+            write_tensors(writer.folder / f"cuts/{mlp.name}.{len(rows)}.safetensors", stored)
         for linear in mlp.before:
-            W, G = linear.weight.detach()[alive].float(), Metric(G_before[linear.name][alive][:, alive])
-            matrices.append(writer.factors(linear.name + suffix, (linear,), W, H_before, G))
-        H = Metric(H_down.covariance[alive][:, alive])
-        matrices.append(writer.factors(mlp.down.name + suffix, (mlp.down,), down.float(), H, G_down))
-        matrices[-1]["base_loss"] = loss
-        described.append({"channels": len(alive), "matrices": matrices})
+            of_rows, file, n = next(grams[linear.name]), linear.name + suffix, linear.in_features
+            if len(rows) > n:
+                spectrum = gram_spectrum(of_rows, H_before)
+            else:
+                G = G_before[linear.name][rows][:, rows]
+                spectrum = factored(file, W_before[linear.name][rows].float(), H_before, Metric(G))
+            matrices.append(writer.write(file, (linear,), (len(rows), n), spectrum))
+        file, out = mlp.down.name + suffix, mlp.down.out_features
+        if out <= len(rows):
+            spectrum = gram_spectrum(gram, G_down)
+        else:
+            spectrum = factored(file, down.float(), Metric(H_down.covariance[rows][:, rows]), G_down)
+        matrices.append(writer.write(file, (mlp.down,), (out, len(rows)), spectrum) | {"base_loss": loss})
+        described.append({"channels": len(rows), "matrices": matrices})
     return {"name": mlp.name, "channels": mlp.n_channels, "cuts": described}
+
+
+def finite(linear: Linear) -> Tensor:
+    weight = linear.weight.detach()
+    if bad := int((~torch.isfinite(weight)).sum()):
+        raise NotFiniteError(
+            f"{linear.name}: {bad} of {weight.numel()} entries of the weight are NaN or infinite; is "
+            f"the base model damaged?"
+        )
+    return weight
 
 
 def sensitivity(

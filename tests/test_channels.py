@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drank.channels import remove_channels
+from drank.channels import remove_channels, row_grams
 from drank.spectrum import damped
 
 
@@ -86,3 +86,14 @@ def test_singular_inputs_need_damping_and_a_dead_channel_goes_first():
 def test_numbers_of_channels_that_cannot_be_are_refused(kept):
     with pytest.raises(ValueError, match="channels kept must fall from at most 8 to at least 1"):
         remove_channels(*problem(0), kept)
+
+
+def test_products_of_what_is_left_follow_from_those_before():
+    W, H, G = problem(0, n_out=8, n=12)
+    for cut in remove_channels(W, H, G, [12, 9, 4], at_once=2):
+        direct = cut.down @ H[cut.alive][:, cut.alive] @ cut.down.T
+        torch.testing.assert_close(cut.gram, direct)
+    kept = [torch.arange(12), torch.tensor([0, 2, 3, 5, 8, 11]), torch.tensor([2, 11])]
+    rows = W.T
+    for alive, gram in zip(kept, row_grams(rows, H, kept), strict=True):
+        torch.testing.assert_close(gram, rows[alive].T @ H[alive][:, alive] @ rows[alive])

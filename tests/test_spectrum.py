@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.covariance import NotFiniteError
-from drank.spectrum import Metric, damped, effective_rank, factors, square_root, whitened_spectrum
+from drank.spectrum import Metric, damped, effective_rank, factors, root_of, square_root, whitened_spectrum
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
 
@@ -25,7 +25,7 @@ def covariance(size, rank, seed=0):
 
 def test_a_metric_keeps_its_root_for_the_next_weight(monkeypatch):
     shared, roots = Metric(covariance(4, 9)), []
-    monkeypatch.setattr("drank.spectrum.square_root", lambda H: roots.append(H) or square_root(H))
+    monkeypatch.setattr("drank.spectrum.root_of", lambda H: roots.append(H) or root_of(H))
     for seed in (0, 1):
         W = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(
@@ -187,3 +187,11 @@ def test_effective_rank_lies_between_one_and_the_count_and_ignores_scale(values,
 def test_zeros_add_nothing_and_nothing_has_rank_one():
     assert effective_rank(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(2)
     assert effective_rank(torch.zeros(4)) == 1.0
+
+
+@pytest.mark.parametrize("rank", [0, 2, 9])
+def test_any_root_times_its_transpose_is_the_covariance(rank):
+    H = covariance(6, rank) if rank else torch.zeros(6, 6, dtype=torch.float64)
+    torch.testing.assert_close(root_of(H) @ root_of(H).T, H)
+    if rank == 9:
+        torch.testing.assert_close(root_of(H), torch.linalg.cholesky(H))

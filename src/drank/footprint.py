@@ -108,9 +108,9 @@ def writing(sides: Sequence[int]) -> int:
 
 
 def forward_peak(shape: Shape, tokens: int) -> int:
-    """Of a block's forward pass, about (8 d + 6 m) bytes a token with d the hidden and m the MLP's size: an input of
-    the MLP is there in bfloat16 and float32 while it is watched, or three of its activations are there in bfloat16."""
-    return tokens * (8 * shape.hidden + 6 * shape.mlp)
+    """Of a block's forward pass, largest where the input of down is watched: (4 d + 6 m) bytes a token with d the
+    hidden and m the MLP's size. The residual stream is there twice; that input is there in bfloat16 and in float32."""
+    return tokens * (4 * shape.hidden + 6 * shape.mlp)
 
 
 def graph(shape: Shape, tokens: int) -> int:
@@ -158,8 +158,8 @@ def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[st
 
 
 # Bytes that a unit of spectrum, or an MLP with its cuts, takes in float64, over the square of the MLP's size. Counted
-# on small models of such proportions (hidden size .29 to .37 of the MLP's): 28, and 74 to 80, rounded up.
-UNIT, MLP = 28, 80
+# on small models of such proportions (hidden size .29 to .37 of the MLP's): 20 to 21, and 66 to 82; a middle of the latter.
+UNIT, MLP = 21, 73
 
 
 def spectrum_memory(shape: Shape, blocks: bool) -> dict[str, int]:
