@@ -72,7 +72,7 @@ def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 def root_of(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Some R with R Rᵀ = covariance (float64): its Cholesky factor, or where it is singular its symmetric square root.
 
-    Any such R will do for singular values and what is made of them, and a Cholesky factor takes a twentieth of the time.
+    Any such R gives the same singular values and projections, and a Cholesky factor takes a twentieth of the time.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance.double())
     return square_root(covariance) if failed else factor

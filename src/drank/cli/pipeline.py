@@ -101,11 +101,11 @@ def passing_on(command: list[str], root: Path, environment: dict[str, str], foll
 
 def give_on(lines: IO[bytes], follow: Callable[[str], None]) -> None:
     """Copy lines to standard output, and close their source where it takes no more."""
-    with lines, suppress(OSError):
+    # Without a buffer, which would keep what could not be written and try again when Python ends.
+    with lines, suppress(OSError), open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as output:
         for line in lines:
             follow(line.decode(errors="replace"))
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
+            output.write(line)
 
 
 def report(tracked: "Tracked") -> None:

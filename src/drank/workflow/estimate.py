@@ -7,10 +7,13 @@ lm-eval's own are not counted, nor are downloads. The formulas are numbers only;
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from drank import footprint
 from drank.footprint import EIGH, Setting, Shape
@@ -24,8 +27,8 @@ BFLOAT16, FLOAT32, FLOAT64 = 0.45, 0.8, 0.8
 # Seconds per token and word of the vocabulary, scored or drawn and sent back: what the covariance stage with gradients
 # took beyond its FLOPs there, and a fifth of it. Nothing on a GPU.
 SCORED, SENT_BACK = 5e-9, 25e-9
-# Processor seconds from a start to the first work: stages import torch and transformers in 3 to 5 s on two cores of 2.5
-# GHz, lm-eval in 6 more; DVC adds 0.2.
+# Processor seconds from a start to the first work, measured on two cores: stages import torch and transformers in 3 to
+# 5 s, lm-eval in about 6 more; DVC adds 0.2. On a busy machine twice what this process took to import torch counts.
 START, LM_EVAL = 4.0, 6.0
 WRITE, READ = 2e8, 5e8  # bytes per second: DVC hashes and copies 540 MB in 2.6 s; MD5 of what a stage reads
 ITEM = 80  # tokens of an item of a task: at most 60 words and the padding of a batch
@@ -41,24 +44,30 @@ class Model:
 
 
 def seconds(
-    params: Params, model: Model, speed: Callable[[int, str], Speed], test_windows: int | None = None
+    params: Params,
+    model: Model,
+    speed: Callable[[int, str], Speed],
+    test_windows: int | None = None,
+    start: float = START,
 ) -> dict[str, float]:
     """Of every stage by its name in DVC.
 
     Args:
         speed: of a number of threads on a device.
         test_windows: windows of all test texts together, where params.yaml does not tell their number.
+        start: seconds from the start of a stage to its first work.
     """
     on, sampling, shape = params.covariance, params.sampling, model.shape
     weights = 2 * footprint.model_parameters(shape) * model.parameters
     calibrating, testing = speed(on.threads, on.device), speed(params.evaluation.threads, params.evaluation.device)
-    found = {"raw": START + weights / READ + weights / WRITE, "sampling": START, "report": START}
+    found = {"raw": start + weights / READ + weights / WRITE, "sampling": start, "report": start}
     for seed in sampling.calibration_seeds:
-        found[f"covariance@{seed}"] = START + weights / READ + _covariance(params, model, calibrating)
+        found[f"covariance@{seed}"] = start + weights / READ + _covariance(params, model, calibrating)
     for key, spectrum in params.spectrum.items():
         written = footprint.spectrum_files(shape, _setting(params, spectrum), *_units(spectrum, shape))
         moved = (weights + footprint.covariance_files(shape, spectrum.metric == "kfac")) / READ + written / WRITE
-        found[f"spectrum@{key}"] = START + moved + _spectrum(params, model, spectrum, calibrating)
+        found[f"spectrum@{key}"] = start + moved + _spectrum(params, model, spectrum, calibrating)
+    more = start / START * LM_EVAL if params.evaluation.tasks else 0.0
     n_windows = test_windows
     if isinstance(sampling.n_test_windows, int):
         n_windows = sampling.n_test_windows * len(params.text)
@@ -68,13 +77,13 @@ def seconds(
         pivots = footprint.pivot_flops(shape, variant.size_ratio) if preset.storage == "pivot" else 0.0
         prefix = "healed-" if name in params.healing else ""
         # Spectra are read as far as the variant's ranks go: no more than all of them once.
-        found[f"allocation@{name}"] = START
+        found[f"allocation@{name}"] = start
         found[f"compression@{name}"] = (
-            START + 2 * weights / READ + kept / WRITE + pivots / (FLOAT64 * calibrating.float64)
+            start + 2 * weights / READ + kept / WRITE + pivots / (FLOAT64 * calibrating.float64)
         )
         tested = _evaluation(params, model, variant.size_ratio, n_windows or 0, testing)
-        found[f"{prefix}evaluation@{name}"] = START + LM_EVAL * bool(params.evaluation.tasks) + kept / READ + tested
-        found[f"{prefix}release@{name}"] = START / 2 + kept / READ + kept / WRITE
+        found[f"{prefix}evaluation@{name}"] = start + more + kept / READ + tested
+        found[f"{prefix}release@{name}"] = start / 2 + kept / READ + kept / WRITE
     for name, healing in params.healing.items():
         tokens = healing.epochs * healing.n_windows * healing.window_length
         ratio = params.variants[healing.variant].size_ratio
@@ -84,7 +93,7 @@ def seconds(
             passes += footprint.evaluation_flops(shape, 1.0, tokens, healing.window_length)
         with_speed = speed(healing.threads, healing.device)
         scores = _vocabulary(shape, tokens, SENT_BACK, healing.device)
-        found[f"healing@{name}"] = START + _passes(passes * model.parameters, with_speed) + scores
+        found[f"healing@{name}"] = start + _passes(passes * model.parameters, with_speed) + scores
     return found
 
 
@@ -197,16 +206,19 @@ def main(folder: str = "", measured: str = "{}") -> None:
 
     A process of its own, which leaves neither torch nor the memory of a GPU with its parent.
     """
+    start = max(START, 2 * (time.time() - psutil.Process().create_time()))
     params = read_params(Path("params.yaml"))
     speeds = json.loads(measured).get("speeds", {})
-    for section in (params.covariance, params.evaluation, *params.healing.values()):
-        place = f"{section.device}/{section.threads}"
-        speeds[place] = speeds.get(place) or asdict(measure(section.threads, section.device))
+    places = [(on.device, on.threads) for on in params.healing.values()]
+    places += [(part.device, part.threads) for part in (params.covariance, params.evaluation)]
+    for device, threads in places:
+        place = f"{device}/{threads}"
+        speeds[place] = speeds.get(place) or asdict(measure(threads, device))
     model = read_model(Path(folder)) if folder else None
     found = None
     if model:
         n_windows = read_test_windows(params, Path())
-        found = seconds(params, model, lambda threads, device: Speed(**speeds[f"{device}/{threads}"]), n_windows)
+        found = seconds(params, model, lambda threads, device: Speed(**speeds[f"{device}/{threads}"]), n_windows, start)
     sys.stdout.write(json.dumps({"speeds": speeds, "seconds": found}))
 
 

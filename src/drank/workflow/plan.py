@@ -43,7 +43,7 @@ class Plan:
         if None in self.left.values():
             return f"{counted(self.left)} to run ({TIMELESS}): {', '.join(self.left)}"
         width = max(map(len, self.left))
-        rows = [f"  {name:{width}}  {duration(seconds or 0)}" for name, seconds in self.left.items()]
+        rows = [f"  {name:{width}}  {duration(seconds or 0.0)}" for name, seconds in self.left.items()]
         return "\n".join([f"{counted(self.left)} to run, about {duration(self._sum())} here:", *rows])
 
     def follow(self, line: str) -> None:
@@ -142,10 +142,10 @@ def _written(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | 
     for dep in stage.deps:
         if isinstance(dep, ParamsDependency) or not (near := _near(dep.fs_path, before)):
             changed = bool(dep.status()) or changed
-        elif near != [dep.fs_path] or before[dep.fs_path] is UNKNOWN:
-            return UNKNOWN
-        else:
+        elif near == [dep.fs_path] and before[dep.fs_path] is not UNKNOWN:
             changed = dep.hash_info != before[dep.fs_path].hash_info or changed
+        elif not all(before[path] is not UNKNOWN and before[path].as_locked for path in near):
+            return UNKNOWN
     return _cached(repo, stage, before) if changed else {}
 
 
@@ -155,7 +155,10 @@ def _near(path: str, before: dict[str, Any]) -> list[str]:
 
 
 def _cached(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | None:
-    """Outs by path that DVC would take from its cache of runs, as ``StageCache.restore`` finds them; UNKNOWN if none."""
+    """Outs by path that DVC would take from its cache of runs, as ``StageCache.restore`` does; UNKNOWN if none.
+
+    Each has ``as_locked``: whether it is what dvc.lock has, so that files and folders around and in it are, too.
+    """
     from dvc.stage.cache import _get_cache_hash
     from dvc.stage.serialize import to_single_stage_lockfile
 
@@ -164,6 +167,8 @@ def _cached(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | N
     for dep in stage.deps:
         if dep.fs_path in before:
             dep.hash_info, dep.meta = before[dep.fs_path].hash_info, before[dep.fs_path].meta
+        elif _near(dep.fs_path, before):
+            continue  # as in dvc.lock
         elif not dep.exists:
             return UNKNOWN
         else:
@@ -174,7 +179,12 @@ def _cached(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | N
     if not entries or not (entry := repo.stage_cache._load_cache(key, entries[0].name)):
         return UNKNOWN
     restored = repo.stage_cache._create_stage(entry, wdir=stage.wdir)
-    return {out.fs_path: out for out in restored.outs} if restored.outs_cached() else UNKNOWN
+    if not restored.outs_cached():
+        return UNKNOWN
+    locked = {out.fs_path: out.hash_info for out in stage.outs}
+    for out in restored.outs:
+        out.as_locked = out.hash_info == locked[out.fs_path]
+    return {out.fs_path: out for out in restored.outs}
 
 
 if __name__ == "__main__":
