@@ -2,6 +2,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import tiny
+from tests import tiny, warm
 
 # The same examples on every run and no time limit, so that a red test is red for everyone, on a busy machine too.
 # HYPOTHESIS_PROFILE=default searches new examples.
@@ -31,12 +33,33 @@ def generator():
 
 
 REPOSITORY = Path(__file__).parent.parent
+PROGRAMS = "DRANK_TESTS_PROGRAMS"  # the folder of programs that start at once, for this process and pytest-xdist's
+QUIET = {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def run(root, *command, check=True):
-    """A command in a project, with this Python's programs first and the project's own package."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+def pytest_configure(config):
+    if PROGRAMS in os.environ:
+        return
+    cleanup = ExitStack()
+    folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="drank-")))
+    os.environ[PROGRAMS] = str(cleanup.enter_context(warm.programs(folder, os.environ | QUIET)))
+    cleanup.callback(os.environ.pop, PROGRAMS)
+    config.add_cleanup(cleanup.close)
+
+
+def run(root, *command, check=True, real=False, path=None):
+    """A command in a project, with this Python's programs first and the project's own package.
+
+    Stages, DVC and drank are forks of a process that has imported them (see ``tests.warm``), unless they are to be
+    ``real``.
+    """
+    environment = os.environ | QUIET | {"PYTHONPATH": str(path or root)}
+    programs = [str(Path(sys.executable).parent)]
+    if not real and PROGRAMS in environment:
+        programs.insert(0, environment[PROGRAMS])
+        if command[0] == sys.executable:
+            command = (f"{programs[0]}/python", *command[1:])
+    environment["PATH"] = os.pathsep.join([*programs, environment["PATH"]])
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

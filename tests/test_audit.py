@@ -491,22 +491,21 @@ def test_parameters_committed_without_a_run_are_not_those_of_the_model(project, 
 
 
 def test_the_command_prints_the_chain_and_its_status_tells(project, folder):
-    drank = Path(sys.executable).parent / "drank"
-    done = run(project, str(drank), "audit", str(folder))
+    done = run(project, "drank", "audit", str(folder))
     for told in (VARIANT, "local:source/model", "least_loss", "holds", "dvc repro release@", "token_perplexity/news"):
         assert told in done.stdout
     used = read_json(project / f"results/{VARIANT}.json")["protocol"]["dtype"]
     assert f"measured in {used}; covariance in {used}" in done.stdout
-    as_json = json.loads(run(project, str(drank), "audit", str(folder), "--json").stdout)
+    as_json = json.loads(run(project, "drank", "audit", str(folder), "--json").stdout)
     assert as_json["holds"]
     assert as_json["chain"]["variant"] == VARIANT
     assert as_json["chain"]["computed_in"] == {"covariance": used, "evaluation": used}
     (folder / "extra").write_text("")
-    failed = run(project, str(drank), "audit", str(folder), check=False)
+    failed = run(project, "drank", "audit", str(folder), check=False)
     assert failed.returncode == 1
     assert "DOES NOT HOLD" in failed.stdout
     assert failed.stderr.endswith(f"error: {folder}: 1 broken: files\n")
-    assert not json.loads(run(project, str(drank), "audit", str(folder), "--json", check=False).stdout)["holds"]
+    assert not json.loads(run(project, "drank", "audit", str(folder), "--json", check=False).stdout)["holds"]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")])

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from drank.workflow.lock import lineage, read_state
 from drank.workflow.recorded import LockError
 from drank.workflow.tracking import Tracked, TrackingError, projection, store, track, view, where_to_look
 from drank.workflow.tracking.store import Store, link, open_store
+from tests import conftest
 
 REPOSITORY = Path(__file__).parent.parent
 VARIANTS = ("dense", "d-rank-80")
@@ -129,11 +129,7 @@ stages:
 
 
 def run(root: Path, *command: str) -> str:
-    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return conftest.run(root, *command, path=REPOSITORY / "src").stdout
 
 
 def repro(root: Path, *targets: str) -> str:

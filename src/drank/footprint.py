@@ -158,7 +158,7 @@ def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[st
 
 
 # Bytes that a unit of spectrum, or an MLP with its cuts, takes in float64, over the square of the MLP's size. Counted
-# on small models of such proportions (hidden size .29 to .37 of the MLP's): 20 to 21, and 66 to 82; a middle of the latter.
+# on small models of such proportions (hidden size .29 to .37 of the MLP's): 20 to 21, and 66 to 82.
 UNIT, MLP = 21, 73
 
 

@@ -1,0 +1,187 @@
+"""Programs that start at once: one process imports what stages, DVC and drank import, and forks for each of them.
+
+On a tiny model a stage computes for a tenth of a second and imports for two to four, and the tests start some hundred.
+``programs`` makes a folder whose `python`, `dvc` and `drank` hand command line, environment, folder and standard
+streams to that process; a fork of it then runs the modules that the real program would run. What is no stage, DVC or
+drank, or has other variables of the kind that is read before a program's first line, is started by the real Python.
+That forks leave the bytes that real processes leave is a test (test_pipeline); tests of kills, of two at once and of
+other people's computers start real processes alone.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Beside the modules of drank: what those, DVC and the stages import in functions, and by name only.
+HEAVY = (
+    "dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.repo.status", "dvc.repo.experiments", "dvc.repo.push",
+    "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
+# Variables that Python or a library reads before a program can say otherwise.
+EARLY = (
+    "PYTHON",
+    "HF_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "ATEN_",
+    "ONEDNN_",
+    "TQDM_",
+    "LC_",
+    "LANG",
+)
+
+ENTRIES = {"dvc": "dvc.cli:main", "drank": "drank.cli:app"}
+
+# Without site-packages it takes 15 ms.
+CLIENT = """\
+#!{python} -IS
+import json, os, socket, sys
+
+name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
+module = arguments[1] if name == "python" and arguments[:1] == ["-m"] and len(arguments) > 1 else ""
+status = ""
+if name != "python" or module == "dvc" or module.startswith("stages."):
+    asked = dict(program=name, arguments=arguments, folder=os.getcwd(), environment=dict(os.environ))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect({address!r})
+        socket.send_fds(server, [b"."], [0, 1, 2])
+        server.sendall(json.dumps(asked).encode())
+        server.shutdown(socket.SHUT_WR)
+        status = server.makefile().read()
+if status:
+    os._exit(int(status))
+program = os.path.join({bin!r}, name)
+os.execv(program, [program, *arguments])
+"""
+
+
+@contextlib.contextmanager
+def programs(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
+    """A folder for the front of PATH; the process behind it imports nothing before it is first asked."""
+    address, real = folder / "socket", Path(sys.executable)
+    for name in ("python", "dvc", "drank"):
+        (folder / name).write_text(CLIENT.format(python=real, address=str(address), bin=str(real.parent)))
+        (folder / name).chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(address))
+        listening.listen(64)
+        server = subprocess.Popen(
+            [real, "-P", __file__, str(listening.fileno())], env=environment, pass_fds=[listening.fileno()],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    try:
+        yield folder
+    finally:
+        assert server.stdin
+        server.stdin.close()  # by which it learns that these tests are over, however they ended
+        server.wait()
+
+
+def serve(listening: socket.socket) -> dict[str, Any]:
+    """Fork for every command line that comes; returns in the forks, with what is asked."""
+    early, imported = early_variables(os.environ), False
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        ready, _, _ = select.select([listening, 0], [], [])
+        if 0 in ready:
+            os._exit(0)
+        connection, _ = listening.accept()
+        if not imported:
+            import_all()
+            imported = True
+        if os.fork() == 0:
+            break
+        connection.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    listening.close()
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    asked = json.loads(connection.makefile("rb").read())
+    if early_variables(asked["environment"]) != early:
+        os._exit(0)  # no status: a real Python is started
+    if (worker := os.fork()) == 0:
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        return asked
+    status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    with contextlib.suppress(OSError):  # whoever asked may be gone
+        connection.sendall(str(status if status >= 0 else 128 - status).encode())
+    os._exit(0)
+
+
+def early_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key.startswith(EARLY) and key != "PYTHONPATH"}
+
+
+def import_all() -> None:
+    import drank
+
+    for module in pkgutil.walk_packages(drank.__path__, "drank."):
+        importlib.import_module(module.name)
+    for name in HEAVY:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or the forks' collections would copy every page
+
+
+def run(program: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    """As the real program would, in this process."""
+    own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    first = folder if program == "python" else str(Path(sys.executable).parent)
+    sys.path[:] = [first, *added, *(path for path in sys.path if path not in own)]
+    importlib.invalidate_caches()
+    if program == "python":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(Path(sys.executable).with_name(program)), *arguments]
+        module, _, name = ENTRIES[program].partition(":")
+        sys.exit(getattr(importlib.import_module(module), name)())
+
+
+def end(error: BaseException | None) -> NoReturn:
+    """As Python ends, but for the objects that it would free one by one, which takes half a second."""
+    told = error.code if isinstance(error, SystemExit) else error
+    if isinstance(told, BaseException):
+        traceback.print_exception(told)
+    elif not isinstance(told, int | None):
+        sys.stderr.write(f"{told}\n")
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError):
+            stream.flush()
+    os._exit(told if isinstance(told, int) else told is not None)
+
+
+if __name__ == "__main__":
+    asked = serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        run(**asked)
+    except BaseException as error:
+        end(error)
+    end(None)
