@@ -65,7 +65,7 @@ def collect(
     if group.rank == 0:
         log.info(told(linears, left))
     owners = shared_inputs(model, linears, windows[:1, :8])
-    mine = len(windows[group.share]) * n_sweeps(model, linears, params)  # about: batches are dealt out, not windows
+    mine = n_passes(model, linears, params, len(windows)) // group.size  # about: batches are dealt out, not windows
     bar = progress(desc="covariance", unit="windows", total=mine, quiet=group.rank > 0)
     for sweep in sweeps(model, linears, windows, params, group, scratch):
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
@@ -129,12 +129,13 @@ def sweeps(
         yield Sweep("", True, True, passes)
 
 
-def n_sweeps(model: Any, linears: list[Linear], params: Covariance) -> int:
-    """How often every window passes: once, or block after block and, with gradients, back from the head."""
+def n_passes(model: Any, linears: list[Linear], params: Covariance, n_windows: int) -> int:
+    """Passes of all windows together: each once, or block after block and, with gradients, back from the head."""
     if not params.offload:
-        return 1
+        return n_windows
     n_blocks = len(list(model.get_submodule(find_blocks(model, linears)).children()))
-    return n_blocks if params.fisher == "none" else 2 * n_blocks + 1
+    back = 0 if params.fisher == "none" else params.fisher_windows or n_windows
+    return n_blocks * n_windows + (n_blocks + 1) * back
 
 
 class Files:

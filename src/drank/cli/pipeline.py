@@ -37,7 +37,9 @@ def run(
     from drank.workflow.turns import turn
 
     with turn(str(root.resolve()), f"another `drank run` in {root.resolve()}"):
+        opening = opened_store(root)
         reproduce(root, targets or [])
+        opening.join()
         tracked = project(root)
     # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -50,6 +52,24 @@ def track(root: Root = Path()) -> None:
     from drank.workflow.tracking import track as project
 
     report(project(root))
+
+
+def opened_store(root: Path) -> Thread:
+    """Open MLflow's store while the first stages run, which use one core: importing MLflow and making the tables of a
+    new store take a quarter of a minute. A store that cannot be used is told now, and not only when all has run.
+    """
+    from drank.workflow.tracking.store import open_store
+
+    def opening() -> None:
+        try:
+            with open_store(root):
+                pass
+        except ValueError as error:
+            say(f"warning: {error}; the stages run all the same, and `drank track` logs what they leave")
+
+    thread = Thread(target=opening, daemon=True)
+    thread.start()
+    return thread
 
 
 def reproduce(root: Path, targets: list[str]) -> None:

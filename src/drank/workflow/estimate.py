@@ -21,9 +21,10 @@ from drank.sampling import N_CHOICES, ROLLING_CHARACTERS
 from drank.workflow.params import Params, Spectrum, read_params
 from drank.workflow.speed import Speed, measure
 
-# Shares of the speed of square products that products within stages reach, from docs/performance.md: a covariance pass
-# in bfloat16 had 369 of 867 GFLOP/s, prefill in float32 658 tokens/s, which is 177 of 210. Float64: our guess.
-BFLOAT16, FLOAT32, FLOAT64 = 0.45, 0.8, 0.8
+# Shares of the speed of square products that products within stages reach. A covariance pass in bfloat16 had 369 of 867
+# GFLOP/s (docs/performance.md); forward passes in float32 had 177 of 210 on one processor and 145 of 310 on another.
+PASSES = {"bfloat16": 0.45, "float16": 0.45, "float32": 0.6}
+FLOAT64 = 0.8  # a guess
 # Seconds per token and word of the vocabulary, scored or drawn and sent back: what the covariance stage with gradients
 # took beyond its FLOPs there, and a fifth of it. Nothing on a GPU.
 SCORED, SENT_BACK = 5e-9, 25e-9
@@ -98,7 +99,7 @@ def seconds(
 
 
 def _passes(flops: float, speed: Speed) -> float:
-    return min(flops / (BFLOAT16 * speed.bfloat16), flops / (FLOAT32 * speed.float32))
+    return flops / (PASSES[speed.dtype] * speed.passes)
 
 
 def _vocabulary(shape: Shape, tokens: int, each: float, device: str) -> float:
@@ -111,7 +112,7 @@ def _covariance(params: Params, model: Model, speed: Speed) -> float:
     flops = footprint.covariance_flops(model.shape, setting, False, on.offload)
     scores = 0.0
     if on.fisher != "none":
-        n_windows = getattr(on, "fisher_windows", None) or setting.n_windows
+        n_windows = on.fisher_windows or setting.n_windows
         back = Setting(min(n_windows, setting.n_windows), setting.window_length, setting.batch_windows, ())
         flops += footprint.covariance_flops(model.shape, back, True, on.offload)
         flops -= footprint.covariance_flops(model.shape, back, False, on.offload)
@@ -128,8 +129,11 @@ def _spectrum(params: Params, model: Model, asked: Spectrum, speed: Speed) -> fl
         units = list(footprint.grouped_units(shape, layers))
     else:
         units = list(footprint.spectrum_units(shape, setting, blocks)) * shape.n_layers
-    eigen = sum(EIGH * min(unit) ** 3 * (2 if kfac or unit[0] > unit[1] else 1) for unit in units)
-    products = footprint.spectra_flops(shape, setting, kfac, blocks, layers) - eigen
+    eigen = sum(EIGH * min(unit) ** 3 for unit in units)  # roots are Cholesky factors, next to nothing beside it
+    products = sum(footprint.spectrum_flops(*unit, kfac) for unit in units)
+    products -= sum(EIGH * min(unit) ** 3 * (2 if kfac or unit[0] > unit[1] else 1) for unit in units)
+    if blocks:
+        products += shape.n_layers * footprint.channel_flops(shape, setting)
     found = eigen / speed.eigenproblem + products / (FLOAT64 * speed.float64)
     tried = asked.sensitivity_windows * len(asked.sensitivity_ratios) * len(shape.linears) * shape.n_layers
     tokens = tried * setting.window_length
@@ -213,7 +217,7 @@ def main(folder: str = "", measured: str = "{}") -> None:
     places += [(part.device, part.threads) for part in (params.covariance, params.evaluation)]
     for device, threads in places:
         place = f"{device}/{threads}"
-        speeds[place] = speeds.get(place) or asdict(measure(threads, device))
+        speeds[place] = speeds.get(place) or asdict(measure(threads, device, params.compute.dtype))
     model = read_model(Path(folder)) if folder else None
     found = None
     if model:

@@ -9,18 +9,25 @@ from drank.footprint import EIGH
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP/s of products of square matrices, and of the eigenproblem of a symmetric one in float64."""
+    """FLOP/s of products of square matrices, and of the eigenproblem of a symmetric one in float64.
 
-    float32: float
-    bfloat16: float
+    Attributes:
+        dtype: the type that passes are computed in, which ``passes`` is of.
+    """
+
+    dtype: str
+    passes: float
     float64: float
     eigenproblem: float
 
 
-def measure(threads: int, device: str) -> Speed:
-    """This machine's, with that many threads, which this process has from then on."""
+def measure(threads: int, device: str, asked: str) -> Speed:
+    """This machine's, with that many threads, which this process has from then on, and passes in the type asked for."""
     import torch
 
+    from drank.language_model.precision import compute_dtype, name_of
+
+    dtype = compute_dtype(asked, device)
     torch.set_num_threads(threads)
     n = 4096 if device == "cuda" else 1024  # about as wide as what stages multiply
 
@@ -35,7 +42,7 @@ def measure(threads: int, device: str) -> Speed:
     S = torch.randn(512, 512, dtype=torch.float64, device=device)
     S = S @ S.T
     eigenproblem = EIGH * 512**3 / _seconds(lambda: torch.linalg.eigh(S), wait)
-    return Speed(product(torch.float32), product(torch.bfloat16), product(torch.float64), eigenproblem)
+    return Speed(name_of(dtype), product(dtype), product(torch.float64), eigenproblem)
 
 
 def _seconds(run: Callable[[], object], wait: Callable[[], None], within: float = 0.2) -> float:
