@@ -9,7 +9,8 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -205,25 +206,20 @@ def read_test_windows(params: Params, root: Path) -> int:
     return int(tokens / params.sampling.window_length)
 
 
-def main(folder: str = "", measured: str = "{}") -> None:
-    """Print speeds and, of the model in ``folder``, seconds by stage; ``measured`` is an earlier answer.
+def main(folder: str) -> None:
+    """Print seconds by stage for the model in ``folder``, or null where its shape is not known.
 
     A process of its own, which leaves neither torch nor the memory of a GPU with its parent.
     """
     start = max(START, 2 * (time.time() - psutil.Process().create_time()))
-    params = read_params(Path("params.yaml"))
-    speeds = json.loads(measured).get("speeds", {})
-    places = [(on.device, on.threads) for on in params.healing.values()]
-    places += [(part.device, part.threads) for part in (params.covariance, params.evaluation)]
-    for device, threads in places:
-        place = f"{device}/{threads}"
-        speeds[place] = speeds.get(place) or asdict(measure(threads, device, params.compute.dtype))
-    model = read_model(Path(folder)) if folder else None
-    found = None
-    if model:
-        n_windows = read_test_windows(params, Path())
-        found = seconds(params, model, lambda threads, device: Speed(**speeds[f"{device}/{threads}"]), n_windows, start)
-    sys.stdout.write(json.dumps({"speeds": speeds, "seconds": found}))
+    params, model = read_params(Path("params.yaml")), read_model(Path(folder))
+
+    @cache
+    def speed(threads: int, device: str) -> Speed:
+        return measure(threads, device, params.compute.dtype)
+
+    found = model and seconds(params, model, speed, read_test_windows(params, Path()), start)
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

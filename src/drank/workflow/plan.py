@@ -30,8 +30,7 @@ class Plan:
         names = planned(root, targets)
         self.left: dict[str, float | None] = dict.fromkeys(names or ())
         self.n_stages = len(self.left)
-        self._answer = "{}"
-        if self.left:
+        if self.left and self._model_is_known():  # else not now: measuring would only keep the first stage waiting
             self._estimate()
         if names is not None:
             self.say(self.table())
@@ -63,17 +62,19 @@ class Plan:
     def _sum(self) -> float:
         return sum(seconds or 0.0 for seconds in self.left.values())
 
+    def _model_is_known(self) -> bool:
+        return model_folder(self.root, fetched="raw" not in self.left) is not None
+
     def _estimate(self) -> bool:
         """Give every stage its time; whether that was possible."""
         folder = model_folder(self.root, fetched="raw" not in self.left)
-        if folder is None and "raw" not in self.left:
+        if folder is None:
             return False
-        command = [sys.executable, "-m", "drank.workflow.estimate", str(folder or ""), self._answer]
+        command = [sys.executable, "-m", "drank.workflow.estimate", str(folder)]
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
         if done.returncode:  # a stage will say what is wrong
             return False
-        self._answer = done.stdout
-        if seconds := json.loads(done.stdout)["seconds"]:
+        if seconds := json.loads(done.stdout):
             self.left = {name: seconds.get(name, 0.0) for name in self.left}
         return bool(seconds)
 
