@@ -265,8 +265,8 @@ def channel_flops(shape: Shape, setting: Setting) -> float:
 
 
 def spectrum_flops(out: int, n: int, kfac: bool) -> float:
-    """FLOPs of ``drank.spectrum.whitened_spectrum`` of a matrix (out, in), each metric with a symmetric root of its own.
-    An upper bound: where a covariance is not singular its Cholesky factor takes a twentieth of that root."""
+    """FLOPs of ``drank.spectrum.whitened_spectrum`` of a matrix (out, in), at most: each metric has a root by
+    an eigenproblem, where a covariance that is not singular has a Cholesky factor at a twentieth of the cost."""
     d, e = min(out, n), max(out, n)
     near, far = kfac or out > n, kfac or out <= n
     return 2 * d * d * e + 2 * d * e * e * far + (2 * EIGH + 8 if near else EIGH) * d**3 + 2 * e * d * d + 2 * d**3
