@@ -29,7 +29,7 @@ def main(variant: str, root: Path = Path()) -> None:
 
 def save_compressed(spectrum: Path, source: Path, allocation: dict[str, Any], base: Path, folder: Path) -> None:
     import torch  # what the dense variant can do without takes seconds to import
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from drank.compression import compress
 
@@ -47,7 +47,9 @@ def save_compressed(spectrum: Path, source: Path, allocation: dict[str, Any], ba
         provenance,
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    for file in base.iterdir():  # the tokenizer's, as `raw` saved them
+        if ".safetensors" not in file.name and not (folder / file.name).exists():
+            copy_files(file, folder)
 
 
 if __name__ == "__main__":

