@@ -21,7 +21,7 @@ from stages.spectrum import main as spectrum
 
 from drank.workflow.files import read_json, read_tensors, write_tensors
 from drank.workflow.processes import Group, must_launch
-from tests import tiny
+from tests import conftest, tiny
 from tests.conftest import REPOSITORY
 
 
@@ -66,10 +66,10 @@ def start(root, stage, *arguments):
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(root, stage, *arguments):
-    process = start(root, stage, *arguments)
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
+def run(root, stage, *arguments, real=False):
+    command = (sys.executable, "-m", f"stages.{stage}", *arguments, "--root", str(root))
+    done = conftest.run(REPOSITORY, *command, check=False, real=real)
+    return done.returncode, done.stderr
 
 
 def files(folder):
@@ -106,7 +106,7 @@ def test_spectra_of_two_processes_are_those_of_one_to_the_bit(alone, project, ke
 def test_figures_of_two_processes_are_those_of_one(alone, project):
     result = project / "results/kfac-80.json"
     result.unlink()
-    returned, errors = run(project, "evaluation", "kfac-80")
+    returned, errors = run(project, "evaluation", "kfac-80", real=True)
     assert returned == 0, errors
     expected = read_json(alone / "results/kfac-80.json")
     others = {key: value for key, value in read_json(result).items() if not isinstance(value, float)}

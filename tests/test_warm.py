@@ -1,16 +1,18 @@
 """The programs that start at once are, from outside, the real ones."""
 
+import importlib
 import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.conftest import PROGRAMS, QUIET, run
 
 
 @pytest.fixture
-def stages(tmp_path):
+def folder(tmp_path):
     """A folder with a stage that says what it sees, and ends as it is told."""
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/__init__.py").write_text("")
@@ -41,10 +43,10 @@ def started(folder, *command, typed="", **variables):
         ("import threading, time; threading.Timer(0.1, print, ['last words']).start()", 0),
     ],
 )
-def test_arguments_streams_variables_folder_and_status_are_those_of_the_real_program(stages, end, status):
+def test_arguments_streams_variables_folder_and_status_are_those_of_the_real_program(folder, end, status):
     command = ("-m", "stages.seen", end, "b c")
-    real = started(stages, sys.executable, *command, typed="typed", COLOUR="red")
-    fork = started(stages, f"{os.environ[PROGRAMS]}/python", *command, typed="typed", COLOUR="red")
+    real = started(folder, sys.executable, *command, typed="typed", COLOUR="red")
+    fork = started(folder, f"{os.environ[PROGRAMS]}/python", *command, typed="typed", COLOUR="red")
     assert (real.returncode, fork.returncode) == (status, status)
     assert fork.stdout == real.stdout.replace(" False typed", " True typed")
     assert " False typed" in real.stdout
@@ -53,14 +55,39 @@ def test_arguments_streams_variables_folder_and_status_are_those_of_the_real_pro
 
 
 @pytest.mark.parametrize("variables", [{"PYTHONHASHSEED": "1"}, {"HF_HUB_OFFLINE": "0"}, {"LC_ALL": "C"}])
-def test_variables_that_are_read_before_the_first_line_get_a_real_program(stages, variables):
-    done = started(stages, f"{os.environ[PROGRAMS]}/python", "-m", "stages.seen", "pass", **variables)
+def test_variables_that_are_read_before_the_first_line_get_a_real_program(folder, variables):
+    done = started(folder, f"{os.environ[PROGRAMS]}/python", "-m", "stages.seen", "pass", **variables)
     assert " False " in done.stdout
 
 
-def test_what_ends_by_a_signal_says_so(stages):
-    done = started(stages, f"{os.environ[PROGRAMS]}/python", "-m", "stages.seen", "os.kill(os.getpid(), 9)")
+def test_what_these_tests_import_leaves_no_such_variables(folder):
+    importlib.import_module("lm_eval.evaluator")
+    importlib.import_module("stages.evaluation")
+    assert " True " in run(folder, sys.executable, "-m", "stages.seen", "pass").stdout
+
+
+def test_what_ends_by_a_signal_says_so(folder):
+    done = started(folder, f"{os.environ[PROGRAMS]}/python", "-m", "stages.seen", "os.kill(os.getpid(), 9)")
     assert done.returncode == 128 + 9
+
+
+def test_it_is_killed_with_the_program_that_stands_for_it(folder):
+    said = "print(os.getpid(), flush=True); import time; time.sleep(600)"
+    command = [f"{os.environ[PROGRAMS]}/python", "-m", "stages.seen", said]
+    environment = os.environ | QUIET
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as fork:
+        fork.stdout.readline()
+        assert psutil.pid_exists(int(fork.stdout.readline()))
+        fork.kill()
+        assert fork.stdout.read() == b""  # the fork holds it until it ends
+
+
+def test_what_it_starts_by_this_python_starts_at_once_too(folder):
+    again = "import subprocess; subprocess.run([sys.executable, '-m', 'stages.seen', 'pass'], check=True)"
+    done = started(folder, f"{os.environ[PROGRAMS]}/python", "-m", "stages.seen", again)
+    assert done.stdout.count(" True ") == 2
 
 
 def test_any_other_program_is_the_real_one(tmp_path):

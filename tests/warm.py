@@ -33,21 +33,10 @@ HEAVY = (
     "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
-# Variables that Python or a library reads before a program can say otherwise.
+# Variables that Python or a library reads before a program can say otherwise; and processes of a group know their parent.
 EARLY = (
-    "PYTHON",
-    "HF_",
-    "TRANSFORMERS_",
-    "TORCH",
-    "OMP_",
-    "MKL_",
-    "OPENBLAS_",
-    "ATEN_",
-    "ONEDNN_",
-    "TQDM_",
-    "LC_",
-    "LANG",
-)
+    "TORCHELASTIC", "PYTHON", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "TQDM_", "LC_", "LANG",
+)  # fmt: skip
 
 ENTRIES = {"dvc": "dvc.cli:main", "drank": "drank.cli:app"}
 
@@ -98,24 +87,27 @@ def programs(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
 
 def serve(listening: socket.socket) -> dict[str, Any]:
     """Fork for every command line that comes; returns in the forks, with what is asked."""
-    early, imported = early_variables(os.environ), False
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    early: dict[str, str] = {}
     while True:
         ready, _, _ = select.select([listening, 0], [], [])
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if 0 in ready:
             os._exit(0)
         connection, _ = listening.accept()
-        if not imported:
+        if not early:
+            early = early_variables(os.environ)
             import_all()
-            imported = True
+            set_by_imports = {key for key, value in os.environ.items() if early.get(key) != value}
         if os.fork() == 0:
             break
         connection.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     listening.close()
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     asked = json.loads(connection.makefile("rb").read())
-    if early_variables(asked["environment"]) != early:
+    asked_for = early_variables(asked["environment"])
+    if any(early.get(key) != asked_for.get(key) for key in (early.keys() | asked_for.keys()) - set_by_imports):
         os._exit(0)  # no status: a real Python is started
     if (worker := os.fork()) == 0:
         connection.close()
@@ -123,10 +115,21 @@ def serve(listening: socket.socket) -> dict[str, Any]:
             os.dup2(stream, number)
             os.close(stream)
         return asked
-    status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    status = waited(worker, connection)
     with contextlib.suppress(OSError):  # whoever asked may be gone
         connection.sendall(str(status if status >= 0 else 128 - status).encode())
     os._exit(0)
+
+
+def waited(worker: int, connection: socket.socket) -> int:
+    """The exit status of a process, which is killed where the program that stands for it is."""
+    hung_up = select.poll()
+    hung_up.register(connection, 0)
+    while not (ended := os.waitpid(worker, os.WNOHANG))[0]:
+        if hung_up.poll(10):  # milliseconds
+            os.kill(worker, signal.SIGKILL)
+            hung_up.unregister(connection)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def early_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -144,21 +147,23 @@ def import_all() -> None:
     gc.freeze()  # or the forks' collections would copy every page
 
 
-def run(program: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
-    """As the real program would, in this process."""
+def run(programs: Path, program: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    """As the real program would, in this process; whatever starts this Python again starts one of ``programs``."""
+    real = Path(sys.executable)
+    sys.executable = str(programs / "python")
     own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    first = folder if program == "python" else str(Path(sys.executable).parent)
+    first = folder if program == "python" else str(real.parent)
     sys.path[:] = [first, *added, *(path for path in sys.path if path not in own)]
     importlib.invalidate_caches()
     if program == "python":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = [str(Path(sys.executable).with_name(program)), *arguments]
+        sys.argv = [str(real.with_name(program)), *arguments]
         module, _, name = ENTRIES[program].partition(":")
         sys.exit(getattr(importlib.import_module(module), name)())
 
@@ -179,9 +184,11 @@ def end(error: BaseException | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    asked = serve(socket.socket(fileno=int(sys.argv[1])))
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    place = Path(listening.getsockname()).parent
+    asked = serve(listening)
     try:
-        run(**asked)
+        run(place, **asked)
     except BaseException as error:
         end(error)
     end(None)
