@@ -142,34 +142,33 @@ def flip(file):
 
 @pytest.mark.pipeline
 def test_a_bit_that_flips_at_rest_is_refused_found_taken_away_and_made_again(project):
-    allocation = json.loads((project / "data/allocation/kfac-80.json").read_text())
-    used = next(unit["factors"] for unit in allocation["units"] if unit["form"] != "dense")
-    factors = project / f"data/spectrum/kfac/factors/{used}.safetensors"
-    before, lock = factors.read_bytes(), (project / "dvc.lock").read_bytes()
-    copy = entry(cache_folder(project), dvc_md5(factors))
+    windows = project / "data/sampling/test.safetensors"
+    before, lock = windows.read_bytes(), (project / "dvc.lock").read_bytes()
+    copy = entry(cache_folder(project), dvc_md5(windows))
     assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
     clean = "Data and pipelines are up to date."
     assert run(project, "dvc", "status").stdout.strip() == clean  # and now DVC knows the times of every file
 
-    for file in (copy, factors):
+    for file in (copy, windows):
         if file.read_bytes() == before:  # a link to the other has been flipped already
             flip(file)
     assert run(project, "dvc", "status").stdout.strip() == clean
     found = run(project, "drank", "check", check=False)
     assert found.returncode == 1
-    assert {(project / line.split(": ")[0]).resolve() for line in found.stdout.splitlines()} == {factors, copy}
+    assert {(project / line.split(": ")[0]).resolve() for line in found.stdout.splitlines()} == {windows, copy}
 
-    models = dvc_md5(project / "data/compression/kfac-80")
-    refused = run(project, "dvc", "repro", "--force", "--single-item", "compression@kfac-80", check=False)
+    figures = project / "data/evaluation/kfac-80.json"
+    found = dvc_md5(figures)
+    refused = run(project, "dvc", "repro", "--force", "--single-item", "evaluation@kfac-80", check=False)
     assert refused.returncode != 0, refused.stdout
-    assert f"error: {factors.relative_to(project)}: damaged" in refused.stderr
-    assert not (project / "data/compression/kfac-80").exists()  # DVC has taken it away; it is in the cache
+    assert f"error: {windows.relative_to(project)}: damaged" in refused.stderr
+    assert not figures.exists()  # DVC has taken it away; it is in the cache
 
     mended = run(project, "drank", "check", "--mend")
     assert mended.stdout.splitlines()[-1] == "2 taken away; `dvc repro` makes them again"
     run(project, "dvc", "repro")
-    assert factors.read_bytes() == before
-    assert dvc_md5(project / "data/compression/kfac-80") == models
+    assert windows.read_bytes() == before
+    assert dvc_md5(figures) == found
     assert (project / "dvc.lock").read_bytes() == lock
     assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
 

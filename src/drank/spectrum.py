@@ -16,6 +16,8 @@ from drank.covariance import NotFiniteError
 
 # Eigenvalues of Z Zᵀ below this share of the largest one are rounding noise of a float64 eigendecomposition.
 NOISE = 1e-13
+# Pivots of a Cholesky factor below this share of the largest one may be rounding noise of a covariance in float32.
+NEARLY_SINGULAR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def root_of(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Some R with R Rᵀ = covariance (float64): its Cholesky factor, or where it is singular its symmetric square root.
+    """Some R with R Rᵀ = covariance (float64): its Cholesky factor, or where it is nearly singular its symmetric root.
 
     Any such R gives the same singular values and projections, and a Cholesky factor takes a twentieth of the time.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance.double())
-    return square_root(covariance) if failed else factor
+    pivots = factor.diagonal()
+    return square_root(covariance) if failed or pivots.min() < NEARLY_SINGULAR * pivots.max() else factor
 
 
 class Metric:
