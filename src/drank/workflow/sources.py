@@ -558,21 +558,23 @@ def _load_gguf(source: str, file: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """A GGUF file is parsed once in the block, and from memory.
+    """A GGUF file is parsed once in the block, and from memory; the names of its tensors are made once.
 
     transformers parses it for the configuration, for the weights and for the tokenizer, seconds each: the vocabulary is
-    read word by word, every word in slices of a memory map, which NumPy makes far slower than those of an array.
+    read word by word, every word in slices of a memory map, which NumPy makes far slower than those of an array. It
+    makes the map of all names anew for every module of the model.
     """
     import gguf
     import numpy as np
 
-    reader, mapped = gguf.GGUFReader, np.memmap
+    reader, names, mapped = gguf.GGUFReader, gguf.get_tensor_name_map, np.memmap
     gguf.GGUFReader = cache(reader)  # type: ignore[misc, assignment]
+    gguf.get_tensor_name_map = cache(names)
     np.memmap = lambda path, *_, **__: np.fromfile(path, np.uint8)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        gguf.GGUFReader, np.memmap = reader, mapped  # type: ignore[misc]
+        gguf.GGUFReader, gguf.get_tensor_name_map, np.memmap = reader, names, mapped  # type: ignore[misc]
 
 
 def _load(source: str, folder: Path, options: dict[str, Any], common: dict[str, Any]) -> tuple[Any, Any]:
