@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # which benchmarks set when
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from tests import tiny, warm
@@ -71,11 +72,17 @@ def run(root, *command, check=True, real=False, path=None):
 def reproduced(tmp_path_factory):
     """A clone in small: our dvc.yaml, stages and package, a tiny model and texts, all reproduced and committed once.
 
-    Copy it before changing anything.
+    Processes of pytest-xdist share it. Copy it before changing anything.
     """
-    root = tmp_path_factory.mktemp("reproduced") / "project"
-    reproduce(root)
-    return root
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reproduced"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            making = shared.with_name("making") / "project"
+            shutil.rmtree(making.parent, ignore_errors=True)
+            reproduce(making)
+            making.parent.rename(shared)
+    return shared / "project"
 
 
 def reproduce(root):

@@ -19,9 +19,9 @@ from tests.conftest import REPOSITORY, run
 STAGES = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 
 
-def repro(root, *arguments, real=False):
+def repro(root, *arguments):
     """Stages that dvc repro really executed."""
-    lines = run(root, sys.executable, "-m", "dvc", "repro", *arguments, real=real).stdout.splitlines()
+    lines = run(root, sys.executable, "-m", "dvc", "repro", *arguments).stdout.splitlines()
     return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
 
 
@@ -82,10 +82,10 @@ def test_a_new_ratio_runs_that_variant_alone_and_the_old_one_runs_nothing(projec
 
 
 def test_every_stage_run_again_writes_the_same_bytes(project):
-    """And processes that nothing was imported for write what the forks of ``tests.warm`` wrote."""
+    """Real processes write these bytes, too: tests/faults/test_determinism.py."""
     before = digests(project)
     n_stages = 6 + 4 * 4  # raw, sampling, covariance, two spectra, report; four a variant
-    assert len(repro(project, "--force", "--no-run-cache", real=True)) == n_stages
+    assert len(repro(project, "--force", "--no-run-cache")) == n_stages
     assert digests(project) == before
 
 

@@ -66,9 +66,9 @@ def start(root, stage, *arguments):
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(root, stage, *arguments, real=False):
+def run(root, stage, *arguments):
     command = (sys.executable, "-m", f"stages.{stage}", *arguments, "--root", str(root))
-    done = conftest.run(REPOSITORY, *command, check=False, real=real)
+    done = conftest.run(REPOSITORY, *command, check=False)
     return done.returncode, done.stderr
 
 
@@ -106,7 +106,7 @@ def test_spectra_of_two_processes_are_those_of_one_to_the_bit(alone, project, ke
 def test_figures_of_two_processes_are_those_of_one(alone, project):
     result = project / "results/kfac-80.json"
     result.unlink()
-    returned, errors = run(project, "evaluation", "kfac-80", real=True)
+    returned, errors = run(project, "evaluation", "kfac-80")
     assert returned == 0, errors
     expected = read_json(alone / "results/kfac-80.json")
     others = {key: value for key, value in read_json(result).items() if not isinstance(value, float)}

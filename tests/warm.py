@@ -33,9 +33,9 @@ HEAVY = (
     "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
-# Variables that Python or a library reads before a program can say otherwise; processes of a group know their parent.
+# Variables that Python or a library reads before a program can say otherwise.
 EARLY = (
-    "TORCHELASTIC", "PYTHON", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "TQDM_", "LC_",
+    "PYTHON", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "TQDM_", "LC_",
     "LANG",
 )  # fmt: skip
 

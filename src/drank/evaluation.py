@@ -15,6 +15,7 @@ from typing import Any
 from torch import distributed, nn
 
 MAX_LENGTH = 2048  # tokens lm-eval shows the model at once, fewer if the model has fewer positions
+FEWSHOT_SEED = 1234  # lm-eval's own, of tasks that show examples
 
 
 def _metric(name: str, aggregation: str, higher_is_better: bool) -> dict[str, Any]:
@@ -101,13 +102,12 @@ def run_tasks(
         # HFLM takes its share of the requests only of models that it loads by itself.
         lm._rank, lm._world_size = distributed.get_rank(), distributed.get_world_size()
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=[_task(tasks_folder, task) if task in ours else task for task in tasks],
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    loaded = manager.load([_task(tasks_folder, task) if task in ours else task for task in tasks])
+    for task in loaded["tasks"].values():  # as simple_evaluate does, which also asks pip for every package installed
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    results = lm_eval.evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=False)
     return _flat(results["results"], results["n-samples"]) if results else {}
 
 

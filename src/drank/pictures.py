@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 Allocation = Mapping[str, Any]
 FEW = 12  # up to so many variants are named in pictures and have large panels
@@ -153,6 +154,7 @@ def spectrum_curves(spectrum: Spectrum) -> Figure:
         panel.set_title(_short(kind), fontsize=9)
         panel.tick_params(labelsize=8)
     axes[0].set_ylim(1e-6, 1.2)
+    axes[0].yaxis.set_minor_locator(NullLocator())  # which takes longer to lay out than all else here
     axes[0].set_ylabel("energy beyond k", fontsize=8)
     figure.supxlabel("k / full rank", fontsize=8)
     return figure

@@ -90,11 +90,18 @@ def end_without(ancestors: list[int]) -> None:
 
 
 def _watch(ancestors: list[int]) -> None:
-    while [process.pid for process in psutil.Process().parents()[: len(ancestors)]] == ancestors:
+    while all(map(_runs, ancestors)):
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)  # a launcher ends its processes with it
     time.sleep(30)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _in_stage(process: psutil.Process) -> bool:
