@@ -325,13 +325,12 @@ def test_without_a_dense_variant_the_first_is_the_reference(folders):
 @pytest.mark.pipeline
 def test_medians_and_ratios_land_on_the_runs_of_a_tracked_project(project):
     """The console program on compressed models: metrics on each variant's run; a hint before there is one."""
-    drank = [sys.executable, "-c", "from drank.cli import app; app()"]
-    hint = run(project, *drank, "bench", "dense", *SMALL, "--track").stdout
+    hint = run(project, "drank", "bench", "dense", *SMALL, "--track").stdout
     assert "dense: no MLflow run has this folder; `drank track` makes one for each variant" in hint
     assert not (project / "mlflow.db").exists()
 
-    run(project, *drank, "track")
-    told = run(project, *drank, "bench", *SMALL, "--track", "--json", "b.json").stdout
+    run(project, "drank", "track")
+    told = run(project, "drank", "bench", *SMALL, "--track", "--json", "b.json").stdout
     document = json.loads((project / "b.json").read_text())
     client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("drank").experiment_id])
