@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import arguments, begin, interleaved, print_table, ratios, seconds, shown
-from drank.covariance import SecondMoment
-from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
-from drank.language_model.linears import Linear, find_linears, shared_inputs
-from drank.language_model.precision import has_units
-from drank.workflow.files import read_tensors
+from drank.method.covariance import SecondMoment
+from drank.model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
+from drank.model.linears import Linear, find_linears, shared_inputs
+from drank.model.precision import has_units
+from drank.project.files import read_tensors
 
 Moments = dict[str, SecondMoment]
 Add = Callable[[SecondMoment, Tensor], None]

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from drank.spectrum import whitened_spectrum
+from drank.method.spectrum import whitened_spectrum
 
 SIZE, REPEATS = 576, 5
 

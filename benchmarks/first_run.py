@@ -19,12 +19,12 @@ from benchmarks import yardstick
 from benchmarks.covariance_overhead import collect
 from benchmarks.measure import Times, arguments, begin, interleaved, print_table, product, shown, speeds
 from benchmarks.ratio_sweep import yardstick_layers
-from drank.covariance import SecondMoment
-from drank.language_model.capture import run_windows, watching_inputs
-from drank.language_model.linears import Linear, find_linears, shared_inputs
-from drank.language_model.precision import has_units
-from drank.spectrum import Metric, whitened_spectrum
-from drank.workflow.files import read_tensors
+from drank.method.covariance import SecondMoment
+from drank.method.spectrum import Metric, whitened_spectrum
+from drank.model.capture import run_windows, watching_inputs
+from drank.model.linears import Linear, find_linears, shared_inputs
+from drank.model.precision import has_units
+from drank.project.files import read_tensors
 
 # What is proportional to d³ in a symmetric eigenproblem whatever the matrix: reduction to tridiagonal form, 4/3, and
 # transformation of the vectors back, 2. Divide and conquer between the two costs up to 8/3 more; it is not counted.

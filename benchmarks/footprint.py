@@ -1,9 +1,9 @@
 """How much memory, disk and time does a model of 7, 13 or 70 billion parameters take?
 
 ``python -m benchmarks.footprint [--bf16 GFLOP/S --float64 GFLOP/S]``. Arithmetic, no model: the formulas of
-drank.footprint, which tests/test_footprint.py compares with small models that run. Time is FLOPs over the speed of
-matrix products, measured here where none is given: a bound from below, which passes come near (45 % was measured) and
-eigenproblems do not (21 %; docs/performance.md). GB are 10⁹ bytes.
+drank.planning.footprint, which tests/test_footprint.py compares with small models that run. Time is FLOPs over
+the speed of matrix products, measured here where none is given: a bound from below, which passes come near (45 % was
+measured) and eigenproblems do not (21 %; docs/performance.md). GB are 10⁹ bytes.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.measure import print_table, product, seconds
-from drank.footprint import (
+from drank.planning.footprint import (
     Setting,
     Shape,
     compressed_folder,

@@ -417,8 +417,8 @@ def mixed_products(device: torch.device) -> bool:
 
 
 def add_moment(total: Tensor, x: Tensor) -> None:
-    """total += xᵀ x in float32, on and above the diagonal, as in drank.covariance. Products of bfloat16 numbers are
-    exact in TF32 units too."""
+    """total += xᵀ x in float32, on and above the diagonal, as in drank.method.covariance. Products of bfloat16 numbers
+    are exact in TF32 units too."""
     mixed, before = mixed_products(x.device), torch.backends.cuda.matmul.allow_tf32
     rows, wide = (x.flatten(0, -2), {"out_dtype": torch.float32}) if mixed else (x.flatten(0, -2).float(), {})
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -518,7 +518,7 @@ class Calibration:
 
 
 def components(W: Tensor, near: Tensor | None, far: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies, and rank-one parts of W, from the eigenproblem of its columns' side: as in drank.spectrum."""
+    """Energies, and rank-one parts of W, from the eigenproblem of its columns' side: as in drank.method.spectrum."""
     gram = W.T @ (W if far is None else far @ W)
     root = None if near is None else square_root(near)
     energies, V = descending_eigh(gram if root is None else root @ gram @ root)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.covariance_overhead import collect
 from benchmarks.measure import Times, arguments, begin, interleaved, print_table, shown
-from drank.language_model.linears import find_linears, shared_inputs
+from drank.model.linears import find_linears, shared_inputs
 
 COUNTS = (2, 4, 8, 16)
 KINDS = {"none": "inputs", "gaussian": "inputs and gradients"}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import print_table
-from drank.workflow.files import scratch_folder
+from drank.project.files import scratch_folder
 
 AXES = {"layers": (2, 4, 8, 16), "width": (128, 256, 512, 1024), "windows": (2, 4, 8, 16)}
 BASE = {"layers": 4, "width": 512, "windows": 4}
@@ -71,8 +71,8 @@ def peak_here(model: Path, n_windows: int, fisher: str, offload: bool) -> int:
     """KiB of this process, after the stage's work."""
     from stages.covariance import collect
 
-    from drank.workflow.params import Covariance
-    from drank.workflow.processes import Group
+    from drank.project.params import Covariance
+    from drank.project.processes import Group
 
     torch.set_num_threads(1)
     params = Covariance(batch_windows=2, threads=1, fisher=fisher, targets=("re:.*",), offload=offload)  # type: ignore[arg-type]

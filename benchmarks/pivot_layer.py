@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drank.benchmark import Quartiles, round_robin
-from drank.language_model.modules import FactorLinear, PivotLinear
+from drank.model.benchmark import Quartiles, round_robin
+from drank.model.layers import FactorLinear, PivotLinear
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in, out: queries, gate and up, down of a Llama of 7B
 SIZES = (0.8, 0.5)

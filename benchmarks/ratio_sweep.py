@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import yardstick
 from benchmarks.measure import arguments, begin, interleaved, print_table, shown
-from drank.language_model.linears import Linear, find_linears
-from drank.workflow.files import read_json, read_tensors
-from drank.workflow.params import read_params
+from drank.model.linears import Linear, find_linears
+from drank.project.files import read_json, read_tensors
+from drank.project.params import read_params
 
 # Where time goes: what is shown, and the function that cProfile knows it by.
 PARTS = {

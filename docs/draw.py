@@ -14,8 +14,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from drank.pictures import original_parameters, png, rank_heat_map
-from drank.workflow.files import read_json
+from drank.project.files import read_json
+from drank.views.pictures import original_parameters, png, rank_heat_map
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES = REPOSITORY / "docs/images"

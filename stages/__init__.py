@@ -1,5 +1,5 @@
 """The pipeline: one thin script a step, run by DVC as ``python -m stages.<step>``. Read, call the library, write."""
 
-from drank.workflow.stage import quieten_libraries
+from drank.project.command import quieten_libraries
 
 quieten_libraries()

@@ -7,13 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from drank.allocation import Allocation, Block, Choice, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
-from drank.released import released
-from drank.sensitivity import sensitivity, stable_rank_scores
-from drank.workflow.files import file_sha256, read_arrays, read_json, write_json, write_text
-from drank.workflow.params import Preset, read_params
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
+from drank.method.allocation.asvd import sensitivity, stable_rank_scores
+from drank.method.allocation.d_rank_code import released
+from drank.method.allocation.rules import (
+    Allocation,
+    Block,
+    Choice,
+    Menu,
+    Unit,
+    dense,
+    effective_rank,
+    least_loss,
+    loss,
+    uniform,
+)
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import file_sha256, read_arrays, read_json, write_json, write_text
+from drank.project.params import Preset, read_params
 
 RATIOS = tuple(i / 100 for i in range(10, 100, 5))  # sizes that the stable-rank variant of ASVD's search may choose
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from drank.workflow.files import (
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import (
     copy_files,
     file_sha256,
     read_json,
@@ -12,8 +14,6 @@ from drank.workflow.files import (
     replacing_folder,
     weights_sha256,
 )
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
 
 
 def main(variant: str, root: Path = Path()) -> None:
@@ -31,7 +31,7 @@ def save_compressed(spectrum: Path, source: Path, allocation: dict[str, Any], ba
     import torch  # what the dense variant can do without takes seconds to import
     from transformers import AutoModelForCausalLM
 
-    from drank.compression import compress
+    from drank.steps.compression import compress
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     provenance = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from drank.covariance import NotFiniteError, SecondMoment
-from drank.language_model.capture import (
+from drank.method.covariance import NotFiniteError, SecondMoment
+from drank.model.capture import (
     Callback,
     run_backward,
     run_windows,
@@ -20,18 +20,18 @@ from drank.language_model.capture import (
     watching_inputs,
     watching_output_gradients,
 )
-from drank.language_model.linears import LeftDense, Linear, find_linears, shared_inputs, survey, unreached
-from drank.language_model.offload import Sweep, disk_map, find_blocks, offloaded_sweeps
-from drank.language_model.precision import has_units, name_of
-from drank.language_model.vocabulary import check_ids
-from drank.workflow.files import read_tensors, scratch_folder, write_json, write_tensors
-from drank.workflow.params import Covariance, read_params
-from drank.workflow.processes import Group, launch, must_launch, process_group
-from drank.workflow.progress import progress
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
+from drank.model.linears import LeftDense, Linear, find_linears, shared_inputs, survey, unreached
+from drank.model.offload import Sweep, disk_map, find_blocks, offloaded_sweeps
+from drank.model.precision import agreed_dtype, has_units, name_of
+from drank.model.vocabulary import check_ids
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import read_tensors, scratch_folder, write_json, write_tensors
+from drank.project.params import Covariance, read_params
+from drank.project.processes import Group, launch, must_launch, process_group
+from drank.project.progress import progress
 
-log = logging.getLogger("drank.covariance")
+log = logging.getLogger("drank.method.covariance")
 
 
 def main(seed: str, root: Path = Path()) -> None:
@@ -45,7 +45,7 @@ def main(seed: str, root: Path = Path()) -> None:
         inputs = Inputs(root)
         windows = read_tensors(inputs / f"data/sampling/calibration/{seed}.safetensors")["windows"].to(params.device)
         with scratch_folder(folder / f".offloaded-{group.rank}") as scratch:
-            dtype = group.compute_dtype(asked.compute.dtype, params.device)
+            dtype = agreed_dtype(asked.compute.dtype, params.device, group.gather)
             collect(inputs / "data/raw/model", windows, params, dtype, group, folder, scratch)
 
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
-from drank.evaluation import MAX_LENGTH, count_parameters, run_tasks
-from drank.language_model.precision import name_of
-from drank.language_model.vocabulary import check_ids
-from drank.perplexity import token_perplexity
-from drank.workflow.files import read_json, read_tensors, write_json
-from drank.workflow.params import Params, read_params
-from drank.workflow.processes import Group, launch, must_launch, process_group
-from drank.workflow.progress import progress
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
+import drank.model.quantizer  # noqa: F401  the format of data/compression, seen by DVC's dependencies
+from drank.model.perplexity import token_perplexity
+from drank.model.precision import agreed_dtype, name_of
+from drank.model.vocabulary import check_ids
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import read_json, read_tensors, write_json
+from drank.project.params import Params, read_params
+from drank.project.processes import Group, launch, must_launch, process_group
+from drank.project.progress import progress
+from drank.steps.evaluation import MAX_LENGTH, count_parameters, run_tasks
 
 
 def main(variant: str, root: Path = Path()) -> None:
@@ -37,7 +37,7 @@ def evaluate(variant: str, root: Path, params: Params, group: Group) -> None:
     last_windows = read_tensors(short) if short.is_file() else {}
     batch = params.evaluation.batch_windows
     folder = inputs / f"data/compression/{variant}"
-    dtype = group.compute_dtype(params.compute.dtype, params.evaluation.device)
+    dtype = agreed_dtype(params.compute.dtype, params.evaluation.device, group.gather)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(params.evaluation.device)
 
     perplexities: dict[str, tuple[float, list[float]]] = {}

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import drank.language_model.plugin  # noqa: F401  the format of data/compression, seen by DVC's dependencies
-from drank.language_model.healing import Healing, Plan, Step
-from drank.language_model.precision import compute_dtype, name_of
-from drank.sampling import draw_windows
-from drank.workflow.checkpoint import Checkpoint
-from drank.workflow.files import (
+import drank.model.quantizer  # noqa: F401  the format of data/compression, seen by DVC's dependencies
+from drank.model.lora import Healing, Plan, Step
+from drank.model.precision import compute_dtype, name_of
+from drank.project.checkpoint import Checkpoint
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import (
     file_sha256,
     folder_sha256,
     read_json,
@@ -25,11 +26,10 @@ from drank.workflow.files import (
     write_json,
     write_text,
 )
-from drank.workflow.params import Healing as Asked
-from drank.workflow.params import read_params
-from drank.workflow.progress import progress
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
+from drank.project.params import Healing as Asked
+from drank.project.params import read_params
+from drank.project.progress import progress
+from drank.steps.sampling import draw_windows
 
 STEPS_A_CHECKPOINT = 10
 

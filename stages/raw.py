@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from drank.workflow.files import replacing_folder
-from drank.workflow.params import read_params
-from drank.workflow.sources import fetch_model, fetch_text
-from drank.workflow.stage import run_stage
+from drank.project.command import run_stage
+from drank.project.files import replacing_folder
+from drank.project.params import read_params
+from drank.project.sources import fetch_model, fetch_text
 
 
 def main(root: Path = Path()) -> None:

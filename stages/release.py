@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from drank.release import CARD, CHECKSUMS, STATEMENT, card, checksums, statement
-from drank.workflow.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
-from drank.workflow.params import ModelSource, Params, TextSource, read_params
-from drank.workflow.recorded import Inputs
-from drank.workflow.resolved import resolved
-from drank.workflow.stage import run_stage
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
+from drank.project.params import ModelSource, Params, TextSource, read_params
+from drank.project.resolved import resolved
+from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums, statement
 
 
 def main(variant: str, root: Path = Path()) -> None:

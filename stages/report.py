@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from drank.pictures import Spectrum, png
-from drank.report import page, pictures, summary
-from drank.workflow.files import read_json, read_tensors, replacing_folder, write_text
-from drank.workflow.params import read_params
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import read_json, read_tensors, replacing_folder, write_text
+from drank.project.params import read_params
+from drank.views.page import page, pictures, summary
+from drank.views.pictures import Spectrum, png
 
 
 def main(root: Path = Path()) -> None:

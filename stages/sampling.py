@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from drank import sampling
-from drank.workflow.files import replacing_folder, write_json, write_tensors, write_text
-from drank.workflow.params import read_params
-from drank.workflow.recorded import Inputs
-from drank.workflow.stage import run_stage
+from drank.project.command import run_stage
+from drank.project.dvc import Inputs
+from drank.project.files import replacing_folder, write_json, write_tensors, write_text
+from drank.project.params import read_params
+from drank.steps import sampling
 
 
 def main(root: Path = Path()) -> None:

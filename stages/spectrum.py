@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from drank.channels import remove_channels, row_grams
-from drank.covariance import NotFiniteError
-from drank.language_model.linears import Linear, find_linears
-from drank.language_model.precision import name_of
-from drank.language_model.substitution import measure_sensitivity
-from drank.language_model.units import Mlp, find_groups, find_mlps
-from drank.language_model.vocabulary import check_ids
-from drank.spectrum import Metric, damped, effective_rank, gram_spectrum, whitened_spectrum
-from drank.spectrum import Spectrum as Factored
-from drank.workflow.files import read_json, read_rows, read_tensors, write_json, write_tensors
-from drank.workflow.params import Params, Spectrum, read_params
-from drank.workflow.processes import Group, launch, must_launch, process_group
-from drank.workflow.progress import progress
-from drank.workflow.stage import run_stage
+from drank.method.channels import remove_channels, row_grams
+from drank.method.covariance import NotFiniteError
+from drank.method.spectrum import Metric, damped, effective_rank, gram_spectrum, whitened_spectrum
+from drank.method.spectrum import Spectrum as Factored
+from drank.model.groups import Mlp, find_groups, find_mlps
+from drank.model.linears import Linear, find_linears
+from drank.model.precision import agreed_dtype, name_of
+from drank.model.substitution import measure_sensitivity
+from drank.model.vocabulary import check_ids
+from drank.project.command import run_stage
+from drank.project.files import read_json, read_rows, read_tensors, write_json, write_tensors
+from drank.project.params import Params, Spectrum, read_params
+from drank.project.processes import Group, launch, must_launch, process_group
+from drank.project.progress import progress
 
 
 def main(key: str, root: Path = Path()) -> None:
@@ -40,7 +40,11 @@ def main(key: str, root: Path = Path()) -> None:
 def collect(key: str, root: Path, params: Params, group: Group, folder: Path) -> None:
     asked, data = params.factors(key), root / "data"
     # Passes are those of the sensitivity alone; all else reads weights, which are stored in bfloat16.
-    passes = group.compute_dtype(params.compute.dtype, params.covariance.device) if asked.sensitivity_windows else None
+    passes = (
+        agreed_dtype(params.compute.dtype, params.covariance.device, group.gather)
+        if asked.sensitivity_windows
+        else None
+    )
     model = AutoModelForCausalLM.from_pretrained(data / "raw/model", dtype=passes or torch.bfloat16)
     model = model.to(params.covariance.device)
     linears = find_linears(model, params.covariance.targets, params.covariance.ignore)

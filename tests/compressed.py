@@ -2,7 +2,7 @@
 
 import torch
 
-from drank.language_model.plugin import attach, swap_modules
+from drank.model.quantizer import attach, swap_modules
 from tests import tiny
 
 PROVENANCE = {"variant": "kfac-80", "allocation_sha256": "0" * 64, "base_model_sha256": "1" * 64}

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from drank.allocation import Block, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
-from drank.knapsack import InfeasibleBudgetError
+from drank.method.allocation.knapsack import InfeasibleBudgetError
+from drank.method.allocation.rules import Block, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
 
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "up_proj": "up"}
 

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from stages import allocation, compression, covariance, evaluation, raw, release, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
-import drank.language_model.plugin  # noqa: F401
-from drank.language_model.linears import UnreachedError, find_linears
-from drank.workflow.audit import audit
-from drank.workflow.files import read_json
+import drank.model.quantizer  # noqa: F401
+from drank.audit import audit
+from drank.model.linears import UnreachedError, find_linears
+from drank.project.files import read_json
 from tests import tiny
 
 # Model type and what its config needs beside the sizes of tiny.decoder; the mixture of experts is the last one.

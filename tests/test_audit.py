@@ -11,11 +11,11 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from drank.release import CHECKSUMS, STATEMENT, checksums
-from drank.workflow.audit import AuditError, audit, find_root
-from drank.workflow.files import file_sha256, read_json
-from drank.workflow.recorded import dvc_md5
-from drank.workflow.tracking import track
+from drank.audit import AuditError, audit, find_root
+from drank.project.dvc import dvc_md5
+from drank.project.files import file_sha256, read_json
+from drank.steps.release import CHECKSUMS, STATEMENT, checksums
+from drank.tracking import track
 from tests.conftest import run
 
 VARIANT, OTHER = "kfac-80", "svd-llm-80"

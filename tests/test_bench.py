@@ -16,11 +16,11 @@ from mlflow import MlflowClient
 from rich.console import Console
 from typer.testing import CliRunner
 
-from drank.benchmark import FIGURES, PARTS, BenchmarkError, Quartiles, Subject, measure, round_robin
 from drank.cli import commands
 from drank.cli.bench import SHOWN, BenchError, bars, find_targets, table
-from drank.workflow.params import ParamsError
-from drank.workflow.tracking import TrackingError, find_runs, log_speed
+from drank.model.benchmark import FIGURES, PARTS, BenchmarkError, Quartiles, Subject, measure, round_robin
+from drank.project.params import ParamsError
+from drank.tracking import TrackingError, find_runs, log_speed
 from tests import tiny
 from tests.conftest import run
 
@@ -163,7 +163,8 @@ def test_a_model_is_left_as_it_was():
 def test_peak_memory_counts_what_was_freed(tmp_path):
     """In a process of its own, where nothing else has grown before; 200 MB at once count, one after another too."""
     program = (
-        "import torch; from drank.benchmark import peak_memory as peak; cpu = torch.device('cpu'); start = peak(cpu)\n"
+        "import torch; from drank.model.benchmark import peak_memory as peak\n"
+        "cpu = torch.device('cpu'); start = peak(cpu)\n"
         "for _ in range(3): torch.ones(200_000_000, dtype=torch.uint8)\n"
         "print(peak(cpu) - start)"
     )

@@ -9,8 +9,8 @@ from benchmarks import yardstick
 from benchmarks.covariance_overhead import collect, covariance_flops, pass_flops
 from benchmarks.measure import interleaved, ratios
 
-from drank.language_model.linears import find_linears, shared_inputs
-from drank.spectrum import factors, whitened_spectrum
+from drank.method.spectrum import factors, whitened_spectrum
+from drank.model.linears import find_linears, shared_inputs
 from tests.tiny import llama
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from drank.language_model.capture import (
+from drank.model.capture import (
     run_backward,
     run_windows,
     split_windows,

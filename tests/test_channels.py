@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drank.channels import remove_channels, row_grams
-from drank.spectrum import damped
+from drank.method.channels import remove_channels, row_grams
+from drank.method.spectrum import damped
 
 
 def problem(seed, n_out=5, n=8):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drank.workflow.checkpoint import Checkpoint
+from drank.project.checkpoint import Checkpoint
 
 STATE = {"weights": torch.arange(6.0).reshape(2, 3), "n_taken": torch.tensor(10)}
 CURVE = ["1,0.5,0.001\n", "2,0.25,0.002\n"]

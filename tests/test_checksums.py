@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drank.language_model.checksums import ChecksumError, check_released
+from drank.model.checksums import ChecksumError, check_released
 from tests import compressed, tiny
 
 

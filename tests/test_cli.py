@@ -12,8 +12,8 @@ from mlflow.projects.utils import load_project
 from rich.console import Console
 
 from drank.cli.pipeline import table_of_variants
-from drank.tolerance import DTYPE_TOLERANCE
-from drank.workflow.plan import TIMELESS
+from drank.planning.plan import TIMELESS
+from drank.project.tolerance import DTYPE_TOLERANCE
 from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent

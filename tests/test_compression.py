@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import drank.language_model.plugin  # noqa: F401
-from drank.channels import remove_channels
-from drank.compression import UnsafePivotError, compress
-from drank.language_model.linears import find_linears
-from drank.language_model.units import find_groups, find_mlps
-from drank.pivot import pivot_rows
-from drank.spectrum import factors, whitened_spectrum
+import drank.model.quantizer  # noqa: F401
+from drank.method.channels import remove_channels
+from drank.method.pivot import pivot_rows
+from drank.method.spectrum import factors, whitened_spectrum
+from drank.model.groups import find_groups, find_mlps
+from drank.model.linears import find_linears
+from drank.steps.compression import UnsafePivotError, compress
 from tests import tiny
 
 IDS = torch.arange(12)[None]
@@ -167,7 +167,7 @@ def test_nothing_to_compress_leaves_a_plain_model():
 
 def test_a_unit_whose_pivot_coefficients_pass_the_limit_is_refused_by_name(monkeypatch):
     # Pivoted QR keeps real coefficients near 1, so the limit is lowered rather than a matrix contrived.
-    monkeypatch.setattr("drank.compression.LARGEST_COEFFICIENT", 1e-3)
+    monkeypatch.setattr("drank.steps.compression.LARGEST_COEFFICIENT", 1e-3)
     model = tiny.llama()
     linear = find_linears(model, ["layers.0.self_attn.q_proj"])[0]
     with pytest.raises(UnsafePivotError, match=f"{linear.name}: pivot coefficients reach .* use storage 'factors'"):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drank.covariance import NotFiniteError, SecondMoment
+from drank.method.covariance import NotFiniteError, SecondMoment
 
 
 def test_two_rows_by_hand():

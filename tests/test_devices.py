@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from drank.channels import remove_channels
-from drank.covariance import SecondMoment
-from drank.language_model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
-from drank.pivot import pivot_rows
-from drank.spectrum import damped, factors, whitened_spectrum
-from drank.workflow.processes import ProcessError, process_group
+from drank.method.channels import remove_channels
+from drank.method.covariance import SecondMoment
+from drank.method.pivot import pivot_rows
+from drank.method.spectrum import damped, factors, whitened_spectrum
+from drank.model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
+from drank.project.processes import ProcessError, process_group
 
 FORGOTTEN = [contextlib.nullcontext(), torch.device("meta")]
 

@@ -16,12 +16,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from drank.cli.diff import document, heat_map, rendered, save
-from drank.difference import Figure, Parameter, Side, by_kind, compare, flat, layer_ranges, text_of
-from drank.tolerance import DTYPE_TOLERANCE
-from drank.workflow.difference import Comparison, DifferenceError, compare_targets, parameters_of
-from drank.workflow.files import FileError, write_json
-from drank.workflow.params import read_params
-from drank.workflow.resolved import resolved
+from drank.project.files import FileError, write_json
+from drank.project.params import read_params
+from drank.project.resolved import resolved
+from drank.project.tolerance import DTYPE_TOLERANCE
+from drank.views.compared import Comparison, DifferenceError, compare_targets, parameters_of
+from drank.views.difference import Figure, Parameter, Side, by_kind, compare, flat, layer_ranges, text_of
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -10,9 +10,9 @@ from stages.evaluation import main as stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drank.evaluation import EvaluationError, count_parameters, run_tasks
-from drank.perplexity import NotFiniteLossError, token_perplexity
-from drank.workflow.files import write_json, write_tensors
+from drank.model.perplexity import NotFiniteLossError, token_perplexity
+from drank.project.files import write_json, write_tensors
+from drank.steps.evaluation import EvaluationError, count_parameters, run_tasks
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 LAST_WORD = [

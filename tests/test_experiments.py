@@ -16,12 +16,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from drank import footprint
 from drank.cli import commands
 from drank.cli.reproduce import A100
-from drank.perplexity import token_perplexity
-from drank.workflow.expected import PASSES, SPECTRA, costs, sizes
-from drank.workflow.experiments import (
+from drank.model.perplexity import token_perplexity
+from drank.planning import footprint
+from drank.planning.costs import PASSES, SPECTRA, costs, sizes
+from drank.planning.experiments import (
     FOLDER,
     ZERO_SHOT,
     ExperimentError,
@@ -35,8 +35,8 @@ from drank.workflow.experiments import (
     read_published,
     read_results,
 )
-from drank.workflow.params import ParamsError, read_params
-from drank.workflow.recorded import dvc_md5
+from drank.project.dvc import dvc_md5
+from drank.project.params import ParamsError, read_params
 from tests import tiny
 from tests.conftest import REPOSITORY, run
 

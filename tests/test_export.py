@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from drank.audit import audit
 from drank.cli.export import ExportError, export
-from drank.release import CHECKSUMS
-from drank.workflow.audit import audit
-from drank.workflow.files import FileError, file_sha256, folder_sha256, read_json, weights_sha256
+from drank.project.files import FileError, file_sha256, folder_sha256, read_json, weights_sha256
+from drank.steps.release import CHECKSUMS
 from tests import compressed, tiny
 from tests.conftest import run
 

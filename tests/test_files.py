@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drank.workflow.files import (
+from drank.project.files import (
     FileError,
     file_sha256,
     folder_sha256,
@@ -29,7 +29,7 @@ from drank.workflow.files import (
     write_tensors,
     write_text,
 )
-from drank.workflow.refusals import refusal
+from drank.project.refusals import refusal
 
 documents = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -118,7 +118,7 @@ def test_tensors_come_back_with_shape_and_dtype_also_from_a_slice(tmp_path):
 
 def test_equal_tensors_give_equal_bytes_in_any_order_and_process(tmp_path):
     program = (
-        "import sys, torch, pathlib; from drank.workflow.files import write_tensors\n"
+        "import sys, torch, pathlib; from drank.project.files import write_tensors\n"
         "t = {'a': torch.arange(6.), 'b': torch.ones(2, 2), 'c': torch.arange(3)}\n"
         "write_tensors(pathlib.Path(sys.argv[1]), {k: t[k] for k in sys.argv[2]}, {'about': 'x'})"
     )

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drank.compression import compress
-from drank.language_model.folding import fold_channel_order
-from drank.language_model.linears import find_linears
-from drank.language_model.modules import PivotLinear
-from drank.language_model.units import find_mlps
+from drank.model.folding import fold_channel_order
+from drank.model.groups import find_mlps
+from drank.model.layers import PivotLinear
+from drank.model.linears import find_linears
+from drank.steps.compression import compress
 from tests import tiny
 from tests.test_compression import IDS, no_cut, row, singles, vectors_of
 
@@ -43,7 +43,7 @@ FORMS = ("dense", "factors", "pivot")
 def test_the_model_is_the_same_function_and_the_first_pivot_layer_has_no_places(build, forms, monkeypatch, tmp_path):
     torch.manual_seed(0)
     folded, mlp = compressed(build, forms)
-    monkeypatch.setattr("drank.compression.fold_channel_order", lambda _model, stored: list(stored))
+    monkeypatch.setattr("drank.steps.compression.fold_channel_order", lambda _model, stored: list(stored))
     torch.manual_seed(0)
     plain, _ = compressed(build, forms)
     torch.testing.assert_close(folded(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-5)

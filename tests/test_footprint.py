@@ -15,11 +15,9 @@ from stages import covariance, spectrum
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from drank import footprint
-from drank.channels import remove_channels
-from drank.covariance import SecondMoment
-from drank.footprint import Setting, Shape, spectrum_flops
-from drank.language_model.capture import (
+from drank.method.channels import remove_channels
+from drank.method.covariance import SecondMoment
+from drank.model.capture import (
     Batch,
     run_backward,
     send_back,
@@ -27,11 +25,13 @@ from drank.language_model.capture import (
     watching_inputs,
     watching_output_gradients,
 )
-from drank.language_model.linears import find_linears, shared_inputs
-from drank.language_model.modules import PivotLinear
-from drank.language_model.offload import offloaded_sweeps
-from drank.language_model.units import find_mlps
-from drank.workflow.params import Spectrum
+from drank.model.groups import find_mlps
+from drank.model.layers import PivotLinear
+from drank.model.linears import find_linears, shared_inputs
+from drank.model.offload import offloaded_sweeps
+from drank.planning import footprint
+from drank.planning.footprint import Setting, Shape, spectrum_flops
+from drank.project.params import Spectrum
 from tests import tiny
 
 SHAPE = Shape("tiny", 2, 32, 64, 4, 2, 320)  # tests.tiny.llama

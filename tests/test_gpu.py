@@ -14,9 +14,9 @@ from benchmarks import gpu
 from benchmarks.pivot_layer import MULTIPLE, factor_rank, pivot_rank
 from torch.utils.flop_counter import FlopCounterMode
 
-from drank import pivot
-from drank.covariance import SecondMoment
-from drank.spectrum import factors, square_root, whitened_spectrum
+from drank.method import pivot
+from drank.method.covariance import SecondMoment
+from drank.method.spectrum import factors, square_root, whitened_spectrum
 
 SCRIPT = Path(gpu.__file__)
 SHAPE = gpu.TINY[1]  # grouped heads

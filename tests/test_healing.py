@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from drank.language_model.healing import Healing, Plan, divergence, matrices
-from drank.language_model.modules import FactorLinear, PivotLinear
-from drank.release import CHECKSUMS, STATEMENT, checksums
-from drank.workflow.audit import audit
-from drank.workflow.files import file_sha256, read_json, write_json, write_text
-from drank.workflow.params import ParamsError, read_params
-from drank.workflow.tracking import track
+from drank.audit import audit
+from drank.model.layers import FactorLinear, PivotLinear
+from drank.model.lora import Healing, Plan, divergence, matrices
+from drank.project.files import file_sha256, read_json, write_json, write_text
+from drank.project.params import ParamsError, read_params
+from drank.steps.release import CHECKSUMS, STATEMENT, checksums
+from drank.tracking import track
 from tests import tiny
 from tests.conftest import run
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, GgufConfig, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from drank.language_model.offload import disk_map
-from drank.language_model.plugin import DrankConfig, DrankQuantizer
-from drank.workflow.recorded import dvc_md5, entry
-from drank.workflow.tracking import projection, registry, view
+from drank.model.offload import disk_map
+from drank.model.quantizer import DrankConfig, DrankQuantizer
+from drank.project.dvc import dvc_md5, entry
+from drank.tracking import projection, registry, view
 from tests import compressed, versions
 from tests.test_sources import tiny_llama, write_gguf
 from tests.tiny import decoder, llama
@@ -87,7 +87,7 @@ def calls(monkeypatch):
     return seen
 
 
-PLUGIN = "language_model/plugin.py"
+PLUGIN = "model/quantizer.py"
 
 
 @canary(
@@ -244,7 +244,7 @@ def test_a_quantizer_is_asked_whether_it_can_be_compiled():
     "transformers",
     "GgufConfig(dequantize=True)",
     "a GGUF file is loaded as a plain model with it",
-    "workflow/sources.py",
+    "project/sources.py",
 )
 def test_a_gguf_file_is_loaded_as_a_plain_model(tmp_path):
     stored = write_gguf(tmp_path / "m.gguf", tiny_llama())
@@ -259,7 +259,7 @@ def test_a_gguf_file_is_loaded_as_a_plain_model(tmp_path):
     "transformers",
     "device_map with 'disk'",
     "blocks stay in the offload folder as meta tensors, and their weights come by hooks of accelerate while they run",
-    "language_model/offload.py, stages/covariance.py",
+    "model/offload.py, stages/covariance.py",
 )
 def test_blocks_on_disk_come_when_they_run(tmp_path):
     llama().save_pretrained(tmp_path / "model")
@@ -310,7 +310,7 @@ def test_a_base_model_has_the_names_behind_the_prefix():
         ("MLFLOW_MODEL_VERSIONS", "mlflow.modelVersions"),
     ],
 )
-@canary("mlflow", "names of tags", "the tag has the name that drank writes", "workflow/tracking/")
+@canary("mlflow", "names of tags", "the tag has the name that drank writes", "tracking/")
 def test_a_tag_of_mlflow_has_its_name(name, tag):
     assert getattr(mlflow_tags, name) == tag
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (projection, registry, view)]
@@ -321,7 +321,7 @@ def test_a_tag_of_mlflow_has_its_name(name, tag):
     "mlflow",
     "saved views",
     "its pages read them from the tag mlflow.sharedViewState.<key>, by viewStateShareKey in the address",
-    "workflow/tracking/view.py",
+    "tracking/view.py",
 )
 def test_the_pages_know_saved_views():
     pages = Path(mlflow.__file__).parent / "server/js/build/static/js"
@@ -334,7 +334,7 @@ def test_the_pages_know_saved_views():
     "mlflow",
     "MLFLOW_DISABLE_TELEMETRY, MLFLOW_HTTP_REQUEST_MAX_RETRIES",
     "they are variables of the environment that it knows",
-    "workflow/tracking/store.py",
+    "tracking/store.py",
 )
 def test_the_variables_of_the_environment_are_known():
     from mlflow import environment_variables
@@ -370,7 +370,7 @@ def dvc(tmp_path_factory):
     "dvc",
     "the schema of dvc.lock",
     "a stage has deps and outs with path and md5, and its params by file",
-    "workflow/lock.py, workflow/recorded.py",
+    "project/state.py, project/dvc.py",
 )
 def test_the_lock_has_paths_and_hashes_of_every_stage(dvc):
     lock = yaml.safe_load((dvc / "dvc.lock").read_text())
@@ -385,7 +385,7 @@ def test_the_lock_has_paths_and_hashes_of_every_stage(dvc):
     "dvc",
     "the md5 of a folder",
     "it is that of a sorted JSON list of md5 and relpath, and ends in .dir",
-    "workflow/recorded.py (dvc_md5)",
+    "project/dvc.py (dvc_md5)",
 )
 def test_the_hash_of_a_folder_is_that_of_its_list(dvc):
     (out,) = yaml.safe_load((dvc / "dvc.lock").read_text())["stages"]["write"]["outs"]
@@ -397,7 +397,7 @@ def test_the_hash_of_a_folder_is_that_of_its_list(dvc):
     "dvc",
     "the layout of the cache",
     "an entry lies under files/md5, two letters of its hash and the rest; of a folder, its list",
-    "workflow/recorded.py (cache_folder, entry, read_listing)",
+    "project/dvc.py (cache_folder, entry, read_listing)",
 )
 def test_the_cache_has_an_entry_for_every_hash(dvc):
     cache = dvc / ".dvc/cache/files/md5"
@@ -420,7 +420,7 @@ def test_what_a_stage_made_is_in_the_run_cache(dvc):
     "dvc",
     "DVC_ROOT and DVC_STAGE",
     "DVC sets both for the commands that it runs",
-    "workflow/stage.py, workflow/tracking/store.py",
+    "project/command.py, tracking/store.py",
 )
 def test_a_command_is_told_its_repository_and_stage(dvc):
     assert (dvc / "out/two").read_text() == "['DVC_ROOT', 'DVC_STAGE']"
@@ -473,7 +473,7 @@ def test_a_task_in_memory_gives_figures_by_metric_and_filter(lm):
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
-    from drank.evaluation import LAST_WORD
+    from drank.steps.evaluation import LAST_WORD
 
     items = Dataset.from_list([{"context": "ka lo", "target": "mi"}] * 2)
     task = {"task": "in_memory", "test_split": "test", "custom_dataset": lambda **_: {"test": items}, **LAST_WORD}

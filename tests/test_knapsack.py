@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from drank.knapsack import InfeasibleBudgetError, Options, merged, relax, solve
+from drank.method.allocation.knapsack import InfeasibleBudgetError, Options, merged, relax, solve
 
 options = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 100, allow_subnormal=False)), min_size=1, max_size=5).map(
     lambda rows: Options(np.array([w for w, _ in rows]), np.array([c for _, c in rows]))
@@ -119,7 +119,7 @@ def test_merged_units_hold_the_best_combination_at_any_price_of_a_parameter(unit
 
 def test_equal_weights_are_solved_without_a_search(monkeypatch):
     # Ranks of matrices of one shape: the last multiple within the budget is reached, and rounding down is optimal.
-    monkeypatch.setattr("drank.knapsack.milp", None)
+    monkeypatch.setattr("drank.method.allocation.knapsack.milp", None)
     rng = np.random.default_rng(0)
     units = [Options(np.arange(1, 300) * 1152, rng.uniform(1, 300) / np.arange(1, 300)) for _ in range(30)]
     budget = 2000 * 1152 + 700

@@ -5,7 +5,7 @@ import torch
 import yaml
 from torch import nn
 
-from drank.language_model.linears import (
+from drank.model.linears import (
     NoTargetsError,
     PatternError,
     UnreachedError,

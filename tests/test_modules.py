@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear
-from drank.pivot import pivot_rows, split_group
+from drank.method.pivot import pivot_rows, split_group
+from drank.model.layers import FactorLinear, PivotLinear, SharedPivotLinear
 
 
 def factor_linear(n_in=6, n_out=8, rank=3, bias=True, dtype=torch.float64):

@@ -8,16 +8,16 @@ from stages.covariance import main as stage
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from drank.language_model.capture import (
+from drank.model.capture import (
     run_backward,
     run_windows,
     split_windows,
     watching_inputs,
     watching_output_gradients,
 )
-from drank.language_model.linears import find_linears
-from drank.language_model.offload import OffloadError, disk_map, find_blocks, offloaded_sweeps
-from drank.workflow.files import folder_sha256, write_tensors
+from drank.model.linears import find_linears
+from drank.model.offload import OffloadError, disk_map, find_blocks, offloaded_sweeps
+from drank.project.files import folder_sha256, write_tensors
 from tests import tiny
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drank.workflow.params import ParamsError, read_params
+from drank.project.params import ParamsError, read_params
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
 

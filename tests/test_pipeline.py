@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from drank.pivot import pivot_rows
-from drank.spectrum import factors
-from drank.workflow.files import read_json, read_rows, read_tensors
+from drank.method.pivot import pivot_rows
+from drank.method.spectrum import factors
+from drank.project.files import read_json, read_rows, read_tensors
 from tests.conftest import REPOSITORY, run
 
 STAGES = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
@@ -183,38 +183,82 @@ def test_activations_that_are_not_finite_are_refused_by_name(project, tmp_path):
     assert digests(root) == before
 
 
-def imports(path, seen=None):
-    """Files of the repository that a module imports at its top or in its functions, and what those import in turn."""
-    seen = set() if seen is None else seen
+def imported_by(path):
+    """Files of the repository that a module imports, at its top or in its functions."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
+        for name in filter(None, names):
             for base in (REPOSITORY / "src", REPOSITORY):
-                file = base / Path(*name.split(".")).with_suffix(".py")
-                if name and file.is_file() and file not in seen:
-                    seen.add(file)
-                    imports(file, seen)
+                place = base / Path(*name.split("."))
+                found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()}
+    return found
+
+
+def imports(path, seen=None):
+    """Files of the repository that a module imports, and what those import in turn."""
+    seen = set() if seen is None else seen
+    for file in imported_by(path) - seen:
+        seen.add(file)
+        imports(file, seen)
     return seen
 
 
+DECIDING = ("method", "model", "steps", "views")  # layers whose code decides numbers or pixels
+FORMAT = {"src/drank/project/files.py": ["FORMAT"]}
+
+
+def layer(file):
+    return file.relative_to(REPOSITORY / "src/drank").parts[0]
+
+
 @pytest.mark.parametrize("name", STAGES)
-def test_deps_of_a_stage_are_its_script_and_all_that_it_imports(name):
+def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that_decide(name):
     stage = STAGES[name].get("do", STAGES[name])
     script = REPOSITORY / "stages" / f"{name.removeprefix('healed-')}.py"
-    needed = {file.relative_to(REPOSITORY).as_posix() for file in {script, *imports(script)}}
+    imported = {file for file in imports(script) if file.is_relative_to(REPOSITORY / "src/drank")}
+    needed = {script, *(file for file in imported if layer(file) in DECIDING and file.name != "__init__.py")}
+    if name == "raw":  # it decides how weights and texts are read
+        needed.add(REPOSITORY / "src/drank/project/sources.py")
     declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
-    assert declared == needed
+    assert declared == {file.relative_to(REPOSITORY).as_posix() for file in needed}
     assert stage["cmd"].startswith(f"python -m stages.{script.stem}")
+    assert FORMAT in stage["params"]
 
 
-def test_imports_run_one_way():
-    numerics = {"covariance", "spectrum", "channels", "knapsack", "allocation", "released", "sensitivity", "pivot"}
-    for name in numerics:
-        inside = {file.stem for file in imports(REPOSITORY / f"src/drank/{name}.py")}
-        assert inside <= numerics, f"{name} imports {inside}"
-    for path in (REPOSITORY / "src/drank").rglob("*.py"):
-        text = path.read_text()
-        assert "tracking" in path.parts or "import mlflow" not in text, path
-        assert "workflow" in path.parts or "cli" in path.parts or "drank.workflow" not in text, path
+# What a layer may import; stages, cli, audit, tracking, planning and views put the floors together.
+LAYERS = {
+    "method": {"method"},
+    "model": {"model", "method"},
+    "project": {"project"},
+    "steps": {"method", "model"},
+    "views": {"views", "project"},
+    "planning": {"planning", "project", "model", "steps", "method"},
+    "tracking": {"tracking", "project", "views"},
+    "audit": {"audit", "project", "model", "steps", "tracking"},
+    "cli": {"cli", "audit", "tracking", "planning", "project", "model", "steps", "views"},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_imports_what_it_may_and_only_tracking_imports_mlflow(name):
+    files = sorted((REPOSITORY / "src/drank" / name).rglob("*.py"))
+    assert files
+    for path in files:
+        found = {layer(file) for file in imported_by(path) if file.is_relative_to(REPOSITORY / "src/drank")}
+        assert found - {"__init__.py"} <= LAYERS[name], path
+        assert name == "tracking" or "import mlflow" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", [*DECIDING, "method/allocation"])
+def test_the_face_of_a_layer_that_decides_is_a_docstring(name):
+    """So that no stage depends on more than the modules that it names."""
+    face = ast.parse((REPOSITORY / "src/drank" / name / "__init__.py").read_text())
+    assert ast.get_docstring(face)
+    assert len(face.body) == 1
+
+
+def test_the_layers_are_all_there_is():
+    assert {path.name for path in (REPOSITORY / "src/drank").iterdir() if (path / "__init__.py").is_file()} == {*LAYERS}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drank.covariance import NotFiniteError
-from drank.pivot import PivotForm, RankDeficientError, pivot_rows, split_group
+from drank.method.covariance import NotFiniteError
+from drank.method.pivot import PivotForm, RankDeficientError, pivot_rows, split_group
 
 
 def factors(n_out, n_in, k, seed=0, dtype=torch.float64):

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from drank.footprint import Shape
-from drank.workflow import estimate, plan
-from drank.workflow.estimate import Model, seconds
-from drank.workflow.params import read_params
-from drank.workflow.plan import Plan, duration, planned
-from drank.workflow.speed import Speed, measure
+from drank.planning import estimate, plan
+from drank.planning.estimate import Model, seconds
+from drank.planning.footprint import Shape
+from drank.planning.machine import Speed, measure
+from drank.planning.plan import Plan, duration, planned
+from drank.project.params import read_params
 from tests import tiny
 from tests.test_tracking import VARIANTS, edit_params, executed, repro, write_project
 

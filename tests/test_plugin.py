@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from drank.language_model.modules import FactorLinear, PivotLinear, SharedPivotLinear, places
-from drank.language_model.plugin import (
+from drank.audit.documents import AllocationDocument, Config, read_document
+from drank.method.pivot import pivot_rows, split_group
+from drank.model.layers import FactorLinear, PivotLinear, SharedPivotLinear, places
+from drank.model.quantizer import (
     FORMAT_VERSION,
     DrankConfig,
     DrankQuantizer,
@@ -27,9 +29,7 @@ from drank.language_model.plugin import (
     register,
     swap_modules,
 )
-from drank.pivot import pivot_rows, split_group
-from drank.workflow.audit.documents import AllocationDocument, Config, read_document
-from drank.workflow.files import FileError
+from drank.project.files import FileError
 from tests import tiny
 
 LLAMA = {
@@ -698,7 +698,7 @@ def test_importing_drank_first_is_light_and_enough(llama):
 
 def test_the_plugin_itself_may_be_what_imports_transformers():
     code = (
-        "import drank.language_model.plugin\n"
+        "import drank.model.quantizer\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
         "assert 'drank' in AUTO_QUANTIZER_MAPPING\n"
     )

@@ -16,13 +16,13 @@ from stages import covariance, evaluation, healing, spectrum
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from drank.audit.folder import Folder
+from drank.audit.rebuilt import check_rebuilt
 from drank.cli import bench
-from drank.language_model import precision
-from drank.language_model.precision import compute_dtype, has_units, name_of
-from drank.workflow.audit.folder import Folder
-from drank.workflow.audit.rebuilt import check_rebuilt
-from drank.workflow.files import read_json
-from drank.workflow.processes import Group
+from drank.model import precision
+from drank.model.precision import compute_dtype, has_units, name_of
+from drank.project.files import read_json
+from drank.project.processes import Group
 
 # An x86 processor without AVX-512, imitated for oneDNN, torch and MKL.
 AVX2 = {
@@ -140,7 +140,7 @@ def run_as_avx2(*command, cwd=None):
 
 
 def test_an_imitated_processor_without_units_is_found_out():
-    code = "from drank.language_model.precision import compute_dtype; print(compute_dtype('auto', 'cpu'))"
+    code = "from drank.model.precision import compute_dtype; print(compute_dtype('auto', 'cpu'))"
     assert run_as_avx2("-c", code) == "torch.float32\n"
 
 

@@ -9,9 +9,9 @@ import yaml
 from stages import allocation, compression, covariance, evaluation, raw, release, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
-import drank.language_model.plugin  # noqa: F401
-from drank.language_model.linears import find_linears
-from drank.workflow.audit import audit
+import drank.model.quantizer  # noqa: F401
+from drank.audit import audit
+from drank.model.linears import find_linears
 from tests import tiny
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"

@@ -19,8 +19,8 @@ from stages.raw import main as raw
 from stages.sampling import main as sampling
 from stages.spectrum import main as spectrum
 
-from drank.workflow.files import read_json, read_tensors, write_tensors
-from drank.workflow.processes import Group, must_launch
+from drank.project.files import read_json, read_tensors, write_tensors
+from drank.project.processes import Group, must_launch
 from tests import conftest, tiny
 from tests.conftest import REPOSITORY
 

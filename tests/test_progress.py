@@ -9,7 +9,7 @@ import termios
 import pytest
 import tqdm.std
 
-from drank.workflow.progress import progress
+from drank.project.progress import progress
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_the_switch_of_libraries_does_not_silence_a_log(clock, capsys, monkeypat
 
 
 PROGRAM = """\
-from drank.workflow.stage import quieten_libraries
+from drank.project.command import quieten_libraries
 quieten_libraries()
-from drank.workflow.progress import progress
+from drank.project.progress import progress
 for _ in progress(range(3), desc="covariance", unit="windows"):
     pass
 """

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from drank.cli import commands
 from drank.cli.promote import TagError, UncommittedError
-from drank.workflow.files import read_json
-from drank.workflow.params import ParamsError
-from drank.workflow.recorded import LockError
-from drank.workflow.tracking import PromotionError, TrackingError, VariantRun, find_runs, track
+from drank.project.dvc import LockError
+from drank.project.files import read_json
+from drank.project.params import ParamsError
+from drank.tracking import PromotionError, TrackingError, VariantRun, find_runs, track
 from tests.test_tracking import Runs, edit_params, repro, run, write_project
 
 STORE = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "DVC_ROOT")

@@ -9,8 +9,8 @@ import stat
 import pytest
 import yaml
 
-from drank.workflow.files import write_text
-from drank.workflow.recorded import DamageError, Inputs, LockError, cache_folder, dvc_md5, entry
+from drank.project.dvc import DamageError, Inputs, LockError, cache_folder, dvc_md5, entry
+from drank.project.files import write_text
 from tests.conftest import run
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from drank.cli import commands
-from drank.pictures import png
-from drank.workflow import reference
-from drank.workflow.files import read_json
-from drank.workflow.params import Params, ParamsError, Section, read_params
-from drank.workflow.reference import UndescribedError, json_schema, markdown, rules
+from drank.project import reference
+from drank.project.files import read_json
+from drank.project.params import Params, ParamsError, Section, read_params
+from drank.project.reference import UndescribedError, json_schema, markdown, rules
+from drank.views.pictures import png
 
 REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"

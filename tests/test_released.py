@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drank.allocation import Menu, Unit, dense_choice, effective_rank, uniform
-from drank.knapsack import InfeasibleBudgetError
-from drank.released import released
+from drank.method.allocation.d_rank_code import released
+from drank.method.allocation.knapsack import InfeasibleBudgetError
+from drank.method.allocation.rules import Menu, Unit, dense_choice, effective_rank, uniform
 
 ROLES = {
     "q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output",

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from drank.workflow.audit import audit
+from drank.audit import audit
 from tests.conftest import run
 from tests.test_pipeline import digests, repro, set_ratio
 

@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stages.allocation import describe
 
-from drank.allocation import Block, Menu, Unit, least_loss
-from drank.pareto import frontier, perplexity_by_size
-from drank.pictures import (
+from drank.method.allocation.rules import Block, Menu, Unit, least_loss
+from drank.project.files import read_json
+from drank.project.tolerance import DTYPE_TOLERANCE
+from drank.views.page import Picture, lead, page, pictures, readable, summary
+from drank.views.pareto import frontier, perplexity_by_size
+from drank.views.pictures import (
     FEW,
     Spectrum,
     budget,
@@ -22,9 +25,6 @@ from drank.pictures import (
     rank_heat_map,
     spectrum_curves,
 )
-from drank.report import Picture, lead, page, pictures, readable, summary
-from drank.tolerance import DTYPE_TOLERANCE
-from drank.workflow.files import read_json
 
 REPOSITORY = Path(__file__).parent.parent
 COMMITTED = sorted(REPOSITORY.glob("data/allocation/*.json")) + sorted(

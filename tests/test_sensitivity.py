@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drank.allocation import Menu, Unit, summed
-from drank.knapsack import InfeasibleBudgetError
-from drank.sensitivity import rank_at, sensitivity, stable_rank_scores
+from drank.method.allocation.asvd import rank_at, sensitivity, stable_rank_scores
+from drank.method.allocation.knapsack import InfeasibleBudgetError
+from drank.method.allocation.rules import Menu, Unit, summed
 
 RATIOS = (0.3, 0.5, 0.7, 0.9)
 

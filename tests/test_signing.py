@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from typer.testing import CliRunner
 
 from drank.cli import commands
-from drank.workflow.files import FileError
-from drank.workflow.signing import SigningError, sign, signature_of, verify
+from drank.project.files import FileError
+from drank.project.signing import SigningError, sign, signature_of, verify
 
 signs = pytest.mark.skipif(
     importlib.util.find_spec("model_signing") is None, reason="the extra `sign` is not installed: drank[sign]"

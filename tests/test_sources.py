@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from drank.workflow.files import FileError, folder_sha256
-from drank.workflow.sources import SourceError, _hub_errors, fetch_model, fetch_text
+from drank.project.files import FileError, folder_sha256
+from drank.project.sources import SourceError, _hub_errors, fetch_model, fetch_text
 from tests import tiny
 from tests.hub import COMMIT, serving
 
@@ -535,7 +535,7 @@ REFUSED = {
 PROGRAM = """
 import io, json, logging, sys
 from pathlib import Path
-from drank.workflow.sources import SourceError, fetch_model, fetch_text
+from drank.project.sources import SourceError, fetch_model, fetch_text
 
 def said(call):
     log = io.StringIO()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drank.covariance import NotFiniteError
-from drank.spectrum import Metric, damped, effective_rank, factors, root_of, square_root, whitened_spectrum
+from drank.method.covariance import NotFiniteError
+from drank.method.spectrum import Metric, damped, effective_rank, factors, root_of, square_root, whitened_spectrum
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
 
@@ -25,7 +25,7 @@ def covariance(size, rank, seed=0):
 
 def test_a_metric_keeps_its_root_for_the_next_weight(monkeypatch):
     shared, roots = Metric(covariance(4, 9)), []
-    monkeypatch.setattr("drank.spectrum.root_of", lambda H: roots.append(H) or root_of(H))
+    monkeypatch.setattr("drank.method.spectrum.root_of", lambda H: roots.append(H) or root_of(H))
     for seed in (0, 1):
         W = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drank.workflow.files import FileError
-from drank.workflow.stage import run_stage
+from drank.project.command import run_stage
+from drank.project.files import FileError
 
 REPOSITORY = Path(__file__).parent.parent
 

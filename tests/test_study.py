@@ -4,9 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from drank.workflow.experiments import pipeline_in, prepare
-from drank.workflow.files import read_json
-from drank.workflow.params import read_params
+from drank.planning.experiments import pipeline_in, prepare
+from drank.project.files import read_json
+from drank.project.params import read_params
 
 REPOSITORY = Path(__file__).parent.parent
 PEERS = ("svd", "asvd", "svd-llm", "basis-sharing", "d-rank", "d-rank-released", "kfac")
@@ -53,7 +53,7 @@ def ratios_to_dense(variant):
 
 
 def test_the_figures_of_the_page_are_those_of_the_committed_results():
-    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[0]
+    page = (REPOSITORY / "docs/study.md").read_text().partition(" Healing")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     shown = {}
     for row in rows:
@@ -95,7 +95,7 @@ def test_the_experiment_of_healing_runs_the_main_pipeline_over_its_parameters(tm
 
 def test_the_figures_of_healing_are_those_of_the_committed_results():
     results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
-    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[2].partition("\n## ")[0]
+    page = (REPOSITORY / "docs/study.md").read_text().partition(" Healing")[2].partition("\n ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
     ]

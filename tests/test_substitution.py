@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from drank.language_model.linears import find_linears
-from drank.language_model.substitution import measure_sensitivity
-from drank.perplexity import NotFiniteLossError, token_perplexity
-from drank.spectrum import whitened_spectrum
+from drank.method.spectrum import whitened_spectrum
+from drank.model.linears import find_linears
+from drank.model.perplexity import NotFiniteLossError, token_perplexity
+from drank.model.substitution import measure_sensitivity
 from tests import tiny
 
 RATIOS = [0.3, 0.8]

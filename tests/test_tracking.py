@@ -12,11 +12,11 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from drank.workflow.files import read_json
-from drank.workflow.lock import lineage, read_state
-from drank.workflow.recorded import LockError
-from drank.workflow.tracking import Tracked, TrackingError, projection, store, track, view, where_to_look
-from drank.workflow.tracking.store import Store, link, open_store
+from drank.project.dvc import LockError
+from drank.project.files import read_json
+from drank.project.state import lineage, read_state
+from drank.tracking import Tracked, TrackingError, projection, store, track, view, where_to_look
+from drank.tracking.store import Store, link, open_store
 from tests import conftest
 
 REPOSITORY = Path(__file__).parent.parent
@@ -535,7 +535,7 @@ def test_what_a_killed_call_left_is_replaced_and_what_a_user_deleted_is_made_aga
 
 def test_two_processes_on_a_new_store_make_one_state(reproduced, tmp_path):
     root = shutil.copytree(reproduced, tmp_path / "project", symlinks=True)
-    program = "from pathlib import Path; from drank.workflow.tracking import track; track(Path())"
+    program = "from pathlib import Path; from drank.tracking import track; track(Path())"
     both = [
         subprocess.Popen([sys.executable, "-c", program], cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]

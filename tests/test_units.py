@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from drank.language_model.linears import find_linears
-from drank.language_model.units import find_groups, find_mlps, has_grouped_heads
+from drank.model.groups import find_groups, find_mlps, has_grouped_heads
+from drank.model.linears import find_linears
 from tests import tiny
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drank.language_model.vocabulary import TokenError, check_ids
+from drank.model.vocabulary import TokenError, check_ids
 from tests.tiny import llama
 
 

@@ -21,4 +21,4 @@ from wrapt import register_post_import_hook
 __version__ = "0.1.0"
 
 # Imported, not called by name: where the plug-in is what imports transformers, it is half-way through here.
-register_post_import_hook(lambda _: import_module("drank.language_model.plugin"), "transformers.quantizers.auto")
+register_post_import_hook(lambda _: import_module("drank.model.quantizer"), "transformers.quantizers.auto")

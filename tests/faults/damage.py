@@ -32,11 +32,11 @@ from dvc.repo import Repo
 from stages import allocation, compression, covariance, release, report, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
-from drank.workflow.audit import audit
-from drank.workflow.damage import find_damage
-from drank.workflow.files import file_sha256
-from drank.workflow.lock import read_state
-from drank.workflow.sources import fetch_text
+from drank.audit import audit
+from drank.project.damage import find_damage
+from drank.project.files import file_sha256
+from drank.project.sources import fetch_text
+from drank.project.state import read_state
 from tests.conftest import reproduce
 from tests.test_sources import TEXTS, write_wheel
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import typer
 
-from drank.workflow.files import file_sha256, read_json, read_tensors
+from drank.project.files import file_sha256, read_json, read_tensors
 from tests.conftest import REPOSITORY, reproduce
 
 VARIANTS = {"d-rank-80": "input", "kfac-80": "kfac"}

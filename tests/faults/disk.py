@@ -29,8 +29,8 @@ import transformers
 import typer
 
 from drank.cli import commands
-from drank.workflow.files import file_sha256
-from drank.workflow.stage import run_app, run_stage
+from drank.project.command import run_app, run_stage
+from drank.project.files import file_sha256
 from tests.conftest import reproduce
 
 PAGE = 4096

@@ -20,18 +20,18 @@ import typer
 import yaml
 from transformers import AutoModelForCausalLM
 
-from drank.language_model.plugin import DrankConfig, swap_modules
-from drank.release import CHECKSUMS, STATEMENT, checksums
-from drank.workflow.audit import audit
-from drank.workflow.damage import find_damage
-from drank.workflow.difference import compare_targets
-from drank.workflow.experiments import read_published
-from drank.workflow.files import file_sha256, read_json, read_rows, read_tensors
-from drank.workflow.lock import read_state
-from drank.workflow.params import read_params
-from drank.workflow.resolved import resolved
-from drank.workflow.signing import sign, verify
-from drank.workflow.sources import fetch_model, fetch_text
+from drank.audit import audit
+from drank.model.quantizer import DrankConfig, swap_modules
+from drank.planning.experiments import read_published
+from drank.project.damage import find_damage
+from drank.project.files import file_sha256, read_json, read_rows, read_tensors
+from drank.project.params import read_params
+from drank.project.resolved import resolved
+from drank.project.signing import sign, verify
+from drank.project.sources import fetch_model, fetch_text
+from drank.project.state import read_state
+from drank.steps.release import CHECKSUMS, STATEMENT, checksums
+from drank.views.compared import compare_targets
 from tests import compressed
 from tests.conftest import REPOSITORY, reproduce
 from tests.faults.damage import MODEL, VARIANT, quieten

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from drank.workflow.damage import find_damage
+from drank.project.damage import find_damage
 from tests.conftest import run
 from tests.faults.damage import KEPT, MODEL, Damager, damaged, dvc_names, holding
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from drank.workflow.audit import audit
-from drank.workflow.difference import DifferenceError, compare_targets
-from drank.workflow.files import FileError, read_rows
-from drank.workflow.params import ParamsError, read_params
-from drank.workflow.recorded import LockError, parse_lock
-from drank.workflow.signing import sign
-from drank.workflow.sources import SourceError, fetch_model, fetch_text
+from drank.audit import audit
+from drank.project.dvc import LockError, parse_lock
+from drank.project.files import FileError, read_rows
+from drank.project.params import ParamsError, read_params
+from drank.project.signing import sign
+from drank.project.sources import SourceError, fetch_model, fetch_text
+from drank.views.compared import DifferenceError, compare_targets
 from tests.faults.documents import FRAGMENTS, Tries, outcome
 from tests.tiny import PARAMS
 

@@ -11,11 +11,11 @@ import yaml
 from jinja2.exceptions import SecurityError, UndefinedError
 from transformers import AutoTokenizer
 
-from drank.evaluation import run_tasks
-from drank.workflow.files import FileError, read_json, read_tensors
-from drank.workflow.params import read_params
-from drank.workflow.recorded import LockError, parse_lock
-from drank.workflow.sources import SourceError, fetch_model, fetch_text
+from drank.project.dvc import LockError, parse_lock
+from drank.project.files import FileError, read_json, read_tensors
+from drank.project.params import read_params
+from drank.project.sources import SourceError, fetch_model, fetch_text
+from drank.steps.evaluation import run_tasks
 from tests.conftest import REPOSITORY
 from tests.tiny import PARAMS, llama, tokenizer
 
@@ -95,8 +95,8 @@ def test_the_search_leaves_the_rest_alone(code):
 
 
 def test_both_loaders_of_yaml_are_safe_ones():
-    from drank.workflow.recorded import LOADER
-    from drank.workflow.strict_yaml import Loader
+    from drank.project.dvc import LOADER
+    from drank.project.plain_yaml import Loader
 
     safe = (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     assert issubclass(LOADER, safe)
@@ -124,7 +124,7 @@ def test_code_in_a_folder_of_a_model_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir", "module:os"])
 def test_tags_of_yaml_make_no_objects(tmp_path, tag):
-    from drank.workflow.params import ParamsError
+    from drank.project.params import ParamsError
 
     witness = tmp_path / "ran"
     path = Path(tmp_path / "params.yaml")

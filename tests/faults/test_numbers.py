@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from stages import allocation, compression, covariance, evaluation, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
-from drank.covariance import NotFiniteError
-from drank.language_model.linears import UnreachedError
-from drank.language_model.vocabulary import TokenError
-from drank.perplexity import NotFiniteLossError
-from drank.sampling import SamplingError
-from drank.workflow.files import read_json
+from drank.method.covariance import NotFiniteError
+from drank.model.linears import UnreachedError
+from drank.model.perplexity import NotFiniteLossError
+from drank.model.vocabulary import TokenError
+from drank.project.files import read_json
+from drank.steps.sampling import SamplingError
 
 LAST = "model.layers.1.mlp.down_proj"
 

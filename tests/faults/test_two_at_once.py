@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from drank.workflow.files import FileError, replacing_folder, scratch_folder, write_text
+from drank.project.files import FileError, replacing_folder, scratch_folder, write_text
 from tests.faults.two_at_once import CASES, DVC, VARIANT, Projects, content, ended, met, run, start
 
 

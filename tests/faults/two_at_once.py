@@ -31,9 +31,9 @@ import yaml
 import zc.lockfile
 from mlflow import MlflowClient
 
-from drank.workflow.files import read_json
-from drank.workflow.lock import outs_of, sha256_of
-from drank.workflow.recorded import dvc_md5
+from drank.project.dvc import dvc_md5
+from drank.project.files import read_json
+from drank.project.state import outs_of, sha256_of
 from tests.conftest import reproduce
 
 VARIANT = "d-rank-80"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from drank.workflow.tracking import track
-from drank.workflow.tracking.store import LOCAL_UI
+from drank.tracking import track
+from drank.tracking.store import LOCAL_UI
 from tests.test_tracking import Runs
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

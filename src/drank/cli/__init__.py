@@ -3,7 +3,7 @@
 import typer
 
 from drank.cli import audit, bench, check, diff, export, params, pipeline, promote, reproduce, sign
-from drank.workflow.stage import quieten_libraries, run_app
+from drank.project.command import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 commands.command()(pipeline.run)

@@ -13,7 +13,7 @@ from drank.cli.options import CommandError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from drank.workflow.audit import Audit
+    from drank.audit import Audit
 
 MARKS = {
     "holds": "[green]holds[/]",
@@ -37,8 +37,8 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
     """Say what made a model, and verify every link; exit status 0 only if all that could be checked holds."""
-    from drank.workflow.audit import audit as run
-    from drank.workflow.audit import find_root
+    from drank.audit import audit as run
+    from drank.audit import find_root
 
     found = run(model_dir, root or find_root(Path()) or find_root(model_dir), rebuilt)
     if as_json:

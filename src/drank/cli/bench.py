@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drank.cli.options import Root
-from drank.workflow.stage import quieten_libraries
+from drank.project.command import quieten_libraries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
     from torch import Tensor
 
-    from drank.benchmark import Subject
+    from drank.model.benchmark import Subject
 
 PACKAGES = ("drank", "torch", "transformers")
 SIZES = ("memory", "disk")
@@ -105,8 +105,8 @@ def bench(
     Each is in a process of its own, and they are timed in turn. Ratios, taken within a round, are to the dense variant
     if it is among them, else to the first; on a machine that is shared, believe them before the absolute figures.
     """
-    from drank.language_model.precision import compute_dtype, name_of
-    from drank.workflow.files import write_json
+    from drank.model.precision import compute_dtype, name_of
+    from drank.project.files import write_json
 
     found, place = find_targets(root, targets or []), device or default_device()
     check_device(place)
@@ -129,7 +129,7 @@ def find_targets(root: Path, names: Sequence[str]) -> tuple[Target, ...]:
         BenchError: a name that stands for nothing, or a variant whose folder is not there.
         ParamsError: no params.yaml, or a wrong one, where a name is not a folder.
     """
-    from drank.workflow.params import read_params
+    from drank.project.params import read_params
 
     found = []
     for name in dict.fromkeys(names or read_params(root / "params.yaml").compared):
@@ -172,8 +172,8 @@ def run(targets: Sequence[Target], conditions: Conditions) -> dict[str, Any]:
         BenchError: no such device.
         BenchmarkError: what was asked cannot be timed.
     """
-    from drank.benchmark import FIGURES, measure
-    from drank.workflow.progress import progress
+    from drank.model.benchmark import FIGURES, measure
+    from drank.project.progress import progress
 
     check_device(conditions.device)
     started = environment(conditions.device)
@@ -223,7 +223,7 @@ def _load(folder: Path, conditions: Conditions) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from drank.benchmark import Subject, peak_memory
+    from drank.model.benchmark import Subject, peak_memory
 
     disable_progress_bar()
     if conditions.threads is not None:
@@ -291,7 +291,7 @@ def _processor() -> str:
 
 def spread(samples: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """A figure of one model as the document has it: quartiles, all rounds, and its ratio to the reference's."""
-    from drank.benchmark import Quartiles
+    from drank.model.benchmark import Quartiles
 
     ratios = Quartiles.of_ratios(samples, reference)
     return asdict(Quartiles.of(samples)) | {"samples": list(samples), "over_reference": asdict(ratios)}
@@ -349,8 +349,8 @@ def _cell(value: Mapping[str, Any], figure: str) -> str:
 
 def save(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the ratios into a PNG file."""
-    from drank.pictures import png
-    from drank.workflow.files import write_bytes
+    from drank.project.files import write_bytes
+    from drank.views.pictures import png
 
     write_bytes(path, png(bars(results)))
 
@@ -390,8 +390,8 @@ def bars(results: Mapping[str, Any]) -> "Figure":
 
 def log(root: Path, targets: Sequence[Target], results: Mapping[str, Any]) -> None:
     """Add medians, and ratios to the reference, to the MLflow run of each folder; say where there is none."""
-    from drank.workflow.recorded import dvc_md5
-    from drank.workflow.tracking import log_speed
+    from drank.project.dvc import dvc_md5
+    from drank.tracking import log_speed
 
     conditions = {key: results[key] for key in ("conditions", "environment", "reference")}
     for target in targets:

@@ -21,8 +21,8 @@ def check(
 
     DVC itself trusts a file whose size and time of change it knows, and an entry of its cache that is read-only.
     """
-    from drank.workflow import damage
-    from drank.workflow.progress import progress
+    from drank.project import damage
+    from drank.project.progress import progress
 
     if torn := damage.find_torn(root):
         for path, wrong in torn.items():

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from drank.difference import Difference, Kept, KindSummary
-    from drank.difference import Figure as Number
-    from drank.workflow.difference import Comparison
+    from drank.views.compared import Comparison
+    from drank.views.difference import Difference, Kept, KindSummary
+    from drank.views.difference import Figure as Number
 
 NOTHING = "–"
 LISTED = 3  # names shown of a long list
@@ -44,7 +44,7 @@ def diff(
     A name is tried as the folder of a model, then as a variant, then as a revision. Nothing is checked out or run. The
     exit status is 0 whether or not there are differences.
     """
-    from drank.workflow.difference import compare_targets
+    from drank.views.compared import compare_targets
 
     comparison = compare_targets(root, a, b)
     if picture is not None:
@@ -124,9 +124,9 @@ def save(path: Path, comparison: "Comparison") -> None:
     Raises:
         DifferenceError: nothing has.
     """
-    from drank.pictures import png
-    from drank.workflow.difference import DifferenceError
-    from drank.workflow.files import write_bytes
+    from drank.project.files import write_bytes
+    from drank.views.compared import DifferenceError
+    from drank.views.pictures import png
 
     drawn = [difference for difference in comparison.differences.values() if _kept(difference)]
     if not drawn:
@@ -166,7 +166,7 @@ def _rendered(difference: "Difference") -> "Iterable[RenderableType]":
 
 
 def _ranks(difference: "Difference") -> "Iterable[RenderableType]":
-    from drank.difference import by_kind, layer_ranges
+    from drank.views.difference import by_kind, layer_ranges
 
     kept = _kept(difference)
     if not any(item.changed for item in kept):
@@ -243,7 +243,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
 def _document(difference: "Difference") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from drank.difference import by_kind, layer_ranges
+    from drank.views.difference import by_kind, layer_ranges
 
     kept = _kept(difference)
     depths = layer_ranges(kept)

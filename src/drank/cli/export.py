@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from drank.workflow.audit.documents import Provenance
+    from drank.audit.documents import Provenance
 
 
 class ExportError(ValueError):
@@ -23,7 +23,7 @@ def export(
     For programs that cannot `import drank`; those that can take MODEL_DIR as it is.
     """
     provenance = check(model, destination, dense)
-    from drank.workflow.files import replacing_folder, write_text
+    from drank.project.files import replacing_folder, write_text
 
     with replacing_folder(destination) as folder:
         save_dense(model, folder)
@@ -40,8 +40,8 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
         ExportError: the folder is none of ours, or is plain, or the destination is taken, or `dense` is not asked.
         FileError: a file of the folder is damaged.
     """
-    from drank.workflow.audit.folder import Folder
-    from drank.workflow.files import read_json
+    from drank.audit.folder import Folder
+    from drank.project.files import read_json
 
     if not (model / "config.json").is_file():
         raise ExportError(f"{model}: no config.json, so not the folder of a model")
@@ -99,8 +99,8 @@ def card(model: Path, provenance: "Provenance", before: int, after: int) -> str:
         before, after: bytes of the weights of the compressed folder and of the plain one.
     """
     from drank import __version__
-    from drank.release import CHECKSUMS
-    from drank.workflow.files import file_sha256
+    from drank.project.files import file_sha256
+    from drank.steps.release import CHECKSUMS
 
     sums = model / CHECKSUMS
     return CARD.format(

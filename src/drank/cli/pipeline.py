@@ -18,7 +18,7 @@ from drank.cli.options import CommandError, Root
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from drank.workflow.tracking import Tracked
+    from drank.tracking import Tracked
 
 Row = dict[str, str]
 SCARCE = 2**28  # bytes; DVC says neither which disk is full nor how much is left
@@ -33,8 +33,8 @@ def run(
     """Reproduce the pipeline, log it to MLflow and show the table of variants."""
     from rich.console import Console
 
-    from drank.workflow.tracking import track as project
-    from drank.workflow.turns import turn
+    from drank.project.turns import turn
+    from drank.tracking import track as project
 
     with turn(str(root.resolve()), f"another `drank run` in {root.resolve()}"):
         opening = opened_store(root)
@@ -49,7 +49,7 @@ def run(
 
 def track(root: Root = Path()) -> None:
     """Log to MLflow what `dvc repro` left, restored variants included; the same state is never logged twice."""
-    from drank.workflow.tracking import track as project
+    from drank.tracking import track as project
 
     report(project(root))
 
@@ -58,7 +58,7 @@ def opened_store(root: Path) -> Thread:
     """Open MLflow's store while the first stages run, which use one core: importing MLflow and making the tables of a
     new store take a quarter of a minute. A store that cannot be used is told now, and not only when all has run.
     """
-    from drank.workflow.tracking.store import open_store
+    from drank.tracking.store import open_store
 
     def opening() -> None:
         try:
@@ -80,8 +80,8 @@ def reproduce(root: Path, targets: list[str]) -> None:
     Raises:
         CommandError: DVC or a stage failed.
     """
-    from drank.workflow.damage import find_torn
-    from drank.workflow.plan import Plan
+    from drank.planning.plan import Plan
+    from drank.project.damage import find_torn
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # DVC by itself gives up after 3 seconds, also at the end of a stage of hours, if a `dvc status` is at work then.
@@ -130,7 +130,7 @@ def give_on(lines: IO[bytes], follow: Callable[[str], None]) -> None:
 
 def report(tracked: "Tracked") -> None:
     """Say on standard output what was logged and where to look at it."""
-    from drank.workflow.tracking import where_to_look
+    from drank.tracking import where_to_look
 
     typer.echo(f"MLflow runs created: {', '.join(tracked.created) or 'none'}")
     typer.echo(f"already there: {', '.join(tracked.existing) or 'none'}")
@@ -147,7 +147,7 @@ def table_of_variants(rows: list[Row]) -> "Table":
     """Sizes, token perplexities with their ratio to the first dense variant's, and accuracies."""
     from rich.table import Table
 
-    from drank.tolerance import other_dtypes
+    from drank.project.tolerance import other_dtypes
 
     perplexities, accuracies = (
         [c for c in rows[0] if c.startswith(f"{kind}/")] for kind in ("token_perplexity", "acc")

@@ -11,7 +11,7 @@ import typer
 from drank.cli.options import Root
 
 if TYPE_CHECKING:
-    from drank.workflow.tracking import Promotion
+    from drank.tracking import Promotion
 
 TAG = "champion"
 
@@ -29,10 +29,10 @@ def promote(
     root: Root = Path(),
 ) -> None:
     """Make a variant the champion: an alias of MLflow's registered model, and a tag of git. No weights are copied."""
-    from drank.workflow.history import has_history
-    from drank.workflow.lock import read_state
-    from drank.workflow.params import read_params
-    from drank.workflow.tracking import promote as move_alias
+    from drank.project.git import has_history
+    from drank.project.params import read_params
+    from drank.project.state import read_state
+    from drank.tracking import promote as move_alias
 
     read_params(root / "params.yaml").variant(variant)
     state = read_state(root)
@@ -56,7 +56,7 @@ def check_committed(root: Path, variant: str) -> None:
     Raises:
         UncommittedError: such a file.
     """
-    from drank.workflow.history import file_at
+    from drank.project.git import file_at
 
     kept = ["dvc.yaml", "params.yaml", "dvc.lock", f"data/allocation/{variant}.json", f"results/{variant}.json"]
     if changed := [path for path in kept if file_at(root, "HEAD", path) != (root / path).read_bytes()]:
@@ -72,7 +72,7 @@ def move_tag(root: Path, promotion: "Promotion") -> str:
     Raises:
         TagError: git refused, for want of a user name for instance.
     """
-    from drank.workflow.history import file_at, resolve
+    from drank.project.git import file_at, resolve
 
     lines = {
         "variant": promotion.variant,

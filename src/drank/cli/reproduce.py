@@ -12,8 +12,8 @@ from drank.cli.pipeline import reproduce as repro
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from drank.workflow.expected import Cost, Size
-    from drank.workflow.experiments import Finding
+    from drank.planning.costs import Cost, Size
+    from drank.planning.experiments import Finding
 
 A100 = (312.0, 19.5)  # TFLOP/s of its data sheet, dense, tensor cores
 MARKS = {"reached": "[green]reached[/]", "not run": "[yellow]not run[/]"}
@@ -32,14 +32,14 @@ def reproduce(
     root: Root = Path(),
 ) -> None:
     """Compare an experiment with what was published; exit status 0 only if every figure asked for was reached."""
-    from drank.workflow.experiments import FOLDER, compare, outcome, prepare, read_published, read_results
-    from drank.workflow.experiments import as_json as document
+    from drank.planning.experiments import FOLDER, compare, outcome, prepare, read_published, read_results
+    from drank.planning.experiments import as_json as document
 
     published = read_published(root, name)
     compare(published, {}, variants or ())  # a name that nothing was published of is refused before hours of running
     if dry_run:
-        from drank.workflow.expected import costs, sizes
-        from drank.workflow.params import read_params
+        from drank.planning.costs import costs, sizes
+        from drank.project.params import read_params
 
         params, shape = read_params(root / FOLDER / f"{name}.yaml"), published.config.shape(name)
         spent = costs(params, shape, published.test_tokens, _speed("bf16", bf16), _speed("float64", float64))

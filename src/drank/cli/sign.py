@@ -24,7 +24,7 @@ def sign(
 
     openssl ec -in key.pem -pubout -out key.pub.pem
     """
-    from drank.workflow import signing
+    from drank.project import signing
 
     typer.echo(f"{model}: signed in {signing.sign(model, private_key, signature)}")
 
@@ -38,6 +38,6 @@ def verify(
 
     It says whether these are the files that the holder of the key signed. What made them is asked of `drank audit`.
     """
-    from drank.workflow import signing
+    from drank.project import signing
 
     typer.echo(f"{model}: the files that were signed in {signing.verify(model, public_key, signature)}")

@@ -1,0 +1,262 @@
+"""What a model folder says of itself: does it hold together? Needs nothing but the folder."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from drank import __version__
+from drank.audit.documents import (
+    AllocationDocument,
+    Config,
+    ModuleSpec,
+    Quantization,
+    StatementDocument,
+    UnitRow,
+    read_document,
+)
+from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.project.dvc import dvc_md5
+from drank.project.files import FileError, file_sha256, read_json, weights_sha256
+from drank.project.state import flat
+from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder and what is read from it, each once."""
+
+    path: Path
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file but the list of them."""
+        files = sorted(file for file in self.path.rglob("*") if not file.is_dir())
+        names = {file.relative_to(self.path).as_posix(): file for file in files}
+        return {name: file_sha256(file) for name, file in names.items() if name != CHECKSUMS}
+
+    @cached_property
+    def md5(self) -> str:
+        """The hash that DVC has for the folder."""
+        return dvc_md5(self.path)
+
+    @cached_property
+    def statement(self) -> StatementDocument:
+        return read_document(self.path / STATEMENT, StatementDocument)
+
+    @cached_property
+    def allocation(self) -> AllocationDocument:
+        return read_document(self.path / "allocation.json", AllocationDocument)
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """``quantization_config`` of config.json; None where nothing is compressed."""
+        return read_document(self.path / "config.json", Config).quantization_config
+
+    @cached_property
+    def tensors(self) -> tuple[Shapes, int]:
+        """Shapes of the stored tensors, and how many floating-point numbers they hold.
+
+        Raises:
+            FileError: a weight file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        shapes: Shapes = {}
+        n_numbers = 0
+        for path in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  not a mapping
+                        part = file.get_slice(name)
+                        shapes[name] = tuple(part.get_shape())
+                        n_numbers += math.prod(shapes[name]) if "F" in part.get_dtype() else 0
+            except (SafetensorError, RuntimeError) as error:  # torch's, of a file that a stage is writing
+                raise FileError(f"{path.name}: damaged, not safetensors: {error}; or is `dvc repro` at work?") from None
+        return shapes, n_numbers
+
+
+def check_folder(ledger: Ledger, folder: Folder) -> None:
+    """Every link that the folder alone can show."""
+    ledger.check("files", lambda: _files(folder))
+    ledger.check("statement", lambda: _statement(folder), needs=("files",))
+    ledger.check("allocation", lambda: _allocation(folder), needs=("files", "statement"))
+    ledger.check("parameters", lambda: _parameters(folder), needs=("allocation",))
+    ledger.check("ranks", lambda: _ranks(folder), needs=("allocation",))
+    ledger.check("sizes", lambda: _sizes(folder), needs=("allocation",))
+    ledger.check("model card", lambda: _card(folder), needs=("allocation",))
+
+
+def _files(folder: Folder) -> str:
+    try:
+        listed = (folder.path / CHECKSUMS).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise BrokenLinkError(
+            f"{CHECKSUMS} is missing: the folder is incomplete, or the stage release did not write it"
+        ) from None
+    if listed == checksums(folder.digests).encode():
+        return f"{len(folder.digests)} files, all as {CHECKSUMS} lists them"
+    lines = [line.partition("  ") for line in listed.decode(errors="replace").splitlines()]
+    before = {name: digest for digest, _, name in lines}
+    found = {
+        "missing": before.keys() - folder.digests.keys(),
+        "not listed": folder.digests.keys() - before.keys(),
+        "changed": {n for n, digest in folder.digests.items() if before.get(n, digest) != digest},
+    }
+    told = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names)
+    raise BrokenLinkError(
+        f"{CHECKSUMS} and the files disagree: {told or 'its lines are not sorted lines of sha256sum'}"
+    )
+
+
+def _statement(folder: Folder) -> str:
+    subjects = {s.name: s.digest.sha256 if s.digest else "" for s in folder.statement.subject}
+    expected = {name: digest for name, digest in folder.digests.items() if name != STATEMENT}
+    for name in sorted(subjects.keys() | expected.keys()):
+        if subjects.get(name) != expected.get(name):
+            raise BrokenLinkError(
+                f"{STATEMENT} has sha256 {subjects.get(name, 'none')} for {name}, the file has "
+                f"{expected.get(name, 'none')}"
+            )
+    return f"in-toto statement of SLSA provenance over {len(subjects)} files"
+
+
+def _allocation(folder: Folder) -> str:
+    statement, allocation = folder.statement, folder.allocation
+    digest, variant = folder.digests["allocation.json"], statement.variant
+    _same("allocation.json", digest, f"{STATEMENT}", statement.digests.get(f"data/allocation/{variant}.json"))
+    _same("variant of allocation.json", allocation.variant, f"variant of {STATEMENT}", variant)
+    _same("by-product", statement.predicate.run.byproducts[0].name, "variant's results", f"results/{variant}.json")
+    if folder.quantization:
+        provenance, base = folder.quantization.provenance, "data/raw/model/"
+        weights = {name.removeprefix(base): d for name, d in statement.digests.items() if name.startswith(base)}
+        _same("sha256 of allocation.json in config.json", provenance.allocation_sha256, "the file", digest)
+        _same("variant of config.json", provenance.variant, "allocation.json", variant)
+        healed = folder.statement.parameters.get("healing", {}).get("variant")
+        source = statement.digests.get(f"data/compression/{healed}")
+        _same_or_none("weights of config.json that were healed", provenance.healed_from_sha256, STATEMENT, source)
+        _same("base model of config.json", provenance.base_model_sha256, STATEMENT, weights_sha256(weights))
+    for name, recorded in allocation.inputs.items():
+        path = f"data/spectrum/{allocation.spectrum}/{name}"
+        _same(f"{name} of allocation.json", recorded, STATEMENT, statement.digests.get(path))
+    return f"sha256 {digest}"
+
+
+def _parameters(folder: Folder) -> str:
+    """The allocation's own header against the parameters of the statement."""
+    header = read_json(folder.path / "allocation.json")
+    parameters = folder.statement.parameters
+    asked = {key: value for key, value in parameters["variant"].items() if key != "name"}
+    for key, value in flat(asked | parameters.get("preset", {})).items():
+        _same(f"{key} of allocation.json", str(header.get(key)), f"{key} of {STATEMENT}", value)
+    return f"{len(flat(parameters))} parameters, those of the allocation among them as it has them"
+
+
+def _ranks(folder: Folder) -> str:
+    allocation, (shapes, _) = folder.allocation, folder.tensors
+    modules = folder.quantization.modules if folder.quantization else {}
+    compressed = set()
+    for unit in allocation.units:
+        _same(f"full_rank of {unit.name}", unit.full_rank, "its shape", min(unit.out_features, unit.in_features))
+        if unit.form == "dense":
+            _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
+        if unit.price != unit.price_of_form:
+            raise BrokenLinkError(
+                f"{unit.name}: {unit.form} of rank {unit.rank} takes {unit.price_of_form} parameters, not {unit.price}"
+            )
+        for tensor, shape in _expected(unit, modules):
+            stored = shapes.get(tensor)
+            if stored not in (shape, shape[::-1] if unit.form == "dense" else shape):  # Conv1D stores its transpose
+                raise BrokenLinkError(f"{tensor}: stored as {stored}, {unit.form} of rank {unit.rank} has {shape}")
+        for member in unit.members:
+            spec = modules.get(member)
+            if spec is None and unit.form != "dense":
+                raise BrokenLinkError(f"{member}: {unit.form} in allocation.json, not in config.json")
+            if spec is not None:
+                compressed.add(member)
+                told = (spec.form, spec.rank, spec.out_features, spec.in_features)
+                rank = None if unit.form == "dense" else unit.rank
+                asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features)
+                _same(f"form, rank, out, in of {member} in config.json", told, "allocation.json", asked)
+    if modules.keys() - compressed:
+        raise BrokenLinkError(f"{sorted(modules.keys() - compressed)[0]}: in config.json, not in allocation.json")
+    return f"{len(allocation.units)} units: shapes of the weights, config.json and allocation.json agree"
+
+
+def _expected(unit: UnitRow, modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor that a unit is stored in."""
+    owner, n_out = unit.members[0], unit.out_features // len(unit.members)
+    shared = len(unit.members) > 1
+    if unit.form == "dense":
+        yield from ((f"{member}.weight", (n_out, unit.in_features)) for member in unit.members)
+    elif unit.form == "factors":
+        yield f"{owner}.basis", (unit.rank, unit.in_features)
+        yield from ((f"{member}.weight", (n_out, unit.rank)) for member in unit.members)
+    elif shared:
+        yield f"{owner}.basis.weight", (unit.rank, unit.in_features)
+        for member in unit.members:
+            kept = modules[member].kept if member in modules else 0
+            yield f"{member}.weight", (n_out - kept, unit.rank)
+    else:
+        yield f"{owner}.weight", (unit.rank, unit.in_features)
+        yield f"{owner}.coefficients", (n_out - unit.rank, unit.rank)
+        if not (owner in modules and modules[owner].in_order):
+            yield f"{owner}.places", (n_out,)
+
+
+def _sizes(folder: Folder) -> str:
+    allocation, results, (_, n_numbers) = folder.allocation, folder.statement.results, folder.tensors
+    price = sum(unit.price for unit in allocation.units)
+    stored = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
+    _same("price of allocation.json", allocation.price, "sum over its units", price)
+    _same("budget of allocation.json", allocation.budget, "price + slack", price + allocation.slack)
+    _same(
+        "kept_ratio of allocation.json",
+        allocation.kept_ratio,
+        "price / parameters",
+        price / allocation.targeted_parameters,
+    )
+    _same("kept_ratio of the results", results.get("kept_ratio"), "allocation.json", allocation.kept_ratio)
+    _same("parameters of the results", results.get("parameters"), "numbers in the weights", n_numbers)
+    _same("bytes of the results", results.get("bytes"), "size of the weight files", stored)
+    shares, objective = [unit.objective_share for unit in allocation.units], allocation.objective.value
+    # ASVD's search compresses by scores up to its objective; that of every other rule is a sum.
+    if allocation.allocation == "sensitivity":
+        within = all(unit.form == "dense" or unit.objective_share <= objective for unit in allocation.units)
+    else:
+        within = math.isclose(math.fsum(shares), objective, rel_tol=1e-9, abs_tol=1e-12)
+    if not within:
+        raise BrokenLinkError(
+            f"objective of allocation.json is {objective}, its units' shares sum to {math.fsum(shares)}, "
+            f"the largest is {max(shares)}"
+        )
+    return f"{allocation.kept_ratio:.4f} of the targeted parameters kept, {n_numbers:,} parameters, {stored:,} bytes"
+
+
+def _card(folder: Folder) -> str:
+    made_by = folder.statement.predicate.run.builder.version.get("drank")
+    if made_by != __version__:
+        raise UncheckableError(f"drank {made_by} wrote the card, this is {__version__}: its wording may be another")
+    document = json.loads((folder.path / "allocation.json").read_text(encoding="utf-8"))
+    try:
+        expected = card(folder.statement.parameters, document, folder.statement.results)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenLinkError(f"{STATEMENT} or allocation.json lacks what the card tells: {error!r}") from None
+    if (folder.path / CARD).read_text(encoding="utf-8") != expected:
+        raise BrokenLinkError(f"{CARD} is not what parameters, allocation and results give; it was edited")
+    return "what the parameters, the allocation and the results give"
+
+
+def _same_or_none(what: str, value: Any, where: str, expected: Any) -> None:
+    if value is not None or expected is not None:
+        _same(what, value, where, expected)
+
+
+def _same(what: str, value: Any, where: str, expected: Any) -> None:
+    if value != expected or value is None:
+        raise BrokenLinkError(f"{what} is {value}, but {where} has {expected}")

@@ -1,0 +1,218 @@
+"""What a repository knows of a model folder: the commit, the chain of stages, and the artefacts that are at hand."""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drank.audit.artefacts import AbsentError, Artefact, Store
+from drank.audit.documents import AllocationDocument, UnitRow
+from drank.audit.folder import Folder
+from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.project.dvc import Stages, parse_lock, read_lock
+from drank.project.files import file_sha256, read_json, read_tensors, weights_sha256
+from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
+from drank.project.params import ParamsError, read_params
+from drank.project.progress import progress
+from drank.project.resolved import resolved
+from drank.project.state import check_order, check_params, flat, lineage, outs_of, writer
+from drank.steps.release import STATEMENT
+
+
+@dataclass(frozen=True)
+class Record:
+    """The stages that made a folder, and the commit whose dvc.lock says so; None outside git."""
+
+    stages: Stages
+    stage: str
+    path: str
+    commit: Commit | None
+
+
+def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | None:
+    """Every link from the folder into a repository; what was found of it in the history."""
+    found: list[Record] = []
+    ledger.check("dvc.lock", lambda: _find(folder, root, found), needs=("files",))
+    if not found:
+        return None
+    (record,) = found
+    ledger.check("working tree", lambda: _working_tree(record, root))
+    ledger.check("chain", lambda: _chain(record, root))
+    ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), needs=("parameters",))
+    present = outs_of(read_lock(root / "dvc.lock")) if ledger.holds("working tree") else {}
+    store = Store(root, present, record.commit.sha if record.commit else None)
+    located: dict[str, Artefact] = {}
+    for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
+        if path != record.path:
+            ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
+    if "healing" in folder.statement.parameters:
+        ledger.check("healed from", lambda: _healed_from(folder, located), needs=("allocation",))
+    ledger.check("loss", lambda: _loss(folder.allocation, located), needs=("ranks",))
+    ledger.check("results", lambda: _results(folder, located), needs=("allocation",))
+    return record
+
+
+def _find(folder: Folder, root: Path, found: list[Record]) -> str:
+    if has_history(root):
+        for commit in find_commits(root, folder.md5, "dvc.lock"):
+            text = file_at(root, commit.sha, "dvc.lock")
+            stages = parse_lock(text.decode(), f"dvc.lock at {commit.sha[:10]}") if text else {}
+            if folder.md5 in outs_of(stages).values():
+                found.append(_record(stages, folder.md5, commit))
+                return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
+        if is_shallow(root):
+            raise UncheckableError(
+                f"this clone is shallow and has no dvc.lock with {folder.md5}; `git fetch --unshallow`"
+            )
+    stages = read_lock(root / "dvc.lock")
+    if folder.md5 not in outs_of(stages).values():
+        raise BrokenLinkError(
+            f"no dvc.lock in the history has a folder of md5 {folder.md5}: edited since, or made elsewhere; a commit "
+            f"that was not fetched?"
+        )
+    if has_history(root):
+        raise BrokenLinkError("dvc.lock of the working tree has it, and no commit does: commit dvc.lock first")
+    found.append(_record(stages, folder.md5, None))
+    return f"{found[0].stage}; there is no git history here, so no commit"
+
+
+def _record(stages: Stages, md5: str, commit: Commit | None) -> Record:
+    path, stage = next(
+        (out["path"], name) for name, row in stages.items() for out in row.get("outs", ()) if out["md5"] == md5
+    )
+    return Record(lineage(stages, stage), stage, path, commit)
+
+
+def _working_tree(record: Record, root: Path) -> str:
+    """An edit of dvc.lock that nobody committed, in a row that this folder comes from."""
+    now = read_lock(root / "dvc.lock")
+    if record.commit is None:
+        return "dvc.lock is as read"
+    committed = parse_lock((file_at(root, "HEAD", "dvc.lock") or b"").decode(), "dvc.lock at HEAD")
+    edited = [name for name in record.stages if now.get(name) != committed.get(name)]
+    if edited:
+        raise BrokenLinkError(
+            f"dvc.lock of the working tree differs from HEAD's in {', '.join(edited)}: commit it after `dvc repro`, or "
+            f"`git checkout dvc.lock`"
+        )
+    return "dvc.lock has no uncommitted change in the stages below"
+
+
+def _chain(record: Record, root: Path) -> str:
+    check_order(record.stages, f"dvc.lock of {record.stage}")
+    for stage, row in record.stages.items():
+        for dependency in row.get("deps", ()):
+            path = dependency["path"]
+            if path.startswith("data/") and writer(record.stages, path) is None:
+                raise BrokenLinkError(f"{stage} read {path}, which no stage of this dvc.lock wrote")
+    return " <- ".join(reversed(record.stages))
+
+
+def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
+    """The values in dvc.lock against params.yaml of that commit, and that against the folder's statement."""
+    where = f"params.yaml at {record.commit.sha[:10]}" if record.commit else "params.yaml"
+    text = file_at(root, record.commit.sha, "params.yaml") if record.commit else (root / "params.yaml").read_bytes()
+    if text is None:
+        raise BrokenLinkError(f"{where}: not found")
+    check_params(record.stages, yaml.safe_load(text), where)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "params.yaml"
+        path.write_bytes(text)
+        try:
+            then = resolved(read_params(path), folder.statement.variant)
+        except ParamsError as error:
+            raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
+    before, told = flat(then), flat(folder.statement.parameters)
+    for key in sorted(before.keys() | told.keys()):
+        if before.get(key) != told.get(key):
+            raise BrokenLinkError(f"{key} is {told.get(key)} in {STATEMENT}, but {before.get(key)} in {where}")
+    return f"{len(told)} values: {where}, dvc.lock and {STATEMENT} agree"
+
+
+def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: str, md5: str) -> str:
+    """An artefact's bytes against DVC's hash of them, and against what the folder's statement has of its files."""
+    try:
+        artefact = located[path] = store.locate(path, md5)
+    except AbsentError as error:
+        raise UncheckableError(str(error)) from None
+    told = 0
+    for name, digest in folder.statement.digests.items():
+        relative = name.removeprefix(path).removeprefix("/")
+        if name.startswith(path) and relative in artefact.files:
+            told += 1
+            found = file_sha256(artefact.files[relative])
+            if found != digest:
+                raise BrokenLinkError(f"{name}: sha256 {found}, but {STATEMENT} has {digest}")
+    also = f", and {told} sha256 of {STATEMENT}" if told else ""
+    return f"md5 {md5}, recomputed in the {artefact.origin}{also}"
+
+
+def _healed_from(folder: Folder, located: Mapping[str, Artefact]) -> str:
+    """The weights that were trained, and the ranks, which training leaves as they are."""
+    path = f"data/compression/{folder.statement.parameters['healing']['variant']}"
+    if path not in located:
+        raise UncheckableError(f"{path} is not at hand")
+    files = located[path].files
+    found = weights_sha256({name: file_sha256(f) for name, f in files.items() if name.endswith(".safetensors")})
+    told = folder.statement.digests.get(path)
+    if found != told:
+        raise BrokenLinkError(f"weights of {path}: sha256 {found}, but {STATEMENT} has {told}")
+    before = read_json(located[path].file("allocation.json"))
+    if before | {"variant": folder.allocation.variant} != read_json(folder.path / "allocation.json"):
+        raise BrokenLinkError(f"allocation.json is not that of {path} under another name")
+    return f"{path}, of sha256 {found}, with the same allocation"
+
+
+def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> str:
+    """What the ranks lose, from the singular values that they were chosen by."""
+    spectrum = located.get(f"data/spectrum/{allocation.spectrum}")
+    if spectrum is None:
+        raise UncheckableError(f"data/spectrum/{allocation.spectrum} is not at hand")
+    summary = read_json(spectrum.file("summary.json"))
+    values = read_tensors(spectrum.file("singular_values.safetensors"))
+    rows = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
+    described = {(row["name"], row["out_features"], row["in_features"]): row for row in rows}
+    for unit in allocation.units:
+        row = described.get((unit.name, unit.out_features, unit.in_features))
+        if row is None:
+            raise BrokenLinkError(f"{unit.name}: {unit.out_features} x {unit.in_features} is not in the spectrum")
+        energies = (values[row["factors"]] ** 2).numpy()
+        lost = row["base_loss"] + (0.0 if unit.form == "dense" else float(energies[unit.rank :].sum()))
+        whole = float(energies.sum()) + row["base_loss"]
+        _close(unit, "relative_loss", unit.relative_loss, lost / whole if whole else 0.0)
+        expected = _share(allocation.allocation, unit, lost)
+        if expected is not None:
+            _close(unit, "objective_share", unit.objective_share, expected)
+    objective = allocation.objective
+    gap = max(0.0, objective.value - objective.bound) / abs(objective.value) if objective.value else 0.0
+    if not math.isclose(gap, objective.gap, rel_tol=1e-9, abs_tol=1e-12):
+        raise BrokenLinkError(f"gap of allocation.json is {objective.gap}, value and bound give {gap}")
+    return f"{len(allocation.units)} units recomputed; objective {objective.value:.6g}, gap {objective.gap:.2g}"
+
+
+def _share(rule: str, unit: UnitRow, lost: float) -> float | None:
+    """A unit's part of the objective; None where the rule's objective is not one of loss or effective rank."""
+    return {"least_loss": lost, "effective_rank": unit.effective_rank / unit.rank}.get(rule)
+
+
+def _close(unit: UnitRow, what: str, told: float, found: float) -> None:
+    if not math.isclose(told, found, rel_tol=1e-9, abs_tol=1e-15):
+        raise BrokenLinkError(f"{unit.name}: {what} is {told} in allocation.json, the spectrum gives {found}")
+
+
+def _results(folder: Folder, located: Mapping[str, Artefact]) -> str:
+    path = f"results/{folder.statement.variant}.json"
+    if path not in located:
+        raise UncheckableError(f"{path} is not at hand")
+    recorded: dict[str, Any] = json.loads(located[path].read())
+    for key in sorted(recorded.keys() | folder.statement.results.keys()):
+        if recorded.get(key) != folder.statement.results.get(key):
+            raise BrokenLinkError(
+                f"{key} is {folder.statement.results.get(key)} in {STATEMENT}, but {recorded.get(key)} in {path}"
+            )
+    return f"{len(recorded)} figures, those of {path}"

@@ -1,1 +1,0 @@
-"""What drank knows of language models: where the linears are, how to watch them, what replaces them."""

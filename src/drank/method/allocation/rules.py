@@ -1,0 +1,343 @@
+r"""Ranks for every unit under one budget. Numbers only: no tensors, no files, no models.
+
+A rule gives each unit a cost f_u(k), a storage gives it a price in parameters, and ``knapsack`` finds integer ranks.
+
+* ``factors``: k (out + in). ``pivot``: k (out + in - k), k rows kept and the rest as combinations of them.
+* The dense matrix is an option of its own at out * in, so that no unit ever costs more.
+
+The rules (docs/method.md has the derivations):
+
+* ``uniform``: the same share in every unit (SVD-LLM): the largest k whose price is within size_ratio * out * in.
+* ``effective_rank``: D-Rank (arXiv:2509.25622) Eq. 7 a type, min Σ R_u / k_u, then queries and keys give a share β of
+  their *parameters* to values (Eq. 9-12); what a capped unit cannot use goes back and is spent again.
+* ``least_loss``: min Σ_u Σ_{i>k_u} s_i², one budget for the whole model; meaningful where the energies of all units
+  have one unit, as those of the K-FAC metric have (nats).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drank.method.allocation.knapsack import InfeasibleBudgetError, Options, merged, relax, solve
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Which ranks are offered, and what they cost to store.
+
+    Attributes:
+        storage: "factors" or "pivot".
+        floor: smallest rank offered, as a share of the full rank (at least 1).
+        cap: largest rank offered, as a share of the full rank.
+        dense: whether the matrix may also stay as it is; a matrix that no rank offered makes smaller always may.
+        multiple_of: ranks offered are multiples of it (8, 16 or 32 for fast kernels); the dense matrix always is.
+    """
+
+    storage: str = "factors"
+    floor: float = 0.0
+    cap: float = 1.0
+    dense: bool = True
+    multiple_of: int = 1
+
+    def price(self, unit: "Unit", rank: int | NDArray[np.int64]) -> int | NDArray[np.int64]:
+        """Parameters of this rank."""
+        saved = rank if self.storage == "pivot" else 0
+        return rank * (unit.out_features + unit.in_features - saved)
+
+    def ranks(self, unit: "Unit") -> NDArray[np.int64]:
+        """Ranks that cost less than the dense matrix, ascending; none for a matrix too thin to factor."""
+        lowest = max(1, int(np.ceil(self.floor * unit.full_rank)))
+        highest = int(np.floor(self.cap * unit.full_rank + 1e-9))
+        ranks = np.arange(1, min(len(unit.energies), highest) + 1)
+        return ranks[(ranks >= lowest) & (ranks % self.multiple_of == 0) & (self.price(unit, ranks) < unit.dense_price)]
+
+
+DEFAULT = Menu()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One matrix to be given a rank: a layer's, what removed channels leave of it, or a stack of several layers'.
+
+    Attributes:
+        kind: matrices of one kind share a budget under the rules that allocate by type (``q_proj``, ...).
+        role: "query", "key", "value" where the model knows it; rebalancing moves parameters between those.
+        energies: squared singular values in the metric, descending; Σ_{i>k} is the loss of keeping k.
+        effective_rank: R of the spectrum, 1 <= R <= len(energies).
+        base_loss: what no rank undoes, in the unit of the energies: the cost of the channels that an MLP has lost.
+    """
+
+    name: str
+    kind: str
+    role: str | None
+    layer: int
+    out_features: int
+    in_features: int
+    energies: NDArray[np.float64]
+    effective_rank: float
+    base_loss: float = 0.0
+
+    @property
+    def dense_price(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Matrices that lose channels together: an MLP.
+
+    Attributes:
+        cuts: the matrices at each number of channels on offer, all of them first.
+    """
+
+    name: str
+    cuts: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def dense_price(self) -> int:
+        return sum(u.dense_price for u in self.cuts[0])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a unit was given. form "dense" keeps the matrix as it is: rank = full rank, price = out * in, loss 0."""
+
+    rank: int
+    form: str
+    price: int
+    objective_share: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Choices by unit name, with what an auditor asks: objective, certified bound, budget and what was spent of it.
+
+    cuts says which of its cuts each block was given; choices then has that cut's matrices.
+    """
+
+    choices: dict[str, Choice]
+    objective: float
+    bound: float
+    budget: int
+    price: int
+    targeted_parameters: int
+    cuts: dict[str, int] = field(default_factory=dict)
+
+    def matrices(self, units: "Sequence[Unit | Block]") -> list[Unit]:
+        """The matrices that choices speak of: units as they are, of a block those of its cut."""
+        return [m for u in units for m in (u.cuts[self.cuts[u.name]] if isinstance(u, Block) else (u,))]
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective; 0 where the ranks are optimal for the rule."""
+        return max(0.0, self.objective - self.bound) / abs(self.objective) if self.objective else 0.0
+
+    @property
+    def kept_ratio(self) -> float:
+        return self.price / self.targeted_parameters
+
+
+def loss(unit: Unit, choice: Choice) -> float:
+    """Energy dropped, Σ_{i>k} s_i² and the unit's base loss, in the unit of the metric."""
+    return unit.base_loss + (0.0 if choice.form == "dense" else float(unit.energies[choice.rank :].sum()))
+
+
+def dense(units: Sequence[Unit]) -> Allocation:
+    """Nothing is compressed."""
+    return summed(units, {u.name: dense_choice(u, 0.0) for u in units}, sum(u.dense_price for u in units), 0.0)
+
+
+def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
+    """The same share in every unit: the largest rank offered whose price is at most size_ratio * out * in.
+
+    This is SVD-LLM's rule; rounding down in every unit leaves a little of the budget, as in the published tables. The
+    objective is the number of parameters removed, and its bound what the budget asks for.
+
+    Raises:
+        InfeasibleBudgetError: a unit cannot have even its smallest rank within its share.
+    """
+    choices = {}
+    for unit in units:
+        ranks = menu.ranks(unit)
+        affordable = ranks[menu.price(unit, ranks) <= size_ratio * unit.dense_price + 1e-6]
+        if size_ratio >= 1:
+            choices[unit.name] = dense_choice(unit, 0.0)
+        elif len(affordable):
+            rank = int(affordable[-1])
+            price = int(menu.price(unit, rank))
+            choices[unit.name] = Choice(rank, menu.storage, price, float(unit.dense_price - price))
+        else:
+            least = int(menu.price(unit, int(ranks[0]))) if len(ranks) else unit.dense_price
+            raise InfeasibleBudgetError(
+                f"{unit.name}: size_ratio {size_ratio} of {unit.dense_price} parameters is less than its smallest rank "
+                f"costs ({least}); the least possible is {least / unit.dense_price:.4f}"
+            )
+    budget = budget_of(units, size_ratio)
+    return summed(units, choices, budget, float(_dense_price(units) - budget))
+
+
+def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu = DEFAULT) -> Allocation:
+    r"""D-Rank: min Σ R_u / k_u within each type's budget (Eq. 7), then a share β of queries and keys goes to values.
+
+    Within a type of equal prices ω the continuous optimum is k_u = B √(R_u/ω) / Σ_j √(R_j ω); the integer optimum with
+    caps and the dense option is found by ``knapsack.solve``, so a freed budget is spent again. Rebalancing follows
+    Eq. 9-12 with parameters in the place of ranks (the two agree where all prices are equal): every value unit receives
+    the same number of parameters on top of its own; what it cannot use, being dense already, goes back to queries and
+    keys in proportion to what they gave. What rounding leaves in one type is handed to the next.
+
+    Raises:
+        InfeasibleBudgetError: a type's budget does not pay for rank 1 everywhere.
+    """
+    kinds = sorted(by_kind(units).values(), key=lambda members: (members[0].role != "value", members[0].kind))
+    gifts = {
+        members[0].kind: beta * size_ratio * _dense_price(members)
+        for members in kinds
+        if members[0].role in ("query", "key") and any(u.role == "value" for u in units)
+    }
+    pool = returned = float(sum(gifts.values()))
+    choices: dict[str, Choice] = {}
+    bound = left = 0.0
+    for members in kinds:
+        kind, is_value = members[0].kind, members[0].role == "value"
+        gift = gifts.get(kind, 0.0)
+        budget = size_ratio * _dense_price(members) - gift + (returned * gift / pool if gift else 0.0) + left
+        options = [_effective_rank_options(u, menu) for u in members]
+        solution = solve(options, int(budget + 1e-6))
+        chosen = _choices(members, menu, options, solution.choices)
+        left = budget - solution.weight
+        bound += solution.bound
+        if is_value and pool:
+            share = pool / sum(u.role == "value" for u in units) + left / len(members)
+            chosen = {u.name: _grown(u, menu, chosen[u.name], share) for u in members}
+            returned -= sum(c.price for c in chosen.values()) - solution.weight - left
+            left = 0.0
+            bound += sum(c.objective_share for c in chosen.values()) - solution.cost
+        choices |= chosen
+    return summed(units, choices, budget_of(units, size_ratio), bound)
+
+
+def least_loss(units: Sequence[Unit | Block], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
+    r"""Least total loss: min Σ_u Σ_{i>k_u} s_i² within one budget for the whole model; a dense unit loses nothing.
+
+    The energies of all units must have the same unit. Those of the K-FAC metric do: half their sum is the predicted
+    loss in nats a token (docs/method.md). With an input-only metric a global budget is worse than uniform ranks.
+
+    A block is one unit of the knapsack: its options are the lower hull, over cuts and ranks of its matrices, of price
+    and loss. With blocks the gap stated is to the Lagrangian bound, which holds for every combination.
+
+    Raises:
+        InfeasibleBudgetError: the budget does not pay for the smallest rank everywhere.
+    """
+    budget = budget_of(units, size_ratio)
+    if not any(isinstance(u, Block) for u in units):
+        matrices = [u for u in units if isinstance(u, Unit)]
+        options = [_loss_options(u, menu) for u in matrices]
+        solution = solve(options, budget)
+        return summed(units, _choices(matrices, menu, options, solution.choices), budget, solution.bound)
+    offers = [_offer(u, menu) for u in units]
+    solution = relax([offer.options for offer in offers], budget)
+    choices: dict[str, Choice] = {}
+    cuts: dict[str, int] = {}
+    for unit, offer, pick in zip(units, offers, solution.choices, strict=True):
+        cut, indices = int(offer.cuts[pick]), offer.picks[pick]
+        matrices = list(unit.cuts[cut]) if isinstance(unit, Block) else [unit]
+        choices |= _choices(matrices, menu, [_loss_options(m, menu) for m in matrices], indices.tolist())
+        if isinstance(unit, Block):
+            cuts[unit.name] = cut
+    return replace(summed(units, choices, budget, solution.bound), cuts=cuts)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """Options of a block; option j is cut cuts[j] with option picks[j, i] of its matrix i."""
+
+    options: Options
+    cuts: NDArray[np.int64]
+    picks: NDArray[np.int64]
+
+
+def _offer(unit: Unit | Block, menu: Menu) -> _Offer:
+    if isinstance(unit, Unit):
+        options = _loss_options(unit, menu)
+        every = np.arange(len(options.weights))
+        return _Offer(options, np.zeros_like(every), every[:, None])
+    offers = [merged([_loss_options(m, menu) for m in matrices]) for matrices in unit.cuts]
+    return _Offer(
+        Options(
+            np.concatenate([options.weights for options, _ in offers]),
+            np.concatenate([options.costs for options, _ in offers]),
+        ),
+        np.concatenate([np.full(len(picks), cut) for cut, (_, picks) in enumerate(offers)]),
+        np.concatenate([picks for _, picks in offers]),
+    )
+
+
+def _loss_options(unit: Unit, menu: Menu) -> Options:
+    ranks = menu.ranks(unit)
+    tails = np.append(unit.energies[::-1].cumsum()[::-1], 0.0)[ranks]
+    return _options(unit, menu, unit.base_loss + tails, unit.base_loss)
+
+
+def _effective_rank_options(unit: Unit, menu: Menu) -> Options:
+    return _options(unit, menu, unit.effective_rank / menu.ranks(unit), unit.effective_rank / unit.full_rank)
+
+
+def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float) -> Options:
+    """The ranks of the menu, and last the dense matrix."""
+    prices = np.asarray(menu.price(unit, menu.ranks(unit)), dtype=np.int64)
+    if len(prices) and not menu.dense:
+        return Options(prices, costs)
+    return Options(np.append(prices, unit.dense_price), np.append(costs, dense_cost))
+
+
+def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: list[int]) -> dict[str, Choice]:
+    return {u.name: _chosen(u, menu, o, pick) for u, o, pick in zip(units, options, picks, strict=True)}
+
+
+def _chosen(unit: Unit, menu: Menu, options: Options, index: int) -> Choice:
+    ranks, cost = menu.ranks(unit), float(options.costs[index])
+    if index == len(ranks):
+        return dense_choice(unit, cost)
+    return Choice(int(ranks[index]), menu.storage, int(options.weights[index]), cost)
+
+
+def _grown(unit: Unit, menu: Menu, choice: Choice, extra: float) -> Choice:
+    """The choice that the price of this one and so many parameters more will buy."""
+    options = _effective_rank_options(unit, menu)
+    affordable = np.flatnonzero(options.weights <= choice.price + extra + 1e-6)
+    return _chosen(unit, menu, options, int(affordable[-1]))
+
+
+def dense_choice(unit: Unit, objective_share: float) -> Choice:
+    """The matrix as it is."""
+    return Choice(unit.full_rank, "dense", unit.dense_price, objective_share)
+
+
+def by_kind(units: Sequence[Unit]) -> dict[str, list[Unit]]:
+    """Units of each kind, in the order in which the kinds first appear."""
+    kinds: dict[str, list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault(unit.kind, []).append(unit)
+    return kinds
+
+
+def _dense_price(units: Sequence[Unit | Block]) -> int:
+    return sum(u.dense_price for u in units)
+
+
+def budget_of(units: Sequence[Unit | Block], size_ratio: float) -> int:
+    """Parameters that may be kept, rounded down."""
+    return int(size_ratio * _dense_price(units) + 1e-6)
+
+
+def summed(units: Sequence[Unit | Block], choices: dict[str, Choice], budget: int, bound: float) -> Allocation:
+    """The allocation that these choices make, with its totals; a bound above the objective is rounding."""
+    objective = float(sum(choice.objective_share for choice in choices.values()))
+    price = sum(c.price for c in choices.values())
+    return Allocation(choices, objective, min(bound, objective), budget, price, _dense_price(units))

@@ -1,0 +1,205 @@
+"""The passes of ``capture`` with one decoder block at a time: what a block puts out waits in a store until it is used.
+
+A block sees what the model itself gives it. The model's own forward runs for every batch and block; blocks before that
+one stand aside, and the pass ends behind it. So masks, positions and whatever else the model makes are its own, and
+nothing here knows an architecture. Weights of blocks come and go with ``device_map`` (:func:`disk_map`).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from drank.model.capture import Batch, run_decoder, run_from_embeddings, send_back
+from drank.model.linears import Linear
+
+
+class OffloadError(ValueError):
+    """The model cannot be run a block at a time; the message says why."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Tensors by name, out of the way: files, or a dict."""
+
+    def __setitem__(self, name: str, tensor: Tensor, /) -> None: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+    def __delitem__(self, name: str, /) -> None: ...
+
+
+class Sweep(NamedTuple):
+    """Passes over all batches, in which modules below ``prefix`` run once with each, or with gradients too."""
+
+    prefix: str
+    inputs: bool  # whether what enters them is to be taken now
+    gradients: bool  # whether what comes back to them is
+    passes: Iterator[int]  # yields each batch's number of windows
+
+
+def find_blocks(model: nn.Module, linears: Sequence[Linear]) -> str:
+    """Name of the list of decoder blocks: where all the linears are.
+
+    Raises:
+        OffloadError: they are in several places, or in no list.
+    """
+    names = sorted({re.split(r"\.\d+(?:\.|$)", linear.name)[0] for linear in linears})
+    if len(names) > 1 or not isinstance(model.get_submodule(names[0]), nn.ModuleList):
+        raise OffloadError(
+            f"linears to compress are in {', '.join(names)}, but offloading runs one list of decoder blocks: list what "
+            f"is outside it under covariance.ignore, or set covariance.offload: false"
+        )
+    return names[0]
+
+
+def disk_map(model: nn.Module, blocks: str, device: str = "cpu") -> dict[str, str]:
+    """``device_map`` for ``from_pretrained``: blocks stay on disk, everything else is loaded."""
+    n_blocks = len(list(model.get_submodule(blocks).children()))
+    placed = {f"{blocks}.{i}": "disk" for i in range(n_blocks)}
+    path = blocks.split(".")
+    for depth, inside in enumerate(path):
+        siblings = [name for name, _ in model.get_submodule(".".join(path[:depth])).named_children() if name != inside]
+        placed |= {".".join([*path[:depth], name]): device for name in siblings}
+    return placed
+
+
+def offloaded_sweeps(
+    model: nn.Module, blocks: str, batches: Sequence[Batch], fisher: str, seed: int, store: Store
+) -> Iterator[Sweep]:
+    """One sweep a block forwards and, unless fisher is "none", one for the head and one a block backwards.
+
+    Exhaust a sweep's ``passes`` before asking for the next. Every input and gradient is what ``run_windows`` and
+    ``run_backward`` show, to the bit on the same machine. Forwards, the store holds the outputs of one block; with
+    gradients, of all of them: blocks * tokens * hidden size * bytes of the dtype.
+
+    Raises:
+        OffloadError: a block hands on more than hidden states.
+    """
+    model.requires_grad_(False)
+    stack = _Stack(model, blocks, differentiable=fisher != "none")
+    n_blocks = len(stack.blocks)
+
+    def forward(i: int) -> Iterator[int]:
+        for batch in batches:
+            before = f"{i - 1}-{batch.first}"
+            with torch.no_grad():
+                store[f"{i}-{batch.first}"] = stack.run(i, batch, store[before].to(batch.ids.device) if i else None)
+            if i and (fisher == "none" or not batch.backward):
+                del store[before]
+            yield len(batch.ids)
+
+    def backward(i: int) -> Iterator[int]:
+        for batch in (batch for batch in batches if batch.backward):
+            before, gradient = f"{i - 1}-{batch.first}", f"gradient-{batch.first}"
+            entering = store[before].to(batch.ids.device).requires_grad_(True) if i else None
+            with torch.enable_grad():
+                output = stack.run(i, batch, entering)
+            if i == n_blocks:
+                send_back(output, batch, fisher, seed)
+            else:
+                output.backward(store[gradient].to(output.device))
+            if entering is not None:
+                assert entering.grad is not None
+                store[gradient] = entering.grad
+                del store[before]
+            yield len(batch.ids)
+
+    for i in range(n_blocks):
+        yield Sweep(f"{blocks}.{i}.", True, False, forward(i))
+    if fisher != "none":
+        yield Sweep("head", False, False, backward(n_blocks))
+        for i in reversed(range(n_blocks)):
+            yield Sweep(f"{blocks}.{i}.", False, True, backward(i))
+
+
+class _Done(Exception):  # noqa: N818  no error: the pass has reached what it was run for
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+class _Stack:
+    """A model whose blocks run one at a time."""
+
+    def __init__(self, model: nn.Module, blocks: str, differentiable: bool) -> None:
+        self.model, self.name = model, blocks
+        self.run_model = run_from_embeddings if differentiable else run_decoder
+        self.blocks = list(model.get_submodule(blocks).children())
+        self.others: dict[int, list[Any]] = {}  # what blocks that return a tuple return beside the hidden states
+
+    def run(self, i: int, batch: Batch, entering: Tensor | None) -> Tensor:
+        """What block i puts out, or the head behind the last, where the block before put out ``entering``."""
+        with ExitStack() as changes:
+            for j in range(i):
+                assert entering is not None
+                # A model that uses earlier hidden states, or what comes with them, meets NaN and is refused.
+                hidden = entering if j == i - 1 else _nan_like(entering)
+                changes.enter_context(_forward(self.blocks[j], self._stand_in(j, hidden)))
+            if i < len(self.blocks):
+                changes.enter_context(_forward(self.blocks[i], self._last(i, entering)))
+            try:
+                output = self.run_model(self.model, batch.ids)
+            except _Done as done:
+                return done.output
+        if i < len(self.blocks):
+            raise OffloadError(f"{self.name}.{i} did not run: offloading needs a model that runs its blocks in order")
+        self._refuse_leaks(i, entering, [output.logits])
+        return output.logits
+
+    def _stand_in(self, j: int, hidden: Tensor) -> Any:
+        output = (hidden, *self.others[j]) if j in self.others else hidden
+        return lambda *_args, **_kwargs: output
+
+    def _last(self, i: int, entering: Tensor | None) -> Any:
+        forward = self.blocks[i].forward
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            self._refuse_leaks(i, entering, [*args, *kwargs.values()])
+            output = forward(*args, **kwargs)
+            hidden, *others = output if isinstance(output, tuple) else (output,)
+            if isinstance(output, tuple):
+                self.others[i] = [_nan_like(other) if isinstance(other, Tensor) else None for other in others]
+            if not isinstance(hidden, Tensor):
+                raise OffloadError(
+                    f"{self.name}.{i} puts out a {type(hidden).__name__} where hidden states were expected: "
+                    f"set covariance.offload: false"
+                )
+            raise _Done(hidden)
+
+        return run
+
+    def _refuse_leaks(self, i: int, entering: Tensor | None, values: Sequence[Any]) -> None:
+        leaked = any(bool(tensor.isnan().any()) for tensor in _tensors(values))
+        if leaked and entering is not None and not bool(entering.isnan().any()):
+            where = f"{self.name}.{i} takes" if i < len(self.blocks) else "the output head takes"
+            raise OffloadError(
+                f"{where} in NaN, though the block before put out none: either it reads what earlier blocks put out, "
+                f"which offloading has not kept, or the model overflows there; set covariance.offload: false to see"
+            )
+
+
+@contextmanager
+def _forward(block: nn.Module, forward: Any) -> Iterator[None]:
+    own = vars(block).get("forward")  # accelerate's, if any
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+def _nan_like(tensor: Tensor) -> Tensor:
+    """One number in memory, whatever the shape."""
+    return tensor.new_full((), torch.nan).expand(tensor.shape)
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Those of floating point, in nested tuples and lists too."""
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)

@@ -1,0 +1,70 @@
+"""How much worse does a model get when one of its linears is truncated? ASVD's measurement (arXiv:2312.05821).
+
+Each linear is taken by itself: its rank-k product stands in for the weight, the model reads a few windows, and the
+weight is put back bit for bit. Knows a loaded model and a way to read vectors; nothing of files or allocations.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from drank.method.spectrum import factors
+from drank.model.linears import Linear
+from drank.model.perplexity import NotFiniteLossError, token_perplexity
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    model: nn.Module,
+    linears: Sequence[Linear],
+    read_vectors: Callable[[str, int], Mapping[str, Tensor]],
+    windows: Int64[Tensor, "n_windows window_length"],
+    ratios: Sequence[float],
+    batch_windows: int,
+    menu_rank: Callable[[str, float], int | None],
+    progress: Callable[[Iterable[Linear]], Iterable[Linear]] = iter,
+) -> dict[str, dict[float, float]]:
+    r"""Perplexity over the windows with one linear truncated, by the linear's name and by ratio.
+
+    .. math:: W_k = \mathrm{left}_k \, \mathrm{right}_k, \qquad k = \mathrm{menu\_rank}(\mathrm{name}, \mathrm{ratio})
+
+    The product is formed in float32 and rounded to the weight's dtype. The cost is len(linears) * len(ratios) passes
+    over the windows.
+
+    Args:
+        read_vectors: (name, k) -> the first k rows of what a :class:`drank.method.spectrum.Spectrum` has of the linear,
+            ``vectors`` and ``duals``, the latter only where they differ.
+        ratios: shares of a linear's parameters that are kept.
+        menu_rank: (name, ratio) -> rank; None where no rank is offered, and the pair is left out.
+        progress: wraps the linears (tqdm).
+
+    Raises:
+        NotFiniteLossError: a truncated model breaks numerically; the message names linear, ratio and window.
+    """
+    scores: dict[str, dict[float, float]] = {}
+    for linear in progress(linears):
+        ranks = {ratio: rank for ratio in ratios if (rank := menu_rank(linear.name, ratio)) is not None}
+        scores[linear.name] = {}
+        with _restored(linear.weight.detach()) as (weight, own):
+            for ratio, rank in ranks.items():
+                vectors = {key: rows.to(own.device) for key, rows in read_vectors(linear.name, rank).items()}
+                left, right = factors(own, **vectors)
+                weight.copy_(left @ right)
+                try:
+                    scores[linear.name][ratio], _ = token_perplexity(model, windows, batch_windows)
+                except NotFiniteLossError as error:
+                    raise NotFiniteLossError(f"{linear.name} at ratio {ratio} (rank {rank}): {error}") from error
+    return scores
+
+
+@contextmanager
+def _restored(weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weight, to be overwritten in place, and a copy; afterwards it has its own bits again, whatever happened."""
+    own = weight.clone()
+    try:
+        yield weight, own
+    finally:
+        weight.copy_(own)

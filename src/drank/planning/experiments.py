@@ -1,0 +1,268 @@
+"""The literature's experiments: parameter files, what was published for them, and what was reached.
+
+``experiments/<name>.yaml`` is a params.yaml, ``experiments/published/<name>.yaml`` has the figures of the papers, and
+``experiments/<name>/`` is where the experiment runs: a root of its own with the stages of the top-level pipeline.
+"""
+
+import json
+import logging
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from drank.planning.footprint import Shape
+from drank.project.dvc import LockError, read_lock
+from drank.project.files import read_json, write_text
+from drank.project.params import Count, Name, Section, Share, read_as, read_params
+from drank.project.state import check_order, check_params, check_written, lineage
+
+log = logging.getLogger(__name__)
+
+FOLDER = "experiments"
+ZERO_SHOT = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa")
+NOT_SHIPPED = ("release", "healed-release")  # stages that only add what travels with a model
+MADE = "# Made of ../../dvc.yaml for the parameters of ../{name}.yaml by drank.planning.experiments.prepare.\n"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Verdict = Literal["reached", "higher", "lower", "not run"]
+
+
+class ExperimentError(ValueError):
+    """There is no such experiment, or it has no such variant or figure."""
+
+
+class GatedConfig(Section):
+    """What a config.json says of a decoder's sizes, in its words."""
+
+    model_type: Literal["llama", "mistral"]
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    vocab_size: Count
+
+    def shape(self, name: str) -> Shape:
+        sizes = (self.num_hidden_layers, self.hidden_size, self.intermediate_size)
+        return Shape(name, *sizes, self.num_attention_heads, self.num_key_value_heads, self.vocab_size)
+
+
+class OptConfig(Section):
+    """The same of an OPT, which has biases, learned positions (two more than it says) and a tied head."""
+
+    model_type: Literal["opt"]
+    hidden_size: Count
+    ffn_dim: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    vocab_size: Count
+    max_position_embeddings: Count
+
+    def shape(self, name: str) -> Shape:
+        return Shape(
+            name, self.num_hidden_layers, self.hidden_size, self.ffn_dim, self.num_attention_heads,
+            self.num_attention_heads, self.vocab_size, gated=False, tied=True, biases=True,
+            positions=self.max_position_embeddings + 2,
+        )  # fmt: skip
+
+
+class Tolerance(Section):
+    """How far from a published figure is still reached: perplexities by a share of it, accuracies by a difference."""
+
+    token_perplexity: Share
+    acc: Share
+
+
+class PublishedRow(Section):
+    """Figures of a variant in one source, by the names that results/<variant>.json has.
+
+    ``acc`` without a task is the mean over ``ZERO_SHOT``.
+    """
+
+    variant: Name
+    source: str
+    figures: Annotated[dict[str, Positive], Field(min_length=1)]
+    tolerance: Tolerance | None = None
+
+
+class Published(Section):
+    """What was published of an experiment, and what is needed to foresee its cost without any weights."""
+
+    config: Annotated[GatedConfig | OptConfig, Field(discriminator="model_type")]
+    test_tokens: Annotated[int, Field(ge=0)]
+    """Tokens that evaluation reads, of test texts and zero-shot tasks together; about, for the dry run alone."""
+    tolerance: Tolerance
+    rows: Annotated[tuple[PublishedRow, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A published figure beside ours."""
+
+    variant: str
+    metric: str
+    source: str
+    published: float
+    tolerance: float
+    ours: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.ours is None else self.ours / self.published
+
+    @property
+    def verdict(self) -> Verdict:
+        """``higher`` and ``lower`` miss the figure: one that is much better was measured in another way, too."""
+        if self.ours is None:
+            return "not run"
+        unit = self.published if self.metric.startswith("token_perplexity") else 1.0
+        # The last digit of an accuracy is its tolerance's: .49 and .48 differ by .01, which floats do not say.
+        if abs(self.ours - self.published) <= self.tolerance * unit + 1e-12:
+            return "reached"
+        return "higher" if self.ours > self.published else "lower"
+
+
+def names(root: Path) -> list[str]:
+    """The experiments that have published figures."""
+    return sorted(path.stem for path in (root / FOLDER / "published").glob("*.yaml"))
+
+
+def read_published(root: Path, name: str) -> Published:
+    """Published figures of an experiment, each of a variant that its parameters have.
+
+    Raises:
+        ExperimentError: no such experiment, or a row of a variant that it lacks.
+        ParamsError: one of its two files is wrong.
+    """
+    if name not in names(root):
+        known = ", ".join(names(root)) or "none; run in a clone of the repository, or give --root"
+        raise ExperimentError(f"no experiment '{name}' in {root / FOLDER}; known: {known}")
+    published = read_as(root / FOLDER / f"published/{name}.yaml", Published)
+    variants = read_params(root / FOLDER / f"{name}.yaml").variants
+    if lacking := sorted({row.variant for row in published.rows}.difference(variants)):
+        raise ExperimentError(
+            f"{FOLDER}/published/{name}.yaml: {', '.join(lacking)}: no such variant in {FOLDER}/{name}.yaml; "
+            f"it has: {', '.join(variants)}"
+        )
+    return published
+
+
+def prepare(root: Path, name: str) -> str:
+    """Write params.yaml and dvc.yaml of the experiment's own root, ``experiments/<name>``. Returns that folder."""
+    folder = f"{FOLDER}/{name}"
+    write_text(root / folder / "params.yaml", (root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    main = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    moved = yaml.safe_dump(pipeline_in(main, folder, NOT_SHIPPED), sort_keys=False, allow_unicode=True, width=120)
+    write_text(root / folder / "dvc.yaml", MADE.format(name=name) + moved)
+    return folder
+
+
+def pipeline_in(pipeline: Mapping[str, Any], folder: str, without: Iterable[str] = ()) -> dict[str, Any]:
+    """A dvc.yaml whose stages are those of the top-level one over the files of a folder: other data, the same code.
+
+    ``pipeline`` is the document of the top-level dvc.yaml, ``folder`` a path relative to it. Stages still run from the
+    repository's root, with ``--root folder``.
+    """
+    left = {name: stage for name, stage in pipeline["stages"].items() if name not in set(without)}
+    return {"stages": {name: _stage_in(stage, folder) for name, stage in left.items()}}
+
+
+def _stage_in(stage: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    if "do" in stage:
+        return {**stage, "do": _stage_in(stage["do"], folder)}
+    changed: dict[str, Any] = {"cmd": f"{stage['cmd']} --root {folder}", "wdir": posixpath.relpath(".", folder)}
+    for key, value in stage.items():
+        if key in ("deps", "outs", "metrics", "plots"):
+            changed[key] = [_path_in(entry, folder) for entry in value]
+        elif key == "params":
+            own = [entry for entry in value if isinstance(entry, str)]
+            changed[key] = [
+                *([{f"{folder}/params.yaml": own}] if own else []),
+                *(entry for entry in value if not isinstance(entry, str)),
+            ]
+    return {**stage, **changed}
+
+
+def _path_in(entry: str | Mapping[str, Any], folder: str) -> str | dict[str, Any]:
+    if not isinstance(entry, str):
+        return {str(_path_in(path, folder)): options for path, options in entry.items()}
+    return f"{folder}/{entry}" if entry.startswith(("data/", "results/")) else entry
+
+
+def read_results(root: Path, name: str) -> dict[str, dict[str, Any]]:
+    """results/<variant>.json of an experiment, of the variants that DVC ran with the parameters of its file.
+
+    Results of other parameters, or edited ones, are left out, with a warning that says what differs.
+
+    Raises:
+        LockError: the experiment's dvc.lock is damaged.
+    """
+    folder = f"{FOLDER}/{name}"
+    if not (root / folder / "dvc.lock").is_file():
+        return {}
+    locked = read_lock(root / folder / "dvc.lock")
+    document = yaml.safe_load((root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    results = {}
+    for path in sorted((root / folder / "results").glob("*.json")):
+        try:
+            stages = lineage(locked, check_written(root, locked, f"{folder}/results/{path.name}"))
+            check_order(stages, f"{folder}/dvc.lock")
+            check_params(stages, document, f"{FOLDER}/{name}.yaml", f"{folder}/params.yaml")
+            results[path.stem] = read_json(path)
+        except LockError as error:
+            log.warning("%s is not counted: %s", path.stem, error)
+    return results
+
+
+def compare(
+    published: Published, results: Mapping[str, Mapping[str, Any]], variants: Sequence[str] = ()
+) -> list[Finding]:
+    """Every published figure of these variants (none given: of all) beside ours.
+
+    Raises:
+        ExperimentError: nothing was published of a variant that is asked for.
+    """
+    if lacking := sorted(set(variants).difference(row.variant for row in published.rows)):
+        has = ", ".join(dict.fromkeys(row.variant for row in published.rows))
+        raise ExperimentError(f"{', '.join(lacking)}: no published figure here; there are some for {has}")
+    return [
+        Finding(
+            row.variant, metric, row.source, figure,
+            getattr(row.tolerance or published.tolerance, "acc" if metric.startswith("acc") else "token_perplexity"),
+            _figure(results.get(row.variant, {}), metric),
+        )
+        for row in published.rows
+        if not variants or row.variant in variants
+        for metric, figure in row.figures.items()
+    ]  # fmt: skip
+
+
+def outcome(findings: Sequence[Finding]) -> dict[tuple[str, str], Literal["reached", "missed", "not run"]]:
+    """Of every figure, a metric of a variant. Where sources disagree about it, it is enough to reach one of them."""
+    verdicts: dict[tuple[str, str], set[Verdict]] = {}
+    for found in findings:
+        verdicts.setdefault((found.variant, found.metric), set()).add(found.verdict)
+    return {
+        figure: "reached" if "reached" in seen else "not run" if "not run" in seen else "missed"
+        for figure, seen in verdicts.items()
+    }
+
+
+def _figure(results: Mapping[str, Any], metric: str) -> float | None:
+    if metric != "acc":
+        return results.get(metric)
+    measured = [results[f"acc/{task}"] for task in ZERO_SHOT if f"acc/{task}" in results]
+    return fmean(measured) if len(measured) == len(ZERO_SHOT) else None
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """One JSON document of the findings."""
+    rows = [vars(found) | {"ratio": found.ratio, "verdict": found.verdict} for found in findings]
+    holds = set(outcome(findings).values()) == {"reached"}
+    return json.dumps({"holds": holds, "figures": rows}, indent=2, sort_keys=True)

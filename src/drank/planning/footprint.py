@@ -1,0 +1,308 @@
+"""Memory, disk and arithmetic of every step, from the shape of a decoder alone: what the stages hold and write.
+
+Numbers only. The formulas are those of a Llama, which tests/test_footprint.py compares with small ones that run. For a
+decoder with another block (OPT), parameters, files and the FLOPs of linears are exact too; peaks of passes are about
+right. Bytes and FLOPs; GB are 10⁹ bytes where somebody prints them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from drank.method.covariance import PANEL
+
+EIGH = 10 / 3  # n³ operations of a symmetric eigenproblem: reduction to tridiagonal form, and vectors back
+READS_AS = {"k": "q", "v": "q", "up": "gate"}  # who reads the input of whom
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder with rotary or learned positions, and an MLP of two matrices or, ``gated``, of three."""
+
+    name: str
+    n_layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    gated: bool = True
+    tied: bool = False
+    biases: bool = False
+    positions: int = 0
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of a block's linears. The first matrix of an MLP of two goes by the name of gate."""
+        d, kv, m = self.hidden, self.kv_heads * self.head_size, self.mlp
+        mlp = {"gate": (m, d), "up": (m, d), "down": (d, m)} if self.gated else {"gate": (m, d), "down": (d, m)}
+        return {"q": (d, d), "k": (kv, d), "v": (kv, d), "o": (d, d), **mlp}
+
+    @property
+    def n_parameters(self) -> int:
+        """Of a block's linears, their biases not counted."""
+        return sum(out * n for out, n in self.linears.values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Calibration as in params.yaml; the literature's windows."""
+
+    n_windows: int = 256
+    window_length: int = 2048
+    batch_windows: int = 4
+    cuts: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625)
+
+    @property
+    def tokens(self) -> int:
+        return self.n_windows * self.window_length
+
+    @property
+    def batch(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_windows * self.window_length
+
+
+# Parameters
+
+
+def block_parameters(shape: Shape) -> int:
+    """Linears and two norms; biases of both, where there are any."""
+    return shape.n_parameters + 2 * shape.hidden + shape.biases * (sum(output_sides(shape)) + 2 * shape.hidden)
+
+
+def end_parameters(shape: Shape) -> int:
+    """Embeddings of words and learned positions, last norm, and a head unless it is tied."""
+    words = (1 if shape.tied else 2) * shape.vocabulary
+    return (words + shape.positions + 1 + shape.biases) * shape.hidden
+
+
+def model_parameters(shape: Shape) -> int:
+    return shape.n_layers * block_parameters(shape) + end_parameters(shape)
+
+
+# Memory of the covariance stage, bytes
+
+
+def input_sides(shape: Shape) -> list[int]:
+    """Widths of a block's inputs, one that several linears share once."""
+    return [n for name, (_, n) in shape.linears.items() if name not in READS_AS]
+
+
+def output_sides(shape: Shape) -> list[int]:
+    """Widths of a block's output gradients."""
+    return [out for out, _ in shape.linears.values()]
+
+
+def moments(sides: Sequence[int], magnitudes: bool) -> int:
+    """Running sums: d² float32 of products each and, of inputs, d float64 of magnitudes."""
+    return sum(4 * d**2 + 8 * d * magnitudes for d in sides)
+
+
+def writing(sides: Sequence[int]) -> int:
+    """What makes a mean of the widest sum: one float32 matrix beside it."""
+    return 4 * max(sides) ** 2
+
+
+def forward_peak(shape: Shape, tokens: int) -> int:
+    """Of a block's forward pass, largest where the input of down is watched: (4 d + 6 m) bytes a token with d the
+    hidden and m the MLP's size. The residual stream is there twice; that input is there in bfloat16 and in float32."""
+    return tokens * (4 * shape.hidden + 6 * shape.mlp)
+
+
+def graph(shape: Shape, tokens: int) -> int:
+    """What a block keeps for its backward pass: 12 d + 4 d_kv + 6 m + 4 heads + 8 bytes a token. Inputs of two norms in
+    float32 and their scales; queries, keys, values, attention's output and its log-sums; three of the MLP's
+    activations. Weights need no gradient, so inputs of linears are not kept."""
+    kv = shape.kv_heads * shape.head_size
+    return tokens * (12 * shape.hidden + 4 * kv + 6 * shape.mlp + 4 * shape.heads + 8)
+
+
+def backward_peak(shape: Shape, tokens: int) -> int:
+    """Of a block's backward pass, its graph included: largest where up's gradient is watched, after two of the MLP's
+    activations were freed: 6 m + 6 d bytes a token more than the graph."""
+    return graph(shape, tokens) + 6 * tokens * (shape.mlp + shape.hidden)
+
+
+def head_peak(shape: Shape, tokens: int) -> int:
+    """Logits and their gradient in float32, in bfloat16, and cut by a token a window: 14 bytes a token and word."""
+    return 14 * tokens * shape.vocabulary
+
+
+def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[str, int]:
+    """Bytes of the covariance stage, by what they are; the process itself, some 0.5 GB, not counted.
+
+    Sums of inputs and of gradients are held together, unless offloaded: inputs are then watched forwards and gradients
+    backwards, block by block.
+    """
+    inputs, gradients = input_sides(shape), output_sides(shape) if kfac else []
+    n_blocks = 1 if offload else shape.n_layers
+    forward, backward = forward_peak(shape, setting.batch), backward_peak(shape, setting.batch)
+    if not kfac:
+        passes = forward
+    elif offload:
+        passes = max(forward, backward, head_peak(shape, setting.batch))
+    else:
+        others = (shape.n_layers - 1) * graph(shape, setting.batch)
+        head = graph(shape, setting.batch) + head_peak(shape, setting.batch)
+        passes = others + max(forward, backward, head)
+    sums = [moments(inputs, magnitudes=True), moments(gradients, magnitudes=False)]
+    return {
+        "weights": 2 * (n_blocks * block_parameters(shape) + end_parameters(shape)),
+        "covariances": n_blocks * (max(sums) if offload else sum(sums)),
+        "pass or writing": max(passes, writing(inputs + gradients)),
+    }
+
+
+# Bytes that a unit of spectrum, or an MLP with its cuts, takes in float64, over the square of the MLP's size. Counted
+# on small models of such proportions (hidden size .29 to .37 of the MLP's): 20 to 21, and 66 to 82.
+UNIT, MLP = 21, 73
+
+
+def spectrum_memory(shape: Shape, blocks: bool) -> dict[str, int]:
+    """Bytes of the spectrum stage, which loads the whole model."""
+    return {"weights": 2 * model_parameters(shape), "unit": (MLP if blocks else UNIT) * shape.mlp**2}
+
+
+# Disk, bytes
+
+
+def covariance_files(shape: Shape, kfac: bool) -> int:
+    """float32: H and the magnitudes of every input, and G of every linear's output gradient."""
+    inputs = sum(4 * (d**2 + d) for d in input_sides(shape))
+    return shape.n_layers * (inputs + sum(4 * d**2 for d in output_sides(shape)) * kfac)
+
+
+def hidden_states(shape: Shape, setting: Setting, kfac: bool) -> int:
+    """bfloat16, of an offloaded run, gone afterwards: what the blocks put out; for kfac of all of them at once, whose
+    place gradients take. One batch is there twice."""
+    blocks = shape.n_layers if kfac else 1
+    return (blocks * setting.tokens + setting.batch) * shape.hidden * 2
+
+
+def vectors(out: int, n: int, kfac: bool) -> int:
+    """float32 vectors of the smaller side at full rank, and as many duals where that side has a metric."""
+    return 4 * min(out, n) ** 2 * (2 if kfac or out > n else 1)
+
+
+def cut_sizes(shape: Shape, setting: Setting) -> list[int]:
+    return [round(shape.mlp * (1 - share)) for share in setting.cuts]
+
+
+def spectrum_units(shape: Shape, setting: Setting, blocks: bool) -> Iterator[tuple[int, int]]:
+    """(out, in) of all factored matrices of a layer. As blocks: those of the MLP once for every cut."""
+    for name, (out, n) in shape.linears.items():
+        if not blocks or name in ("q", "k", "v", "o"):
+            yield out, n
+        else:
+            yield from ((out, m) if name == "down" else (m, n) for m in cut_sizes(shape, setting))
+
+
+def grouped_units(shape: Shape, layers: int) -> Iterator[tuple[int, int]]:
+    """(out, in) of all factored matrices of the model, where ``layers`` consecutive layers share a basis."""
+    whole, rest = divmod(shape.n_layers, layers)
+    for name, (out, n) in shape.linears.items():
+        if name in ("o", "down"):
+            yield from [(out, n)] * shape.n_layers
+        else:
+            yield from [(layers * out, n)] * whole + [(rest * out, n)] * (rest > 0)
+
+
+def spectrum_files(shape: Shape, setting: Setting, blocks: bool, layers: int = 1) -> int:
+    """Vectors, singular values (float64), and for every cut the corrected down (float32) and the channels (int64).
+
+    As blocks in the metric of inputs and gradients, else in that of inputs.
+    """
+    units = list(spectrum_units(shape, setting, blocks)) * shape.n_layers
+    if layers > 1:
+        units = list(grouped_units(shape, layers))
+    total = sum(vectors(*unit, blocks) + 8 * min(unit) for unit in units)
+    if blocks:
+        cut = [m for m in cut_sizes(shape, setting) if m < shape.mlp]
+        total += shape.n_layers * sum(4 * shape.hidden * m + 8 * m for m in cut)
+    return total
+
+
+def compressed_parameters(shape: Shape, size: float) -> int:
+    """Of the whole model, of whose linears' weights the share ``size`` is kept."""
+    return round(model_parameters(shape) - (1 - size) * shape.n_layers * shape.n_parameters)
+
+
+def compressed_folder(shape: Shape, size: float, pivot: bool) -> int:
+    """bfloat16; pivot form has 4 bytes an output on top."""
+    return 2 * compressed_parameters(shape, size) + 4 * shape.n_layers * sum(output_sides(shape)) * pivot
+
+
+# Time, FLOPs
+
+
+def moment_flops(d: int) -> int:
+    """A token; panels of rows from the diagonal on."""
+    return sum(2 * min(PANEL, d - i) * (d - i) for i in range(0, d, PANEL))
+
+
+def covariance_flops(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> float:
+    """Passes and sums. Causal attention takes 2 · hidden · length a token, 2.5 times as much backward; the linears,
+    whose weights need no gradient, as much backward as forward. Offloaded, a backward pass runs its block again."""
+    linears, attention = 2 * shape.n_parameters, 2 * shape.hidden * setting.window_length
+    layer = float(linears + attention + sum(map(moment_flops, input_sides(shape))))
+    if not kfac:
+        return setting.tokens * shape.n_layers * layer
+    layer += linears + 2.5 * attention + sum(map(moment_flops, output_sides(shape)))
+    layer += (linears + attention) * offload
+    return setting.tokens * (shape.n_layers * layer + 4 * shape.vocabulary * shape.hidden)
+
+
+def channel_flops(shape: Shape, setting: Setting) -> float:
+    """FLOPs of removing channels from a layer's MLP: the inverse of H (2 m³), the root of G, and downdates of all of
+    H⁻¹ and of [W; G^½ W], which take 2 m² and 4 · hidden · m for every channel removed."""
+    m, least, d = shape.mlp, min(cut_sizes(shape, setting)), shape.hidden
+    root = (EIGH + 2) * d**3 + 2 * d * d * m
+    return float(2 * m**3 + root + (m - least) * (2 * m**2 + 4 * d * m))
+
+
+def spectrum_flops(out: int, n: int, kfac: bool) -> float:
+    """FLOPs of ``drank.method.spectrum.whitened_spectrum`` of a matrix (out, in), at most: each metric has a root by
+    an eigenproblem, where a covariance that is not singular has a Cholesky factor at a twentieth of the cost."""
+    d, e = min(out, n), max(out, n)
+    near, far = kfac or out > n, kfac or out <= n
+    return 2 * d * d * e + 2 * d * e * e * far + (2 * EIGH + 8 if near else EIGH) * d**3 + 2 * e * d * d + 2 * d**3
+
+
+def spectra_flops(shape: Shape, setting: Setting, kfac: bool, blocks: bool, layers: int = 1) -> float:
+    if layers > 1:
+        return sum(spectrum_flops(out, n, kfac) for out, n in grouped_units(shape, layers))
+    layer = sum(spectrum_flops(out, n, kfac) for out, n in spectrum_units(shape, setting, blocks))
+    return shape.n_layers * (layer + (channel_flops(shape, setting) if blocks else 0.0))
+
+
+def pivot_rank(out: int, n: int, size: float) -> int:
+    """Rank r at which r (out + in - r) parameters are the share ``size`` of out · in, rounded down."""
+    return max(1, int((out + n - ((out + n) ** 2 - 4 * size * out * n) ** 0.5) / 2))
+
+
+def pivot_flops(shape: Shape, size: float) -> float:
+    """LU of (out, r), coefficients by a triangular solve, and the kept rows."""
+    total = 0.0
+    for out, n in shape.linears.values():
+        r = pivot_rank(out, n, size)
+        total += (out * r**2 - r**3 / 3) + (out - r) * r**2 + 2 * r**2 * n
+    return shape.n_layers * total
+
+
+# Evaluation
+
+
+def evaluation_peak(shape: Shape, setting: Setting, batch_windows: int) -> int:
+    """Bytes of a batch of logits in bfloat16 and their log-softmax, and of two float32 copies of a window's."""
+    tokens = batch_windows * setting.window_length
+    return (4 * tokens + 8 * setting.window_length) * shape.vocabulary
+
+
+def evaluation_flops(shape: Shape, size: float, tokens: int, window_length: int) -> float:
+    """A forward pass over that many tokens, in windows of ``window_length``, of which the head predicts all."""
+    layer = 2.0 * size * shape.n_parameters + 2 * shape.hidden * window_length
+    return tokens * (shape.n_layers * layer + 2 * shape.vocabulary * shape.hidden)

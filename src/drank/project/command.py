@@ -1,0 +1,142 @@
+"""How every stage starts: ``run_stage(main)`` under ``if __name__ == "__main__"``."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+import psutil
+import typer
+
+from drank.project.refusals import refusal
+
+
+def run_stage(main: Callable[..., None]) -> None:
+    """Run a stage's ``main`` as a command line; what the user can mend ends in one message and exit status 1.
+
+    That is every ``ValueError`` class that drank itself defines (wrong parameters, an unreachable source, a
+    damaged file), and what the operating system refuses (a full disk, a forbidden file, a closed standard output).
+    Any other exception is a bug, here or in a library, and keeps its traceback.
+    """
+    if "DVC_STAGE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # processes of a group have a launcher
+        end_without(from_dvc())
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line of several commands with the same promise as :func:`run_stage`."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("drank").setLevel(logging.INFO)
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except Exception as error:
+        if (message := _told(error)) is None:
+            raise
+        with suppress(OSError):
+            typer.echo(message, nl=False, err=True)
+        raise SystemExit(1) from None
+
+
+def _told(error: Exception) -> str | None:
+    """What the user is told; None for a bug."""
+    if isinstance(error, OSError) and error.filename is None and _abandoned(sys.stdout):
+        if error.errno == errno.EPIPE:
+            return ""  # as of any program whose reader has seen enough
+        return f"error: standard output: {error.strerror}; send it to a file or a program that takes it\n"
+    ours = isinstance(error, ValueError) and type(error).__module__.startswith("drank.")
+    told = error if ours else refusal(error)
+    return None if told is None else f"error: {told}\n"
+
+
+def _abandoned(stream: TextIO) -> bool:
+    """Whether what was said cannot be delivered; it is then dropped, since Python would try again when it ends."""
+    try:
+        stream.write("\n")  # of what has failed once, Python may keep nothing
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
+
+
+def from_dvc() -> list[int]:
+    """The processes that this one comes from, its parent first: shells, if any, and then the DVC that runs the stage.
+
+    0 in its place if that is gone already: whoever adopts an orphan is of another session.
+    """
+    ancestors = psutil.Process().parents()
+    n_shells = next((n for n, process in enumerate(ancestors) if not _in_stage(process)), len(ancestors))
+    return [process.pid if _session(process) == os.getsid(0) else 0 for process in ancestors[: n_shells + 1]]
+
+
+def end_without(ancestors: list[int]) -> None:
+    """Have this process end soon after one of the processes that it comes from (its parent, that one's parent, ...).
+
+    A stage that outlives a killed ``dvc repro`` would write the files that the next one writes too, and a process of
+    a group would wait for the others for ever.
+    """
+    threading.Thread(target=_watch, args=[ancestors], daemon=True).start()
+
+
+def _watch(ancestors: list[int]) -> None:
+    while all(map(_runs, ancestors)):
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)  # a launcher ends its processes with it
+    time.sleep(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _in_stage(process: psutil.Process) -> bool:
+    try:
+        return "DVC_STAGE" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None
+
+
+def open_closed_streams() -> None:
+    """Put something in the place of standard streams that are closed.
+
+    Or the next file that is opened would take the number, and get what a library or a child says there. What is
+    written on a closed standard output still fails, and what is said on a closed standard error is lost.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+
+
+def quieten_libraries() -> None:
+    """No telemetry, and no progress bars in a log file; libraries read this when they are imported, later."""
+    open_closed_streams()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

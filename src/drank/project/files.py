@@ -1,0 +1,355 @@
+"""Files written whole or not at all, and read with errors that name them. Every stage writes through here.
+
+JSON and safetensors only. Whatever is written is a function of its content: keys are sorted, modes are fixed.
+A reader never meets half a file, since a finished temporary sibling is renamed onto the destination.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drank.project.refusals import FileError, check_access, refusals
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
+# The form of what is written here, which stages depend on in the place of this module: another number reruns them all.
+FORMAT = 1
+FILE_MODE = 0o644  # safetensors leaves 0600, which a colleague, or a cache shared by a group, cannot read
+FOLDER_MODE = 0o755
+WRITABLE = 0o222
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, with line ends as they are; missing parent folders are created.
+
+    Raises:
+        FileError: the system refuses to write it.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically; missing parent folders are created.
+
+    Raises:
+        FileError: the system refuses to write them.
+    """
+    with _replacing_file(path, len(content)) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document atomically: sorted keys, indented by two, one newline at the end.
+
+    Raises:
+        FileError: a number is NaN or infinite, which JSON cannot say; the message names its key. Or the system refuses
+            to write the file.
+    """
+    for key, number in _numbers(value):
+        if not math.isfinite(number):
+            raise FileError(f"{path}: not written: '{key}' is {number}, and JSON has finite numbers only")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        FileError: the file is missing, is not JSON, or the system refuses to read it.
+    """
+    try:
+        check_access(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(_missing(path)) from None
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: damaged, not JSON: {error}; fetch or build it again") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors, atomically; equal tensors and metadata give equal bytes.
+
+    At most one metadata key: safetensors keeps its metadata in a hash map, so two keys come out in an order
+    that changes from save to save (huggingface/safetensors issue 584). Several facts fit into one JSON string.
+
+    Raises:
+        FileError: more than one metadata key, or the system refuses to write the file.
+    """
+    from safetensors.torch import save_file
+
+    if metadata is not None and len(metadata) > 1:
+        raise FileError(
+            f"{path}: not written: {len(metadata)} metadata keys ({', '.join(metadata)}), but bytes are "
+            f"reproducible with 1 at most; put them into one JSON string"
+        )
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
+        save_file(contiguous, partial, metadata=dict(metadata) if metadata else None)
+
+
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Read all tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileError: the file is missing, truncated, not safetensors, or the system refuses to read it.
+    """
+    from safetensors.torch import load_file
+
+    with _safetensors(path):
+        return load_file(path)
+
+
+def read_arrays(path: Path) -> dict[str, "ndarray"]:
+    """Read all tensors of a safetensors file as NumPy has them, for stages that can do without the seconds of torch.
+
+    Raises:
+        FileError: as ``read_tensors``.
+    """
+    from safetensors.numpy import load_file
+
+    with _safetensors(path):
+        return load_file(path)
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[None]:
+    """What goes wrong while a safetensors file is read in the block, as an error of the user."""
+    from safetensors import SafetensorError
+
+    try:
+        check_access(path)
+        yield
+    except FileNotFoundError:
+        raise FileError(_missing(path)) from None
+    except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is cut while it is read
+        raise FileError(f"{path}: damaged, not safetensors: {error}; fetch or build it again") from None
+
+
+def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
+    """The first rows of every tensor of a safetensors file; the rest of it is not read.
+
+    Raises:
+        FileError: the file is missing, damaged, holds fewer rows than asked, or the system refuses to read it.
+    """
+    from safetensors import safe_open
+
+    with _safetensors(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        held = min(((*part.get_shape(), 0)[0] for part in slices.values()), default=0)
+        if held < n_rows:
+            raise FileError(f"{path}: holds {held} rows, {n_rows} were asked; does it belong to this allocation?")
+        return {name: part[:n_rows] for name, part in slices.items()}
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a folder of others' that cannot be read to its end, or means different things to different readers.
+
+    It may hold files, folders, and links to files, such as DVC makes of its cache.
+
+    Raises:
+        FileError: it holds a pipe, a device, a link that leads nowhere or to a folder, or a name that is not UTF-8.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = str(path).encode("utf-8", "backslashreplace").decode()
+        if name != str(path):
+            raise FileError(f"{name}: the name is not UTF-8; rename or remove it")
+        if not (path.is_file() or (path.is_dir() and not path.is_symlink())):
+            raise FileError(f"{name}: neither a file, a folder nor a link to a file; remove it")
+
+
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy a file, or the files of a folder into one that is there.
+
+    A file that nobody may write is a link to DVC's cache, and gets one name more; all others are copied.
+    """
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+        copy = destination / file.name if destination.is_dir() else destination
+        if not (file.stat().st_mode & WRITABLE) and _linked(file, copy):
+            continue
+        shutil.copyfile(file, copy)
+
+
+def _linked(file: Path, name: Path) -> bool:
+    """Give a file one name more; False where the file system has no such links, or is another one."""
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        return False
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hexadecimal SHA-256 of a folder's files: of the lines ``<sha256>  <relative path>``, sorted by path.
+
+    The lines are what ``sha256sum`` prints. Times and modes do not count.
+    """
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return _listing_sha256({name: file_sha256(folder / name) for name in names})
+
+
+def weights_sha256(digests: Mapping[str, str]) -> str:
+    """One hash for the weights of a model, from the SHA-256 of each of its files by name.
+
+    That of the one file, as ``sha256sum`` prints it; of shards, the hash of the lines that it prints, sorted by name.
+    """
+    return next(iter(digests.values())) if len(digests) == 1 else _listing_sha256(digests)
+
+
+def _listing_sha256(digests: Mapping[str, str]) -> str:
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for the time of a ``with`` block; what a killed run left there is removed first.
+
+    Raises:
+        FileError: another process has it, or the system refuses to write there.
+    """
+    with refusals(path):
+        if not path.is_dir():
+            _remove(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with _own(path):
+            for left in path.iterdir():
+                _remove(left)
+            yield path
+
+
+@contextmanager
+def replacing_folder(destination: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``destination`` when the block ends well.
+
+    The block writes to the hidden sibling ``.<name>.partial``. If it raises, that is removed and the
+    destination stays as it was. No rename replaces a folder that has content, so the old one steps aside to
+    ``.<name>.old`` first; a run killed between the two renames is repaired by the next call.
+
+    Raises:
+        FileError: the system refuses to write there, or another process fills it.
+    """
+    old = destination.with_name(f".{destination.name}.old")
+    partial = _partial(destination)
+    with refusals(destination), scratch_folder(partial):
+        if old.exists() and not destination.exists():
+            old.rename(destination)
+        _remove(old)
+        yield partial
+        _fix_modes(partial)
+        if destination.exists():
+            destination.rename(old)
+        partial.rename(destination)
+        _remove(old)
+
+
+def remove_partial(destination: Path) -> None:
+    """Remove what killed processes left of a folder that was to be put at ``destination``.
+
+    Raises:
+        FileError: another process fills it.
+    """
+    if _partial(destination).exists():
+        with scratch_folder(_partial(destination)):
+            pass
+
+
+def _partial(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.partial")
+
+
+@contextmanager
+def _replacing_file(path: Path, needed: int) -> Iterator[Path]:
+    partial = _partial(path)
+    with refusals(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        with _own(partial):
+            try:
+                yield partial
+                partial.chmod(FILE_MODE)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)  # safetensors puts another file in its place
+
+
+@contextmanager
+def _own(partial: Path) -> Iterator[None]:
+    """A file or folder that is this process's alone for a while, and is removed at the end unless it was renamed.
+
+    The lock is the system's, on the file itself: it needs no file of its own, and ends with the process.
+
+    Raises:
+        FileError: another process has it.
+    """
+    taken = FileError(f"{partial}: another process is writing this at the moment; wait until it has ended, or end it")
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:
+        raise taken from None
+    try:
+        with suppress(OSError):  # file systems without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise taken from None
+        if not _is_at(descriptor, partial):
+            raise taken
+        try:
+            yield
+        finally:
+            if _is_at(descriptor, partial):
+                _remove(partial)
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder still has this name."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def _fix_modes(folder: Path) -> None:
+    folder.chmod(FOLDER_MODE)
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.stat().st_mode & WRITABLE:  # the rest are links to DVC's cache, whose mode stays
+            path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float of a nested document with the dotted key that leads to it."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{key}[{index}]")
+
+
+def _missing(path: Path) -> str:
+    return f"{path}: not found; if an earlier stage writes it, `dvc repro` runs that first"

@@ -1,0 +1,213 @@
+"""One stage as several processes: torchrun's workers, started by the stage itself or, on many machines, by a person.
+
+Everything that goes between processes is a sum of tensors or a JSON document.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from drank.project.command import end_without
+from drank.project.files import remove_partial, replacing_folder
+
+# A process may wait for the slowest one for hours; a lost one is noticed by its closed connection.
+PATIENCE = timedelta(weeks=1)
+# With its number: a process that was left before it could look would take another one for its launcher.
+LAUNCHER = "drank-launcher-"
+
+
+class ProcessError(ValueError):
+    """A process of the stage failed; the message is its own if it had one, or says how it ended."""
+
+
+class PeerLostError(ValueError):
+    """Another process ended while this one waited for it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that run this stage, as seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def share(self) -> slice:
+        """Of a list that all processes have, the part that is this one's."""
+        return slice(self.rank, None, self.size)
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Replace each tensor, of one shape and dtype everywhere, by its sum over the processes.
+
+        Raises:
+            PeerLostError: a process ended before it took part.
+        """
+        if self.size > 1:
+            with _peers():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor)
+
+    def gather(self, document: Any) -> list[Any]:
+        """Every process's JSON document, by rank. Nobody goes on before all have come here.
+
+        Raises:
+            PeerLostError: a process ended before it took part.
+        """
+        if self.size == 1:
+            return [document]
+        text = torch.tensor(list(json.dumps(document).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with _peers():
+            distributed.all_gather(lengths, torch.tensor([len(text)]))
+            padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+            padded[: len(text)] = text
+            texts = [torch.empty_like(padded) for _ in range(self.size)]
+            distributed.all_gather(texts, padded)
+        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
+
+    @contextmanager
+    def replacing_folder(self, destination: Path) -> Iterator[Path]:
+        """``files.replacing_folder``, which all processes fill: put in place when the blocks of all ended well."""
+        with replacing_folder(destination) if self.rank == 0 else nullcontext() as folder:
+            yield Path(self.gather(str(folder))[0])
+            self.gather(None)
+
+
+def must_launch(n_processes: int) -> bool:
+    """Whether this is the one process that a user or DVC started, and more are wanted."""
+    return n_processes > 1 and "WORLD_SIZE" not in os.environ
+
+
+def launch(n_processes: int, module: str, *arguments: str, fills: Path | None = None) -> None:
+    """Run ``python -m module arguments`` as that many processes of one torchrun, and wait for them.
+
+    If one fails, the others are ended too.
+
+    Args:
+        fills: the folder that they put in place together. Nothing of it is left when they failed, also where one could
+            not clean up, or another wrote on meanwhile.
+
+    Raises:
+        ProcessError: one failed.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page of traceback; ours is a line
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=n_processes, run_id=f"{LAUNCHER}{os.getpid()}", max_restarts=0,
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=DefaultLogsSpecs(logs),
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+            fills = None
+        except ChildFailedError as error:
+            raise ProcessError(_recorded(Path(logs)) or _ending(error.failures)) from None
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
+        finally:
+            if fills is not None:
+                remove_partial(fills)
+
+
+@contextmanager
+def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
+    """This process as one of its group, with its share of the machine's ``threads``; alone without torchrun.
+
+    Of several GPUs, each process of a machine takes the one of its number. A user's error in the block goes to the
+    launching process, which shows it once.
+
+    Raises:
+        ProcessError: no such device here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ProcessError(
+            f"device is cuda, but torch {torch.__version__} finds no GPU: install a build of torch for yours, or set "
+            f"covariance.device and evaluation.device to cpu"
+        )
+    threads = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    if "WORLD_SIZE" not in os.environ:
+        yield Group()
+        return
+    end_without([_launcher()])
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate, in lm-eval, sets torch's anew where this is missing
+    if os.environ["RANK"] != "0":
+        logging.disable(logging.WARNING)  # process 0 says it
+    # A process that is told to end cleans up, as after an error.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        with _peers():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+            )
+        yield Group(distributed.get_rank(), distributed.get_world_size())
+    except ValueError as error:
+        if not type(error).__module__.startswith("drank.") or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            raise
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        raise SystemExit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending; an exception now would only be noise
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _launcher() -> int:
+    """The process that started this one of a group: ours, or a person's torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return int(run.removeprefix(LAUNCHER)) if run.startswith(LAUNCHER) else os.getppid()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what gloo raises; NCCL's errors are subclasses
+        raise PeerLostError(f"another process of the stage ended: {error}") from error
+
+
+def _recorded(logs: Path) -> str | None:
+    """The first user's error that a process left behind; that a peer was lost is only its consequence."""
+    messages = [json.loads(file.read_text())["message"] for file in sorted(logs.rglob("error.json"))]
+    return next((_text(m) for m in messages if not m["message"].startswith(PeerLostError.__name__)), None)
+
+
+def _ending(failures: Mapping[int, Any]) -> str:
+    """How the process ended that failed by itself: not by torchrun's SIGTERM, nor because it lost a peer."""
+
+    def consequence(rank: int) -> tuple[bool, bool]:
+        return failures[rank].exitcode == -signal.SIGTERM, isinstance(failures[rank].message, dict)
+
+    rank = min(failures, key=consequence)
+    failure = failures[rank]
+    if failure.exitcode < 0:
+        return (
+            f"process {rank} was ended by {failure.signal_name()}, and the others with it. If memory ran out: fewer "
+            f"processes, smaller batch_windows, or covariance.offload: true"
+        )
+    why = _text(failure.message) if isinstance(failure.message, dict) else "its traceback is above"
+    return f"process {rank} ended with status {failure.exitcode}, and the others with it: {why}"
+
+
+def _text(message: dict[str, Any]) -> str:
+    """An error's text, without the name of its class that torchrun puts before it."""
+    return message["message"].partition(": ")[2]

@@ -1,0 +1,1 @@
+"""Steps of the pipeline, without paths: from mappings to mappings. Import method and model, never another step."""

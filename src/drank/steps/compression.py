@@ -1,0 +1,122 @@
+"""Put the ranks of an allocation into a model. Knows tensors and modules; files and folders belong to the stage."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drank.method.pivot import PivotForm, pivot_rows, split_group
+from drank.method.spectrum import factors
+from drank.model.folding import fold_channel_order
+from drank.model.layers import places
+from drank.model.linears import is_conv1d
+from drank.model.quantizer import attach, swap_modules
+from drank.model.stored import Stored, Tensors
+
+# Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 10. One of this size
+# would mean rows that nearly repeat each other, whose rounding errors it multiplies.
+LARGEST_COEFFICIENT = 64.0
+
+
+class UnsafePivotError(ValueError):
+    """A unit's rows are too nearly dependent to be stored in pivot form; the message says what to do instead."""
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    units: Iterable[Mapping[str, Any]],
+    read_vectors: Callable[[str, int], Tensors],
+    read_cut: Callable[[str, int], Tensors],
+    provenance: Mapping[str, Any],
+) -> nn.Module:
+    """Replace the modules of compressed units by smaller ones, in place, and make the model saveable.
+
+    Args:
+        units: rows of an allocation: name, members, factors, role, form, rank, out_features, in_features.
+        read_vectors: (file, k) -> the first k rows of what a :class:`drank.method.spectrum.Spectrum` has of the unit,
+            ``vectors`` and ``duals``, the latter only where they differ.
+        read_cut: (MLP, channels) -> ``alive``, the channels kept, and ``down``, the corrected matrix that reads them.
+        provenance: goes to config.json under ``quantization_config.provenance``.
+
+    With nothing to replace (the dense variant) the model is returned as it is, a plain one.
+
+    Raises:
+        UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
+    """
+    stored = [module for unit in units for module in _stored(model, unit, read_vectors, read_cut)]
+    if not stored:
+        return model
+    stored = fold_channel_order(model, stored)
+    specs = {module.name: module.spec for module in stored}
+    swap_modules(model, specs)
+    for module in stored:
+        target = model.get_submodule(module.name)
+        stored_in = target.state_dict()
+        for name, tensor in module.tensors.items():
+            stored_in[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
+    return attach(model, specs, dict(provenance))
+
+
+def _stored(
+    model: nn.Module,
+    unit: Mapping[str, Any],
+    read_vectors: Callable[[str, int], Tensors],
+    read_cut: Callable[[str, int], Tensors],
+) -> Iterator[Stored]:
+    members, form = unit["members"], unit["form"]
+    modules = [model.get_submodule(name) for name in members]
+    sizes = {"out_features": unit["out_features"] // len(members), "in_features": unit["in_features"]}
+    removed = _removed_channels(modules[0], unit, read_cut)
+    if form == "dense":
+        if removed:
+            yield Stored(members[0], {"form": form, **sizes}, removed)
+        return
+    weight = removed["weight"] if removed else torch.cat([_weight(module) for module in modules])
+    left, right = factors(weight, **read_vectors(unit["factors"], unit["rank"]))
+    spec = {"form": form, "rank": unit["rank"], **sizes}
+    bias = {key: tensor for key, tensor in removed.items() if key == "bias"}
+    if form == "factors":
+        for name, rows in zip(members, left.chunk(len(members)), strict=True):
+            shared = {"basis": members[0]} if len(members) > 1 else {}
+            yield Stored(name, spec | shared, {"weight": rows, "basis": right} | bias)
+        return
+    if not left.any():
+        left = torch.eye(*left.shape, dtype=left.dtype)  # a matrix of zeros: one row is as good as another
+    pivot = _safe(members[0], pivot_rows(left, right))
+    if len(members) == 1:
+        tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}
+        yield Stored(members[0], spec, tensors | bias)
+        return
+    for name, part in zip(members, split_group(pivot, [sizes["out_features"]] * len(members)), strict=True):
+        shared = {"basis": members[0], "first": part.first, "kept": sizes["out_features"] - len(part.coefficients)}
+        tensors = {"basis.weight": pivot.kept, "weight": part.coefficients, "places": places(part.order)}
+        yield Stored(name, spec | shared, tensors)
+
+
+def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[str, int], Tensors]) -> Tensors:
+    """Weight, and bias if any, of an MLP's matrix after the removal of channels; nothing where none was removed."""
+    weight = _weight(module)
+    if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
+        return {}
+    down = unit["role"] == "down"
+    cut = read_cut(unit["name"].rpartition(".")[0], unit["in_features" if down else "out_features"])
+    tensors = {"weight": cut["down"] if down else weight[cut["alive"]]}
+    if module.bias is not None and not down:
+        tensors["bias"] = module.bias[cut["alive"]]
+    return tensors
+
+
+def _weight(module: Any) -> Tensor:
+    """(out, in); transformers' Conv1D stores the transpose."""
+    return module.weight.T if is_conv1d(module) else module.weight
+
+
+def _safe(name: str, form: PivotForm) -> PivotForm:
+    if form.max_abs_coefficient > LARGEST_COEFFICIENT:
+        raise UnsafePivotError(
+            f"{name}: pivot coefficients reach {form.max_abs_coefficient:.3g}, above {LARGEST_COEFFICIENT:g}, and "
+            f"bfloat16 would lose the layer; use storage 'factors', or list it under covariance.ignore"
+        )
+    return form

@@ -1,0 +1,200 @@
+"""What travels with a compressed model: a model card, a provenance statement, and checksums of every file.
+
+Pure functions of what the pipeline knows. Nothing here says when, where or by whom a model was made, so a rebuilt
+folder is the same folder; the commit that made it is found from the folder's hash instead (``drank audit``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from drank import __version__
+
+STATEMENT = "provenance.json"
+CHECKSUMS = "SHA256SUMS"
+CARD = "README.md"
+BUILD_TYPE = "urn:drank:pipeline:1"
+
+Document = Mapping[str, Any]
+
+
+def statement(
+    subjects: Mapping[str, str],
+    parameters: Document,
+    dependencies: Sequence[Document],
+    results: Document,
+    computed_in: Mapping[str, str],
+) -> dict[str, Any]:
+    """An in-toto statement (v1) whose predicate is SLSA provenance (v1).
+
+    Args:
+        subjects: SHA-256 of every file of the folder but this statement and the checksums, by name.
+        parameters: everything of params.yaml that makes the variant; SLSA's ``externalParameters``.
+        dependencies: resource descriptors of what the model was made of; SLSA's ``resolvedDependencies``.
+        results: what evaluation measured, as the annotations of a by-product.
+        computed_in: the floating-point type that each kind of pass was computed in, such as {"covariance": "float32"};
+            SLSA's ``internalParameters``. ``parameters`` has what was asked, which may be left to the processor.
+
+    SLSA's optional invocation id and times are left out: the same inputs give the same bytes.
+    """
+    variant = parameters["variant"]["name"]
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subjects.items())],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": dict(parameters),
+                "internalParameters": {"computed_in": dict(computed_in)},
+                "resolvedDependencies": [dict(dependency) for dependency in dependencies],
+            },
+            "runDetails": {
+                "builder": {"id": BUILD_TYPE, "version": {"drank": __version__}},
+                "byproducts": [{"name": f"results/{variant}.json", "annotations": dict(results)}],
+            },
+        },
+    }
+
+
+def checksums(digests: Mapping[str, str]) -> str:
+    """The lines that ``sha256sum`` prints, sorted by name; ``sha256sum --check`` reads them."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def card(parameters: Document, allocation: Document, results: Document) -> str:
+    """A Hugging Face model card: metadata, method, size, results with their protocol, limits, and how to check it."""
+    variant = parameters["variant"]["name"]
+    source = parameters["model"]["source"]
+    base = source.removeprefix("hub:").partition("@")[0]
+    data = ModelCardData(
+        base_model=base if source.startswith("hub:") else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["drank", "compression", "low-rank", "svd"],
+        model_name=variant,
+        eval_results=[
+            EvalResult("text-generation", name, name, metric, value, metric_name=f"{metric}/{name}")
+            for metric, name, value in _figures(results)
+        ],
+    )
+    compressed = [unit for unit in allocation["units"] if unit["form"] != "dense"]
+    removed = sum(block["full_channels"] - block["channels"] for block in allocation["blocks"])
+    windows = results["protocol"]["test_windows"]
+    sampling = parameters["sampling"]
+    return CARD_TEMPLATE.format(
+        metadata=data.to_yaml(),
+        variant=variant,
+        base=base,
+        preset=allocation["preset"],
+        metric=parameters["spectrum"]["metric"],
+        units=parameters["spectrum"]["units"],
+        rule=allocation["allocation"],
+        storage=allocation["storage"],
+        n_compressed=len(compressed),
+        n_units=len(allocation["units"]),
+        removed=f", {removed} channels of MLPs removed" if removed else "",
+        kept=allocation["kept_ratio"],
+        asked=allocation["size_ratio"],
+        parameters=results["parameters"],
+        megabytes=results["bytes"] / 1e6,
+        rows="".join(_row(results, *figure) for figure in _figures(results)),
+        protocol=_protocol(results, windows),
+        calibration=(
+            f"{sampling['n_windows']} windows of {sampling['window_length']} tokens of `{sampling['calibration_text']}`"
+        ),
+        training=_training(parameters.get("healing")),
+        left=_left(allocation.get("left_dense", [])),
+        outside=", ".join(f"`{name}`" for name in windows if name != sampling["calibration_text"]) or "none",
+    )
+
+
+CARD_TEMPLATE = """---
+{metadata}
+---
+# {variant}
+
+`{base}`, compressed by truncated SVD with a rank chosen for every layer ([D-Rank](https://arxiv.org/abs/2509.25622)
+and what followed from it), {training}.
+
+| | |
+|---|---|
+| base model | `{base}` |
+| method | preset `{preset}`: metric {metric}, units {units}, allocation {rule}, storage {storage} |
+| compressed | {n_compressed} of {n_units} matrices{removed} |
+| kept of the compressed linears' parameters | {kept:.4f} ({asked} asked) |
+| parameters of the whole model | {parameters:,} |
+| weights on disk | {megabytes:.1f} MB |
+| calibrated on | {calibration} |
+
+ Use
+```python
+import drank  # registers the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+Without `import drank` loading stops with an error, but for the dense variant, which is a plain model.
+Weights are stored in bfloat16. On a processor without bfloat16 units add `dtype=torch.float32`: the same weights,
+several times faster.
+
+ Results
+| figure | value | standard error |
+|---|---|---|
+{rows}
+{protocol}
+{left}
+ Limits
+* Measured in the two ways above and in no other: not for other languages, longer contexts, instructions or safety.
+* Calibrated on one text; texts that were never calibrated on: {outside}.
+* Whatever holds of the base model's licence, biases and intended use holds here.
+* Smaller, not necessarily faster: no speed was measured for this card.
+
+ What made it
+`allocation.json` has the rank of every matrix, `provenance.json` is an in-toto statement (SLSA provenance) of the
+parameters and of what went in, and `sha256sum --check SHA256SUMS` compares the files. `drank audit FOLDER` verifies
+all of it, finds the commit whose `dvc.lock` made the folder, and says how to rebuild it.
+"""
+
+
+def _figures(results: Document) -> list[tuple[str, str, float]]:
+    """(metric, text or task, value) of what was measured: keys with a `/`, but for standard errors."""
+    split = [(*key.split("/", 1), value) for key, value in sorted(results.items()) if "/" in key]
+    return [(metric, name, float(value)) for metric, name, value in split if not metric.endswith("_stderr")]
+
+
+def _training(healing: Document | None) -> str:
+    if healing is None:
+        return "without training"
+    learned = {"text": "the next tokens", "distillation": "the base model's predictions"}[healing["objective"]]
+    windows = f"{healing['n_windows']} windows of {healing['window_length']} tokens of the calibration text"
+    return (
+        f"trained afterwards, from `{healing['variant']}` on, through adapters of rank {healing['rank']} that are "
+        f"merged, to give {learned} of {windows}, {healing['epochs']} times"
+    )
+
+
+def _left(rows: Sequence[Document]) -> str:
+    """What no rank was asked for; * stands for any number."""
+    if not rows:
+        return ""
+    lines = [f"| `{row['name']}` | {row['parameters']:,} | {row['reason']} |\n" for row in rows]
+    head = "\n Left as it is\nNot among the matrices above, for the reason given; `*` is any number.\n\n"
+    return f"{head}| parameters of | how many | why |\n|---|---|---|\n{''.join(lines)}"
+
+
+def _row(results: Document, metric: str, name: str, value: float) -> str:
+    error = results.get(f"{metric}_stderr/{name}")
+    return f"| {metric}/{name} | {value:.4f} | {'' if error is None else f'{error:.4f}'} |\n"
+
+
+def _protocol(results: Document, windows: Mapping[str, Sequence[int]]) -> str:
+    counts = ", ".join(f"{n} windows of {length} tokens of `{name}`" for name, (n, length) in windows.items())
+    tasks = ", ".join(f"`{task}`" for task in results["protocol"]["tasks"])
+    return (
+        f"Token perplexity: {counts}, held out, in {results['protocol']['dtype']}. Everything else: lm-eval, tasks "
+        f"{tasks}, context {results['protocol']['lm_eval_max_length']}; word perplexity and bits per byte by rolling "
+        f"windows."
+    )

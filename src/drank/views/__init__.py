@@ -1,0 +1,1 @@
+"""What people look at: pictures, the report's page, comparisons of two variants."""

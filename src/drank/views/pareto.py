@@ -1,0 +1,94 @@
+"""Quality against size: token perplexities of a table of variants over their bytes, and the Pareto frontier."""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from drank.views.pictures import FEW
+
+HIGHEST_RATIO = 32
+RATIOS = (1, 1.5, 2, 3, 5, 10, 20, 30)
+FINE_RATIOS = (1, 1.1, 1.2, 1.35, 1.5, 2, 3, 5)
+
+
+def perplexity_by_size(table: pd.DataFrame) -> Figure:
+    """Token perplexity over the dense model's against bytes on disk, a panel a text, with the Pareto frontier.
+
+    Plain perplexities where no dense variant was run. Beyond HIGHEST_RATIO nobody would use the model, and the scale
+    would hide the differences below: not drawn. Few variants are named, many have a legend of presets.
+    """
+    columns = perplexity_columns(table)
+    few, across = len(table) <= FEW, min(len(columns), 2)
+    down = math.ceil(len(columns) / across)
+    figure = Figure(figsize=(5 * across + (0.5 if few else 2.4), (3.8 if few else 4.6) * down), layout="constrained")
+    for index, column in enumerate(columns):
+        axes = figure.add_subplot(down, across, index + 1)
+        base = reference(table, column)
+        megabytes, ratios = table["bytes"] / 1e6, table[column] / (base or 1.0)
+        best = frontier(megabytes.tolist(), ratios.tolist())
+        axes.plot(megabytes.iloc[best], ratios.iloc[best], color="0.8", linewidth=7, alpha=0.7, zorder=1,
+                  solid_capstyle="round", label="Pareto frontier")  # fmt: skip
+        for number, (preset, rows) in enumerate(table.groupby("preset", sort=False)):
+            order = rows.sort_values("bytes").index
+            axes.plot(megabytes[order], ratios[order], color=colormaps["tab10"](number % 10), linewidth=1.2,
+                      marker="osD^vP"[number // 10 % 6], markersize=5, label=str(preset))  # fmt: skip
+        _ratio_axis(axes, ratios, relative=base is not None)
+        axes.set_title(column.removeprefix("token_perplexity/"), fontsize=10)
+        axes.set_xlabel("megabytes on disk")
+        if few:
+            _name_points(axes, table["variant"].tolist(), megabytes.tolist(), ratios.tolist())
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if few:
+        figure.axes[0].legend(handles[:1], labels[:1], fontsize=8, frameon=False)
+    else:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def frontier(sizes: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Indices of the points that none beats, by ascending size.
+
+    A point is beaten by one that is no larger in size and in value, and smaller in one of the two. Of equal points the
+    first is named; one without a value (NaN) is none.
+    """
+    best: list[int] = []
+    for index in sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: (sizes[i], values[i])):
+        if not best or values[index] < values[best[-1]]:
+            best.append(index)
+    return best
+
+
+def perplexity_columns(table: pd.DataFrame) -> list[str]:
+    """Columns of the token perplexities, one a text."""
+    return [column for column in table.columns if column.startswith("token_perplexity/")]
+
+
+def reference(table: pd.DataFrame, column: str) -> float | None:
+    """The dense model's figure; None where no dense variant was run."""
+    dense = table.loc[table["preset"] == "dense", column]
+    return float(dense.iloc[0]) if len(dense) else None
+
+
+def _ratio_axis(axes: Axes, ratios: pd.Series, relative: bool) -> None:
+    axes.set_yscale("log")
+    axes.grid(visible=True, linewidth=0.3)
+    axes.set_ylabel("token perplexity / dense" if relative else "token perplexity")
+    if relative:
+        lowest, highest = min(0.93, float(ratios.min()) * 0.95), min(float(ratios.max()) * 1.15, HIGHEST_RATIO)
+        axes.set_ylim(lowest, highest)
+        axes.set_yticks([tick for tick in (RATIOS if highest > 5 else FINE_RATIOS) if lowest < tick < highest])
+        axes.set_yticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _name_points(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
+    """Names above the points to the right, where falling curves leave room."""
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.2 * (right - left))
+    for name, a, b in zip(names, x, y, strict=True):
+        if b <= axes.get_ylim()[1]:
+            axes.annotate(name, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8)

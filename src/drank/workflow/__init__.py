@@ -1,1 +1,0 @@
-"""What drank knows of files: parameters, sources, atomic writes, MLflow. No numerics here."""
