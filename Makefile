@@ -15,7 +15,7 @@ run: $(VENV)/installed   the whole pipeline, then MLflow, then a table of varian
 	drank run
 
 test: check   linters, types, tests, which run in two processes of one thread each
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-ui: $(VENV)/installed   MLflow's pages and the report in the system's Chromium, which must be there
 	$(VENV)/bin/pip install --quiet --editable '.[ui]'

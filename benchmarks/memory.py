@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import print_table
-from drank.project.files import scratch_folder
+from drank.project.files import TensorFolder, scratch_folder
+from drank.project.progress import progress
 
 AXES = {"layers": (2, 4, 8, 16), "width": (128, 256, 512, 1024), "windows": (2, 4, 8, 16)}
 BASE = {"layers": 4, "width": 512, "windows": 4}
@@ -69,16 +70,22 @@ def peak(folder: str, n_windows: int, fisher: str, offload: bool) -> float:
 
 def peak_here(model: Path, n_windows: int, fisher: str, offload: bool) -> int:
     """KiB of this process, after the stage's work."""
-    from stages.covariance import collect
+    from transformers import AutoModelForCausalLM
 
+    from drank.model.offload import load_offloaded
     from drank.project.params import Covariance
     from drank.project.processes import Group
+    from drank.steps.covariance import collect
 
     torch.set_num_threads(1)
     params = Covariance(batch_windows=2, threads=1, fisher=fisher, targets=("re:.*",), offload=offload)  # type: ignore[arg-type]
     windows = torch.randint(1024, (n_windows, 256), generator=torch.Generator().manual_seed(0))
     with scratch_folder(model / "covariance") as folder, scratch_folder(model / "scratch") as scratch:
-        collect(model, windows, params, Group(), folder, scratch)
+        if offload:
+            loaded = load_offloaded(model, torch.float32, "cpu", params.targets, params.ignore, scratch / "weights")
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        collect(loaded, windows, params, Group(), TensorFolder(folder), TensorFolder(scratch), str, progress)
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 

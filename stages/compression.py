@@ -5,15 +5,7 @@ from typing import Any
 
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
-from drank.project.files import (
-    copy_files,
-    file_sha256,
-    read_json,
-    read_rows,
-    read_tensors,
-    replacing_folder,
-    weights_sha256,
-)
+from drank.project.files import TensorFolder, copy_files, file_sha256, read_json, replacing_folder, weights_sha256
 
 
 def main(variant: str, root: Path = Path()) -> None:
@@ -23,27 +15,29 @@ def main(variant: str, root: Path = Path()) -> None:
         if allocation["allocation"] == "dense":
             copy_files(base, folder)
         else:
-            save_compressed(root / f"data/spectrum/{allocation['spectrum']}", source, allocation, base, folder)
+            spectrum = TensorFolder(root / f"data/spectrum/{allocation['spectrum']}")
+            save_compressed(base, spectrum, allocation, file_sha256(source), folder)
         copy_files(source, folder / "allocation.json")
 
 
-def save_compressed(spectrum: Path, source: Path, allocation: dict[str, Any], base: Path, folder: Path) -> None:
-    import torch  # what the dense variant can do without takes seconds to import
+def save_compressed(base: Path, spectrum: TensorFolder, allocation: dict[str, Any], sha256: str, folder: Path) -> None:
+    import torch  # the dense variant does without, which saves seconds
     from transformers import AutoModelForCausalLM
 
     from drank.steps.compression import compress
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    weights = {file.name: file_sha256(file) for file in base.glob("*.safetensors")}
     provenance = {
         "variant": allocation["variant"],
-        "allocation_sha256": file_sha256(source),
-        "base_model_sha256": weights_sha256({file.name: file_sha256(file) for file in base.glob("*.safetensors")}),
+        "allocation_sha256": sha256,
+        "base_model_sha256": weights_sha256(weights),
     }
     compress(
         model,
         allocation["units"],
-        lambda file, rank: read_rows(spectrum / f"factors/{file}.safetensors", rank),
-        lambda mlp, channels: read_tensors(spectrum / f"cuts/{mlp}.{channels}.safetensors"),
+        lambda file, rank: spectrum.rows(f"factors/{file}", rank),
+        lambda mlp, channels: spectrum[f"cuts/{mlp}.{channels}"],
         provenance,
     )
     model.save_pretrained(folder)

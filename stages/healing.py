@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import drank.model.quantizer  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.model.lora import Healing, Plan, Step
 from drank.model.precision import compute_dtype, name_of
+from drank.model.text import draw_windows
 from drank.project.checkpoint import Checkpoint
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
@@ -29,7 +30,6 @@ from drank.project.files import (
 from drank.project.params import Healing as Asked
 from drank.project.params import read_params
 from drank.project.progress import progress
-from drank.steps.sampling import draw_windows
 
 STEPS_A_CHECKPOINT = 10
 

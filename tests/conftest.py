@@ -50,6 +50,20 @@ def pytest_configure(config):
     config.add_cleanup(cleanup.close)
 
 
+# Files that take long. Two of the first three need no ``reproduced`` project, which one process makes for both
+# meanwhile.
+LONG = (
+    "test_kill", "test_sources", "test_processes", "test_bench", "test_audit", "test_promote", "test_pages",
+    "test_two_at_once", "test_pipeline", "test_cli", "test_documents", "test_tracking", "test_determinism",
+    "test_precision", "test_recorded", "test_loading", "test_healing", "test_remote", "test_plan", "test_gpu",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is left with one when the others are done."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def run(root, *command, check=True, real=False, path=None):
     """A command in a project, with this Python's programs first and the project's own package.
 

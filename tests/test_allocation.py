@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError
-from drank.method.allocation.rules import Block, Menu, Unit, dense, effective_rank, least_loss, loss, uniform
+from drank.method.allocation.rules import dense, effective_rank, least_loss, uniform
+from drank.method.allocation.units import Block, Menu, Unit, loss
 
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "up_proj": "up"}
 

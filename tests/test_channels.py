@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drank.method.channels import remove_channels, row_grams
-from drank.method.spectrum import damped
+from drank.method.metrics import damped
 
 
 def problem(seed, n_out=5, n=8):

@@ -9,8 +9,9 @@ import torch
 import tests.tiny as tiny
 from drank.method.channels import remove_channels
 from drank.method.covariance import SecondMoment
+from drank.method.metrics import damped
 from drank.method.pivot import pivot_rows
-from drank.method.spectrum import damped, factors, whitened_spectrum
+from drank.method.spectrum import factors, whitened_spectrum
 from drank.model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
 from drank.project.processes import ProcessError, process_group
 

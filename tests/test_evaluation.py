@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drank.model.perplexity import NotFiniteLossError, token_perplexity
-from drank.project.files import write_json, write_tensors
+from drank.project.files import JsonLinesFolder, write_json, write_tensors
 from drank.steps.evaluation import EvaluationError, count_parameters, run_tasks
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -72,10 +72,10 @@ class Unigram(torch.nn.Module):
         return type("Output", (), {"logits": self.logits.expand(*ids.shape, -1)})
 
 
-def write_tasks(folder: Path, **tasks: list[dict]) -> Path:
-    for name, items in tasks.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    return folder
+def write_tasks(folder: Path, **tasks: list[dict]) -> JsonLinesFolder:
+    written = JsonLinesFolder(folder)
+    written.update(tasks)
+    return written
 
 
 # --- token perplexity -----------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_a_model_that_knows_nothing_pays_the_same_for_every_letter_of_a_last_wor
 
 
 def test_no_tasks_give_no_figures(tmp_path, tokenizer):
-    assert run_tasks(tiny_llama(), tokenizer, tmp_path, [], 2) == {}
+    assert run_tasks(tiny_llama(), tokenizer, {}, [], 2) == {}
 
 
 def test_an_unknown_task_is_refused_with_the_names_that_are_known(tmp_path, tokenizer):

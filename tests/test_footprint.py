@@ -1,6 +1,5 @@
 """The worked table of memory, disk and time, against small models that run, and against what stages write."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -11,7 +10,8 @@ from benchmarks import gpu
 from benchmarks.covariance_overhead import collect
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stages import covariance, spectrum
+from stages import covariance
+from stages.spectrum import main as spectrum_stage
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +31,9 @@ from drank.model.linears import find_linears, shared_inputs
 from drank.model.offload import offloaded_sweeps
 from drank.planning import footprint
 from drank.planning.footprint import Setting, Shape, spectrum_flops
+from drank.project.files import TensorFolder
 from drank.project.params import Spectrum
+from drank.steps import spectrum
 from tests import tiny
 
 SHAPE = Shape("tiny", 2, 32, 64, 4, 2, 320)  # tests.tiny.llama
@@ -179,7 +181,6 @@ def calibrated(root, linears):
             x = torch.randn(2 * n, n)
             tensors = {"covariance": x.T @ x / n, "magnitude": torch.ones(n)}
             save_file(tensors, root / folder / f"{linear.name}.safetensors")
-    (root / "summary.json").write_text(json.dumps({"owners": {linear.name: linear.name for linear in linears}}))
     return root
 
 
@@ -191,10 +192,10 @@ def test_peak_of_spectra(shape, metric, tmp_path):
     units = "block" if metric == "kfac" else "matrix"
     asked = {"calibration_seed": 0, "metric": metric, "damping": 1e-4}
     asked = Spectrum(units=units, **asked | ({"cuts": Setting.cuts} if units == "block" else {}))
-    covariances, writer = calibrated(tmp_path, linears), spectrum.Writer(tmp_path)
+    covariances, writer = calibrated(tmp_path, linears), spectrum.Writer(TensorFolder(tmp_path))
 
     def metrics():  # anew each time: the latest metric of inputs is kept
-        return spectrum.Metrics(asked, covariances)
+        return spectrum.Metrics(asked, TensorFolder(covariances), {linear.name: linear.name for linear in linears})
 
     single = max(peak(lambda down=down: spectrum.unit((down,), metrics(), writer)) for down in linears[-3:])
     assert single == pytest.approx(footprint.spectrum_memory(shape, False)["unit"], rel=0.15)
@@ -221,7 +222,7 @@ def test_hidden_states_are_what_an_offloaded_run_stores(fisher):
 
         def __setitem__(self, name, tensor):
             super().__setitem__(name, tensor)
-            self.highest = max(self.highest, n_bytes(self.values()))
+            self.highest = max(self.highest, n_bytes(kept["states"] for kept in self.values()))
 
     model, store = llama(SHAPE), Store()
     batches = split_windows(windows(SETTING, SHAPE.vocabulary), SETTING.batch_windows)
@@ -241,7 +242,7 @@ def written(tmp_path_factory):
     save_file({"windows": windows(SETTING, 320)}, root / "data/sampling/calibration/0.safetensors")
     covariance.main("0", root)
     for key in ("input", "kfac"):
-        spectrum.main(key, root)
+        spectrum_stage(key, root)
     return root / "data"
 
 

@@ -119,7 +119,7 @@ def test_merged_units_hold_the_best_combination_at_any_price_of_a_parameter(unit
 
 def test_equal_weights_are_solved_without_a_search(monkeypatch):
     # Ranks of matrices of one shape: the last multiple within the budget is reached, and rounding down is optimal.
-    monkeypatch.setattr("drank.method.allocation.knapsack.milp", None)
+    monkeypatch.setattr("scipy.optimize.milp", None)
     rng = np.random.default_rng(0)
     units = [Options(np.arange(1, 300) * 1152, rng.uniform(1, 300) / np.arange(1, 300)) for _ in range(30)]
     budget = 2000 * 1152 + 700

@@ -198,11 +198,12 @@ def imported_by(path):
 
 
 def imports(path, seen=None):
-    """Files of the repository that a module imports, and what those import in turn."""
+    """Files of the layers that decide which a module imports, and what those import in turn."""
     seen = set() if seen is None else seen
     for file in imported_by(path) - seen:
-        seen.add(file)
-        imports(file, seen)
+        if layer(file) in DECIDING and file.name != "__init__.py":
+            seen.add(file)
+            imports(file, seen)
     return seen
 
 
@@ -211,15 +212,15 @@ FORMAT = {"src/drank/project/files.py": ["FORMAT"]}
 
 
 def layer(file):
-    return file.relative_to(REPOSITORY / "src/drank").parts[0]
+    package = REPOSITORY / "src/drank"
+    return file.relative_to(package).parts[0] if file.is_relative_to(package) else ""
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that_decide(name):
     stage = STAGES[name].get("do", STAGES[name])
     script = REPOSITORY / "stages" / f"{name.removeprefix('healed-')}.py"
-    imported = {file for file in imports(script) if file.is_relative_to(REPOSITORY / "src/drank")}
-    needed = {script, *(file for file in imported if layer(file) in DECIDING and file.name != "__init__.py")}
+    needed = {script, *imports(script)}
     if name == "raw":  # it decides how weights and texts are read
         needed.add(REPOSITORY / "src/drank/project/sources.py")
     declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
@@ -232,8 +233,8 @@ def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that
 LAYERS = {
     "method": {"method"},
     "model": {"model", "method"},
-    "project": {"project"},
-    "steps": {"method", "model"},
+    "project": {"project", "method"},  # params.yaml is checked against the tables of choices
+    "steps": {"method", "model", "project"},  # of the project its parameters and processes alone
     "views": {"views", "project"},
     "planning": {"planning", "project", "model", "steps", "method"},
     "tracking": {"tracking", "project", "views"},
@@ -247,9 +248,12 @@ def test_a_layer_imports_what_it_may_and_only_tracking_imports_mlflow(name):
     files = sorted((REPOSITORY / "src/drank" / name).rglob("*.py"))
     assert files
     for path in files:
-        found = {layer(file) for file in imported_by(path) if file.is_relative_to(REPOSITORY / "src/drank")}
-        assert found - {"__init__.py"} <= LAYERS[name], path
+        assert {layer(file) for file in imported_by(path)} - {"__init__.py", ""} <= LAYERS[name], path
         assert name == "tracking" or "import mlflow" not in path.read_text(), path
+        if name == "steps":
+            of_project = {file.stem for file in imported_by(path) if layer(file) == "project"}
+            assert of_project <= {"params", "processes", "__init__"}, path
+            assert not [file for file in imported_by(path) if layer(file) == "steps" and file.stem != "__init__"], path
 
 
 @pytest.mark.parametrize("name", [*DECIDING, "method/allocation"])

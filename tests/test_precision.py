@@ -20,9 +20,8 @@ from drank.audit.folder import Folder
 from drank.audit.rebuilt import check_rebuilt
 from drank.cli import bench
 from drank.model import precision
-from drank.model.precision import compute_dtype, has_units, name_of
+from drank.model.precision import agreed_dtype, compute_dtype, has_units, name_of
 from drank.project.files import read_json
-from drank.project.processes import Group
 
 # An x86 processor without AVX-512, imitated for oneDNN, torch and MKL.
 AVX2 = {
@@ -114,11 +113,9 @@ def test_a_slow_type_is_allowed_with_a_warning(monkeypatch, caplog, asked):
     assert caplog.messages == []
 
 
-def test_processes_on_unlike_processors_compute_in_float32(monkeypatch):
-    monkeypatch.setattr(Group, "gather", lambda _self, mine: [mine, "float32"])
-    assert Group(0, 2).compute_dtype("bfloat16", "cpu") == torch.float32
-    monkeypatch.setattr(Group, "gather", lambda _self, mine: [mine, mine])
-    assert Group(0, 2).compute_dtype("bfloat16", "cpu") == torch.bfloat16
+def test_processes_on_unlike_processors_compute_in_float32():
+    assert agreed_dtype("bfloat16", "cpu", lambda mine: [mine, "float32"]) == torch.float32
+    assert agreed_dtype("float16", "cpu", lambda mine: [mine, mine]) == torch.float16
 
 
 def test_a_bench_times_the_type_of_the_device(monkeypatch):

@@ -73,7 +73,7 @@ def sections():
 def test_every_rule_between_keys_is_listed(section):
     validators = section.__pydantic_decorators__.model_validators.values()
     code = "".join(inspect.getsource(validator.func) for validator in validators)
-    assert len(rules(section)) == len(re.findall(r"raise ValueError\(|\b_known\(", code))
+    assert len(rules(section)) == len(re.findall(r"raise ValueError\(|\b_known\(|\b_check_read\(", code))
 
 
 def test_the_comments_of_params_yaml_know_every_answer_that_the_schema_knows():

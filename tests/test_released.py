@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from drank.method.allocation.d_rank_code import released
 from drank.method.allocation.knapsack import InfeasibleBudgetError
-from drank.method.allocation.rules import Menu, Unit, dense_choice, effective_rank, uniform
+from drank.method.allocation.rules import effective_rank, uniform
+from drank.method.allocation.units import Menu, Unit, dense_choice
 
 ROLES = {
     "q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output",

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stages.allocation import describe
 
-from drank.method.allocation.rules import Block, Menu, Unit, least_loss
+from drank.method.allocation.rules import least_loss
+from drank.method.allocation.units import Block, Menu, Unit
 from drank.project.files import read_json
 from drank.project.tolerance import DTYPE_TOLERANCE
+from drank.steps.allocation import describe
 from drank.views.page import Picture, lead, page, pictures, readable, summary
 from drank.views.pareto import frontier, perplexity_by_size
 from drank.views.pictures import (
@@ -200,8 +201,12 @@ def test_losses_sum_to_the_objective_of_the_allocation(seed, size_ratio, storage
         units.append(Block(f"l.{layer}.mlp", tuple(cuts)))
     allocation = least_loss(units, size_ratio, Menu(storage))
     matrices = allocation.matrices(units)
-    files = {(u.name, u.out_features, u.in_features): {"members": [u.name], "factors": u.name} for u in matrices}
-    described = {"variant": "v"} | describe(units, allocation, files)
+    rows = [
+        {"name": u.name, "out_features": u.out_features, "in_features": u.in_features, "members": [u.name],
+         "factors": u.name}
+        for u in matrices
+    ]  # fmt: skip
+    described = {"variant": "v"} | describe(units, allocation, {"units": rows, "blocks": []})
     spectrum = Spectrum("kfac", {u.name: u.energies for u in matrices}, {})
     assert losses(described, spectrum).sum().sum() == pytest.approx(allocation.objective)
     assert sum(original_parameters(described)) == allocation.targeted_parameters

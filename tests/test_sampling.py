@@ -11,7 +11,7 @@ from stages.sampling import main as stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from drank.steps.sampling import (
+from drank.model.text import (
     CONTEXT_WORDS,
     N_CHOICES,
     PASSAGE_WORDS,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from drank.method.allocation.asvd import rank_at, sensitivity, stable_rank_scores
 from drank.method.allocation.knapsack import InfeasibleBudgetError
-from drank.method.allocation.rules import Menu, Unit, summed
+from drank.method.allocation.units import Menu, Unit, summed
 
 RATIOS = (0.3, 0.5, 0.7, 0.9)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.method.covariance import NotFiniteError
-from drank.method.spectrum import Metric, damped, effective_rank, factors, root_of, square_root, whitened_spectrum
+from drank.method.metrics import damped
+from drank.method.spectrum import Metric, effective_rank, factors, root_of, square_root, whitened_spectrum
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 7), (7, 1), (1, 1)]
 

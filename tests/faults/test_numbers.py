@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from drank.method.covariance import NotFiniteError
 from drank.model.linears import UnreachedError
 from drank.model.perplexity import NotFiniteLossError
+from drank.model.text import SamplingError
 from drank.model.vocabulary import TokenError
 from drank.project.files import read_json
-from drank.steps.sampling import SamplingError
 
 LAST = "model.layers.1.mlp.down_proj"
 

@@ -97,13 +97,6 @@ class Metric:
         return root_of(self.covariance)
 
 
-def damped(covariance: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
-    """The covariance plus ``share`` of its mean diagonal on the diagonal: no direction is entirely free."""
-    lifted = covariance.clone()
-    lifted.diagonal().add_(share * covariance.diagonal().mean())
-    return lifted
-
-
 def whitened_spectrum(
     weight: Float[Tensor, "out in"],
     input_metric: Metric | Float[Tensor, "in in"] | None = None,

@@ -6,28 +6,24 @@ nothing here knows an architecture. Weights of blocks come and go with ``device_
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from drank.model.capture import Batch, run_decoder, run_from_embeddings, send_back
-from drank.model.linears import Linear
+from drank.model.linears import Linear, find_linears
 
 
 class OffloadError(ValueError):
     """The model cannot be run a block at a time; the message says why."""
 
 
-@runtime_checkable
-class Store(Protocol):
-    """Tensors by name, out of the way: files, or a dict."""
-
-    def __setitem__(self, name: str, tensor: Tensor, /) -> None: ...
-    def __getitem__(self, name: str, /) -> Tensor: ...
-    def __delitem__(self, name: str, /) -> None: ...
+Store = MutableMapping[str, Mapping[str, Tensor]]  # out of the way: a folder of files, or a dict
 
 
 class Sweep(NamedTuple):
@@ -65,6 +61,20 @@ def disk_map(model: nn.Module, blocks: str, device: str = "cpu") -> dict[str, st
     return placed
 
 
+def load_offloaded(
+    folder: Path, dtype: torch.dtype, device: str, targets: Sequence[str], ignore: Sequence[str], weights: Path
+) -> Any:
+    """The model of a folder with its decoder blocks on the disk, in ``weights``, and the rest on the device.
+
+    Raises:
+        OffloadError: see :func:`find_blocks`.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    places = disk_map(skeleton, find_blocks(skeleton, find_linears(skeleton, targets, ignore)), device)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=places, offload_folder=weights).eval()
+
+
 def offloaded_sweeps(
     model: nn.Module, blocks: str, batches: Sequence[Batch], fisher: str, seed: int, store: Store
 ) -> Iterator[Sweep]:
@@ -85,7 +95,8 @@ def offloaded_sweeps(
         for batch in batches:
             before = f"{i - 1}-{batch.first}"
             with torch.no_grad():
-                store[f"{i}-{batch.first}"] = stack.run(i, batch, store[before].to(batch.ids.device) if i else None)
+                hidden = stack.run(i, batch, store[before]["states"].to(batch.ids.device) if i else None)
+            store[f"{i}-{batch.first}"] = {"states": hidden}
             if i and (fisher == "none" or not batch.backward):
                 del store[before]
             yield len(batch.ids)
@@ -93,16 +104,16 @@ def offloaded_sweeps(
     def backward(i: int) -> Iterator[int]:
         for batch in (batch for batch in batches if batch.backward):
             before, gradient = f"{i - 1}-{batch.first}", f"gradient-{batch.first}"
-            entering = store[before].to(batch.ids.device).requires_grad_(True) if i else None
+            entering = store[before]["states"].to(batch.ids.device).requires_grad_(True) if i else None
             with torch.enable_grad():
                 output = stack.run(i, batch, entering)
             if i == n_blocks:
                 send_back(output, batch, fisher, seed)
             else:
-                output.backward(store[gradient].to(output.device))
+                output.backward(store[gradient]["states"].to(output.device))
             if entering is not None:
                 assert entering.grad is not None
-                store[gradient] = entering.grad
+                store[gradient] = {"states": entering.grad}
                 del store[before]
             yield len(batch.ids)
 

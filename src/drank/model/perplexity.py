@@ -1,7 +1,7 @@
 """Token perplexity as the literature defines it, of a loaded model, which is left as it was."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +36,44 @@ def token_perplexity(
     Raises:
         NotFiniteLossError: a window's loss is not finite; the message names the first such window.
     """
+    nats = window_nats(model, windows, batch_windows, progress)
+    if last is not None:
+        nats += window_nats(model, last[None], 1)
+    return perplexity(nats, windows.shape[1], None if last is None else len(last)), nats
+
+
+def window_nats(
+    model: nn.Module,
+    windows: Int64[Tensor, "n_windows window_length"],
+    batch_windows: int,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> list[float]:
+    """Nats of all tokens of each window but its first; see :func:`token_perplexity`.
+
+    Raises:
+        NotFiniteLossError: a window's loss is not finite; the message names the first such window.
+    """
     nats: list[float] = []
-    n_windows, n_predicted = len(windows) + (last is not None), windows.shape[1] - 1
     with torch.inference_mode():
         for batch in progress(windows.split(batch_windows)):
             logits = model(batch.to(_device(model)), use_cache=False).logits
             # One window at a time: in float32, a batch of logits over a large vocabulary takes gigabytes.
             for window, scores in zip(batch, logits, strict=True):
                 nats.append(_window_nats(scores, window, len(nats)))
-        mean = sum(nats) / (n_windows * n_predicted)
-        if last is not None:
-            scores = model(last[None].to(_device(model)), use_cache=False).logits[0]
-            nats.append(_window_nats(scores, last, len(nats)))
-            mean += nats[-1] / (n_windows * (len(last) - 1))
-    return _exp(mean), nats
+    return nats
+
+
+def perplexity(nats: Sequence[float], window_length: int, last_length: int | None = None) -> float:
+    """Token perplexity from the nats of each window; with ``last_length``, the last of them are of a shorter window.
+
+    Raises:
+        NotFiniteLossError: beyond float64.
+    """
+    full = nats if last_length is None else nats[:-1]
+    mean = sum(full) / (len(nats) * (window_length - 1))
+    if last_length is not None:
+        mean += nats[-1] / (len(nats) * (last_length - 1))
+    return _exp(mean)
 
 
 def _window_nats(scores: Tensor, window: Tensor, index: int) -> float:

@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
+from drank.model.text import N_CHOICES, ROLLING_CHARACTERS
 from drank.planning import footprint
 from drank.planning.footprint import EIGH, Setting, Shape
 from drank.planning.machine import Speed, measure
 from drank.project.params import Params, Spectrum, read_params
-from drank.steps.sampling import N_CHOICES, ROLLING_CHARACTERS
 
 # Shares of the speed of square products that products within stages reach. A covariance pass in bfloat16 had 369 of 867
 # GFLOP/s (docs/performance.md); forward passes in float32 had 177 of 210 on one processor and 145 of 310 on another.

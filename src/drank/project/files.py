@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +150,70 @@ def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
         if held < n_rows:
             raise FileError(f"{path}: holds {held} rows, {n_rows} were asked; does it belong to this allocation?")
         return {name: part[:n_rows] for name, part in slices.items()}
+
+
+class TensorFolder(MutableMapping[str, Mapping[str, "Tensor"]]):
+    """A folder of safetensors files as a mapping: ``folder[name]`` has the tensors of ``<name>.safetensors``.
+
+    Raises:
+        FileError: as ``read_tensors`` and ``write_tensors``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, name: str) -> dict[str, "Tensor"]:
+        return read_tensors(self._file(name))
+
+    def __setitem__(self, name: str, tensors: Mapping[str, "Tensor"]) -> None:
+        write_tensors(self._file(name), tensors)
+
+    def __delitem__(self, name: str) -> None:
+        self._file(name).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        files = sorted(self.path.rglob("*.safetensors"))
+        return iter([file.relative_to(self.path).as_posix().removesuffix(".safetensors") for file in files])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def rows(self, name: str, n_rows: int) -> dict[str, "Tensor"]:
+        """The first rows of every tensor of ``name``, as ``read_rows``."""
+        return read_rows(self._file(name), n_rows)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+
+class JsonLinesFolder(MutableMapping[str, list[Any]]):
+    """A folder of JSON lines as a mapping: ``folder[name]`` has the values of ``<name>.jsonl``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, name: str) -> list[Any]:
+        with self._file(name).open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def __setitem__(self, name: str, values: Iterable[Any]) -> None:
+        lines = (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n" for value in values)
+        write_text(self._file(name), "".join(lines))
+
+    def __delitem__(self, name: str) -> None:
+        self._file(name).unlink()
+
+    def __contains__(self, name: object) -> bool:
+        return self._file(str(name)).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(file.stem for file in self.path.glob("*.jsonl")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.jsonl"
 
 
 def check_plain(folder: Path) -> None:

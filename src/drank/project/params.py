@@ -4,12 +4,16 @@ Every knob is described in params.yaml itself; this module holds the types and t
 and passes plain arguments on: no object of this module reaches a numerical function.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from drank.method.allocation.choices import RULES
+from drank.method.allocation.units import PRICES, Menu
+from drank.method.metrics import METRICS, UNITS
 from drank.project import plain_yaml as strict_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -19,6 +23,16 @@ Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Device = Literal["cpu", "cuda"]
 Kind = TypeVar("Kind", bound=BaseModel)
+if TYPE_CHECKING:
+    MetricName = str
+    UnitsName = str
+    RuleName = str
+    StorageName = str
+else:  # rows of the tables of choices
+    MetricName, UnitsName = Literal[tuple(METRICS)], Literal[tuple(UNITS)]
+    RuleName, StorageName = Literal[tuple(RULES)], Literal[tuple(PRICES)]
+SPECTRUM_TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "units": UNITS}  # by the key that chooses
+PRESET_TABLES: dict[str, Mapping[str, Any]] = {"allocation": RULES}
 
 
 class ParamsError(ValueError):
@@ -27,6 +41,37 @@ class ParamsError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+def _check_read(section: Section, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a parameter that none of the section's choices reads, and the lack of one that a choice needs.
+
+    Args:
+        tables: by the key that chooses, its rows with ``accepts`` and ``needs``.
+
+    Raises:
+        ValueError: the message names the parameter, its value, the choice, and the choices that read it.
+    """
+    given = {name for name, knob in type(section).model_fields.items() if getattr(section, name) != knob.default}
+    for kind, table in tables.items():
+        chosen = getattr(section, kind)
+        if missing := sorted(set(table[chosen].needs) - given):
+            raise ValueError(f"{kind} '{chosen}' needs {missing[0]}, which is {getattr(section, missing[0])!r}")
+    for name in sorted(given):
+        readers = readers_of(name, tables)
+        if readers and not any(getattr(section, kind) == row for kind, row in readers):
+            value = getattr(section, name)
+            chosen = " and ".join(f"{kind} '{getattr(section, kind)}'" for kind in dict(readers))
+            others = ", ".join(f"{kind} '{row}'" for kind, row in readers)
+            raise ValueError(
+                f"{name} = {list(value) if isinstance(value, tuple) else value} with {chosen}, which ignores it: it "
+                f"goes with {others}"
+            )
+
+
+def readers_of(name: str, tables: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The choices that read a parameter: the key that chooses, and the row."""
+    return [(kind, row) for kind, table in tables.items() for row, choice in table.items() if name in choice.accepts]
 
 
 class ModelSource(Section):
@@ -139,11 +184,11 @@ class Compute(Section):
 class Spectrum(Section):
     calibration_seed: Seed
     """The draw of calibration windows whose covariances are used, one of `sampling.calibration_seeds`."""
-    metric: Literal["none", "diagonal", "input", "kfac"]
+    metric: MetricName
     """What error is measured in. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
     `alpha` (ASVD); `input`: weighted by the covariance of the layer's inputs (SVD-LLM, D-Rank); `kfac`: by inputs
     and output gradients, in nats of the loss."""
-    units: Literal["matrix", "group", "block"]
+    units: UnitsName
     """What is factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
     `block`: matrices, and an MLP may also lose whole channels."""
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
@@ -170,28 +215,12 @@ class Spectrum(Section):
     def _belongs(self) -> "Spectrum":
         """Rules:
 
-        * `alpha` is needed by metric `diagonal`, and no other takes it.
-        * `layers` of 2 or more are needed by units `group`, and no other takes them.
-        * `cuts` are needed by units `block`, and no other takes them.
+        * A parameter that neither the metric nor the units read is refused, and so is the lack of one that they need.
         * `cuts` begin with 0.0 and rise.
         * `sensitivity_windows` and `sensitivity_ratios` are given together or not at all.
-        * `sensitivity_windows` go with units `matrix`: only single matrices are measured.
         * Units `block` go with metric `kfac`: channels and ranks compete in nats, which no other metric has.
-        * `gradient_damping` goes with metric `kfac`.
         """
-        if (self.alpha is not None) != (self.metric == "diagonal"):
-            raise ValueError(
-                f"alpha = {self.alpha} with metric '{self.metric}': metric 'diagonal' needs it, no other takes it"
-            )
-        if (self.layers > 1) != (self.units == "group"):
-            raise ValueError(
-                f"layers = {self.layers} with units '{self.units}': units 'group' needs 2 or more, no other takes it"
-            )
-        if bool(self.cuts) != (self.units == "block"):
-            raise ValueError(
-                f"cuts = {list(self.cuts)} with units '{self.units}': units 'block' needs shares of channels to "
-                f"remove, such as [0.0, 0.25, 0.5]; no other takes them"
-            )
+        _check_read(self, SPECTRUM_TABLES)
         if self.cuts and (self.cuts[0] != 0 or list(self.cuts) != sorted(set(self.cuts))):
             raise ValueError(f"cuts = {list(self.cuts)} must begin with 0.0 and rise")
         if bool(self.sensitivity_windows) != bool(self.sensitivity_ratios):
@@ -199,28 +228,27 @@ class Spectrum(Section):
                 f"sensitivity_windows = {self.sensitivity_windows} with sensitivity_ratios = "
                 f"{list(self.sensitivity_ratios)}: measuring perplexities needs both, windows to read and ratios to try"
             )
-        if self.sensitivity_windows and self.units != "matrix":
-            raise ValueError(f"sensitivity_windows with units '{self.units}': only single matrices are measured")
-        if self.units == "block" and self.metric != "kfac":
+        if UNITS[self.units].loses_channels and METRICS[self.metric].gradients is None:
             raise ValueError(
                 f"units 'block' with metric '{self.metric}': channels and ranks compete in nats, which only 'kfac' has"
             )
-        if self.gradient_damping is not None and self.metric != "kfac":
-            raise ValueError(
-                f"gradient_damping = {self.gradient_damping} with metric '{self.metric}': only 'kfac' has gradients"
-            )
         return self
+
+    @property
+    def gradients_damped_by(self) -> float:
+        """The share of the mean diagonal that is added to the covariance of gradients."""
+        return self.damping if self.gradient_damping is None else self.gradient_damping
 
 
 class Preset(Section):
     spectrum: Name
     """Name of the factors to slice, one of section `spectrum`; with it come metric and units."""
-    allocation: Literal["dense", "uniform", "effective_rank", "released", "sensitivity", "least_loss"]
+    allocation: RuleName
     """The rule of the ranks. `dense`: nothing is compressed; `uniform`: the same share everywhere; `effective_rank`:
     D-Rank, Eq. 7, type by type; `released`: as D-Rank's code has it, with its fall-back; `sensitivity`: ASVD's
     search; `least_loss`: one budget for the whole model, least total loss in the metric, which is meaningful with
     `kfac`."""
-    storage: Literal["factors", "pivot"]
+    storage: StorageName
     """`factors`: two matrices, k (out + in) parameters; `pivot`: k rows kept and the rest as their combinations, k (out
     + in - k) parameters."""
     beta: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -237,29 +265,31 @@ class Preset(Section):
     """Ranks are multiples of it; 32 is what kernels like."""
 
     @model_validator(mode="after")
-    def _beta_belongs_to_effective_rank(self) -> "Preset":
+    def _belongs(self) -> "Preset":
         """Rules:
 
-        * `beta` belongs to allocations `effective_rank` and `released` only.
-        * `scores` are needed by allocation `sensitivity`, and no other takes them.
+        * A parameter that the allocation does not read is refused, and so is the lack of one that it needs.
+        * Allocation `released` goes with storage `factors`, which is what that code prices.
         * Scores `perplexity` go with storage `factors`, at whose ranks they are measured.
         * `floor` is below `cap`.
         """
-        if self.beta is not None and self.allocation not in ("effective_rank", "released"):
+        _check_read(self, PRESET_TABLES)
+        rule = RULES[self.allocation]
+        if self.storage not in rule.storages:
             raise ValueError(
-                f"beta = {self.beta} means something to allocation 'effective_rank' and 'released' only, "
-                f"not to '{self.allocation}'"
-            )
-        if (self.scores is not None) != (self.allocation == "sensitivity"):
-            raise ValueError(
-                f"scores = {self.scores} with allocation '{self.allocation}': 'sensitivity' needs 'stable_rank' or "
-                f"'perplexity', no other takes it"
+                f"storage = '{self.storage}' with allocation '{self.allocation}', which prices "
+                f"{' and '.join(repr(name) for name in rule.storages)} only"
             )
         if self.scores == "perplexity" and self.storage != "factors":
             raise ValueError(f"storage = '{self.storage}': perplexities are measured at the ranks of storage 'factors'")
         if self.floor >= self.cap:
             raise ValueError(f"floor = {self.floor} leaves no rank below cap = {self.cap}")
         return self
+
+    @property
+    def menu(self) -> Menu:
+        """The ranks on offer."""
+        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of)
 
 
 class Variant(Section):
@@ -331,7 +361,7 @@ class Params(Section):
     """Sets of cached factors by name, each of which any number of variants slices."""
     presets: dict[Name, Preset]
     """Methods by name: metric and units (of a spectrum), allocation, storage."""
-    variants: dict[Name, Variant]
+    variants: Annotated[dict[Name, Variant], Field(min_length=1)]
     """What is built and compared, by name."""
     healing: dict[Name, Healing] = {}
     """Variants that are trained a while after compression, by name, which are built and compared beside the others."""
@@ -363,11 +393,11 @@ class Params(Section):
                 f"sampling.held_out_share = {self.sampling.held_out_share} leaves nothing to test on: "
                 f"'{self.sampling.calibration_text}' is the only text; add a test text, or hold out a share"
             )
-        needy = [name for name, spectrum in self.spectrum.items() if spectrum.metric == "kfac"]
+        needy = [name for name, spectrum in self.spectrum.items() if METRICS[spectrum.metric].gradients]
         if needy and self.covariance.fisher == "none":
             raise ValueError(
-                f"spectrum.{needy[0]}.metric = 'kfac' needs output gradients, but covariance.fisher = 'none': "
-                f"write 'fisher: empirical' or 'fisher: sampled'"
+                f"spectrum.{needy[0]}.metric = '{self.spectrum[needy[0]].metric}' needs output gradients, but "
+                f"covariance.fisher = 'none': write 'fisher: empirical' or 'fisher: sampled'"
             )
         backward = self.covariance.fisher_windows
         if backward is not None and self.covariance.fisher == "none":
@@ -384,7 +414,7 @@ class Params(Section):
                 )
         for name, preset in self.presets.items():
             used = self.spectrum.get(preset.spectrum)
-            if used and used.units == "block" and preset.allocation != "least_loss":
+            if used and UNITS[used.units].loses_channels and not RULES[preset.allocation].blocks:
                 raise ValueError(
                     f"presets.{name}.allocation = '{preset.allocation}' knows no blocks, but spectrum "
                     f"'{preset.spectrum}' has them: use 'least_loss', or a spectrum of matrices"

@@ -44,6 +44,11 @@ class Group:
     size: int = 1
 
     @property
+    def is_first(self) -> bool:
+        """True in the process that speaks and writes for all."""
+        return self.rank == 0
+
+    @property
     def share(self) -> slice:
         """Of a list that all processes have, the part that is this one's."""
         return slice(self.rank, None, self.size)

@@ -12,9 +12,19 @@ from typing import Any, get_args
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from drank.project.params import Name, Params, Section, Sha256, SourceName
+from drank.project.params import (
+    PRESET_TABLES,
+    SPECTRUM_TABLES,
+    Name,
+    Params,
+    Section,
+    Sha256,
+    SourceName,
+    readers_of,
+)
 
 Schema = Mapping[str, Any]
+TABLES: dict[str, Mapping[str, Mapping[str, Any]]] = {"spectrum": SPECTRUM_TABLES, "presets": PRESET_TABLES}
 PATTERNS = {
     get_args(kind)[1].pattern: words
     for kind, words in ((Name, "name"), (Sha256, "64 hexadecimal digits"), (SourceName, "source"))
@@ -87,11 +97,17 @@ def _sections() -> Iterator[str]:
                 f"`{name}`",
                 _values(entry),
                 "" if required else _default(entry),
-                _description(f"{key}.{name}", entry),
+                _description(f"{key}.{name}", entry) + _read_by(key, name),
             )
             yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
         yield ""
         yield from _bullets(next(cls for cls in Section.__subclasses__() if cls.__name__ == section))
+
+
+def _read_by(section: str, name: str) -> str:
+    """The choices that read a parameter, where only some do."""
+    readers = [f"{kind} `{row}`" for kind, row in readers_of(name, TABLES.get(section, {}))]
+    return f" Read by {', '.join(readers)}." if readers else ""
 
 
 def _definition(described: Schema) -> str:

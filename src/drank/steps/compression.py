@@ -1,6 +1,6 @@
 """Put the ranks of an allocation into a model. Knows tensors and modules; files and folders belong to the stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,22 +77,35 @@ def _stored(
     left, right = factors(weight, **read_vectors(unit["factors"], unit["rank"]))
     spec = {"form": form, "rank": unit["rank"], **sizes}
     bias = {key: tensor for key, tensor in removed.items() if key == "bias"}
-    if form == "factors":
-        for name, rows in zip(members, left.chunk(len(members)), strict=True):
-            shared = {"basis": members[0]} if len(members) > 1 else {}
-            yield Stored(name, spec | shared, {"weight": rows, "basis": right} | bias)
-        return
+    for name, (shared, tensors) in zip(members, LAYOUTS[form](left, right, members), strict=True):
+        yield Stored(name, spec | shared, tensors | bias)
+
+
+Laid = Iterator[tuple[dict[str, Any], Tensors]]  # of each member: what its spec says beside sizes, and its tensors
+
+
+def _factors(left: Tensor, right: Tensor, members: Sequence[str]) -> Laid:
+    """weight (out, k) and basis (k, in), which the members of a group share."""
+    for rows in left.chunk(len(members)):
+        yield {"basis": members[0]} if len(members) > 1 else {}, {"weight": rows, "basis": right}
+
+
+def _pivot(left: Tensor, right: Tensor, members: Sequence[str]) -> Laid:
+    """k rows kept, coefficients (out - k, k) of the others, and the places of all; see ``method.pivot``."""
     if not left.any():
         left = torch.eye(*left.shape, dtype=left.dtype)  # a matrix of zeros: one row is as good as another
     pivot = _safe(members[0], pivot_rows(left, right))
     if len(members) == 1:
-        tensors = {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}
-        yield Stored(members[0], spec, tensors | bias)
+        yield {}, {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}
         return
-    for name, part in zip(members, split_group(pivot, [sizes["out_features"]] * len(members)), strict=True):
-        shared = {"basis": members[0], "first": part.first, "kept": sizes["out_features"] - len(part.coefficients)}
-        tensors = {"basis.weight": pivot.kept, "weight": part.coefficients, "places": places(part.order)}
-        yield Stored(name, spec | shared, tensors)
+    out = len(left) // len(members)
+    for part in split_group(pivot, [out] * len(members)):
+        shared = {"basis": members[0], "first": part.first, "kept": out - len(part.coefficients)}
+        yield shared, {"basis.weight": pivot.kept, "weight": part.coefficients, "places": places(part.order)}
+
+
+# By the names of allocation.units.PRICES.
+LAYOUTS: dict[str, Callable[[Tensor, Tensor, Sequence[str]], Laid]] = {"factors": _factors, "pivot": _pivot}
 
 
 def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[str, int], Tensors]) -> Tensors:

@@ -3,16 +3,20 @@
 Takes a loaded model; knows nothing of how it was compressed. Every function leaves the model as it was.
 """
 
-import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
+
+from drank.model.perplexity import perplexity, window_nats
+from drank.model.vocabulary import check_ids
+from drank.project.params import Evaluation
+from drank.project.processes import Group
 
 MAX_LENGTH = 2048  # tokens lm-eval shows the model at once, fewer if the model has fewer positions
 FEWSHOT_SEED = 1234  # lm-eval's own, of tasks that show examples
@@ -58,18 +62,69 @@ def count_parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
 
 
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tests: Mapping[str, Tensor],
+    last: Mapping[str, Tensor],
+    items: Mapping[str, Sequence[Mapping[str, Any]]],
+    asked: Evaluation,
+    group: Group,
+    progress: Callable[..., Any],
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """All figures by name, and the nats of every test window by text.
+
+    Processes share out windows, and the items of tasks; lm-eval's figures are those of the first process.
+
+    Args:
+        tests: (n, length) windows by text; ``last`` has the shorter window at the end of a text, if that counts.
+        items: those of the tasks that sampling wrote.
+
+    Raises:
+        NotFiniteLossError: a window's loss is not finite.
+        EvaluationError: see :func:`run_tasks`.
+    """
+    figures: dict[str, float] = {}
+    nats: dict[str, list[float]] = {}
+    for name, windows in sorted(tests.items()):
+        check_ids(model, windows, f"data/sampling/test.safetensors, {name}")
+        bar = partial(progress, desc=name, unit="batches")
+        mine = windows[group.share]
+        parts = group.gather(window_nats(model, mine, asked.batch_windows, bar) if len(mine) else [])
+        nats[name] = [parts[i % group.size][i // group.size] for i in range(len(windows))]
+        if name in last:
+            nats[name] += window_nats(model, last[name][None], 1)
+        ends = len(last[name]) if name in last else None
+        figures[f"token_perplexity/{name}"] = perplexity(nats[name], windows.shape[1], ends)
+    bar = partial(progress, desc="lm-eval", unit="requests")
+    return figures | run_tasks(model, tokenizer, items, asked.tasks, asked.batch_windows, bar), nats
+
+
+def protocol(
+    tests: Mapping[str, Tensor], last: Mapping[str, Tensor], tasks: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """How figures were measured, for whoever compares them."""
+    found: dict[str, Any] = {
+        "dtype": dtype,
+        "lm_eval_max_length": MAX_LENGTH,
+        "tasks": list(tasks),
+        "test_windows": {name: list(windows.shape) for name, windows in tests.items()},
+    }
+    return found | ({"last_windows": {name: len(window) for name, window in last.items()}} if last else {})
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
-    tasks_folder: Path,
+    items: Mapping[str, Sequence[Mapping[str, Any]]],
     tasks: Sequence[str],
     batch_size: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
     """lm-eval's figures by flat name: ``acc/last_word``, ``bits_per_byte/news``, ``acc_stderr/last_word``...
 
-    A task whose items are in ``tasks_folder`` (``<task>.jsonl``) is ours and needs no network; any other name
-    is one of lm-eval's own. The suffix ``_rolling`` is dropped, so that a text has one name in all its figures.
+    A task that is in ``items`` is ours and needs no network; any other name is one of lm-eval's own. The suffix
+    ``_rolling`` is dropped, so that a text has one name in all its figures.
     An accuracy p of n items has the standard error sqrt(p (1 - p) / n). In a group of torch.distributed, each process
     takes its share of the items, and all figures are process 0's; the others get none.
 
@@ -86,9 +141,9 @@ def run_tasks(
 
     if not tasks:
         return {}
-    ours = {task for task in tasks if (tasks_folder / f"{task}.jsonl").is_file()}
-    manager = TaskManager(include_defaults=not ours.issuperset(tasks))
-    _check_known(set(tasks) - ours, manager.all_tasks, tasks_folder)
+    ours = {task: items[task] for task in tasks if task in items}
+    manager = TaskManager(include_defaults=not set(ours).issuperset(tasks))
+    _check_known(set(tasks) - set(ours), manager.all_tasks, items)
     # With its logits cache, windows of a repetitive text can be given each other's logits within a batch.
     lm = _counting(progress)(
         pretrained=model,
@@ -98,11 +153,11 @@ def run_tasks(
         logits_cache=False,
     )
     if distributed.is_initialized():
-        _check_enough_items(ours, tasks_folder, distributed.get_world_size())
+        _check_enough_items(ours, distributed.get_world_size())
         # HFLM takes its share of the requests only of models that it loads by itself.
         lm._rank, lm._world_size = distributed.get_rank(), distributed.get_world_size()
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
-    loaded = manager.load([_task(tasks_folder, task) if task in ours else task for task in tasks])
+    loaded = manager.load([_task(task, ours[task]) if task in ours else task for task in tasks])
     for task in loaded["tasks"].values():  # as simple_evaluate does, which also asks pip for every package installed
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -144,32 +199,30 @@ def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
     return Counting
 
 
-def _check_known(names: set[str], known: Iterable[str], tasks_folder: Path) -> None:
+def _check_known(names: set[str], known: Iterable[str], ours: Iterable[str]) -> None:
     if unknown := sorted(names.difference(known)):
-        ours = sorted(path.stem for path in tasks_folder.glob("*.jsonl"))
         raise EvaluationError(
-            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one of those in "
-            f"{tasks_folder} ({', '.join(ours) or 'there are none'})"
+            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one that sampling wrote "
+            f"({', '.join(sorted(ours)) or 'there are none'})"
         )
 
 
-def _check_enough_items(ours: set[str], tasks_folder: Path, n_processes: int) -> None:
-    for task in sorted(ours):
-        n_items = len((tasks_folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines())
-        if n_items < n_processes:
+def _check_enough_items(ours: Mapping[str, Sequence[Any]], n_processes: int) -> None:
+    for task, items in sorted(ours.items()):
+        if len(items) < n_processes:
             raise EvaluationError(
-                f"evaluation.processes = {n_processes}, but task {task} has {n_items} items, and each process needs one"
+                f"evaluation.processes = {n_processes}, but task {task} has {len(items)} items, and each process needs "
+                f"one"
             )
 
 
-def _task(tasks_folder: Path, name: str) -> dict[str, Any]:
+def _task(name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """lm-eval's description of one of our tasks; its items come from memory, so no path is in it."""
     from datasets import Dataset
 
-    with (tasks_folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
-        items = Dataset.from_list([json.loads(line) for line in lines])
+    rows = Dataset.from_list([dict(item) for item in items])
     kind = {"last_word": LAST_WORD, "next_sentence": NEXT_SENTENCE}.get(name, ROLLING)
-    return {"task": name, "test_split": "test", "custom_dataset": lambda **_: {"test": items}, **kind}
+    return {"task": name, "test_split": "test", "custom_dataset": lambda **_: {"test": rows}, **kind}
 
 
 def _flat(results: dict[str, dict], counts: dict[str, dict]) -> dict[str, float]:
@@ -184,7 +237,8 @@ def _flat(results: dict[str, dict], counts: dict[str, dict]) -> dict[str, float]
                 raise EvaluationError(f"{task}: {metric} is {value}; look at token perplexity first")
             label = metric if kind == "none" else f"{metric},{kind}"
             figures[f"{label}/{name}"] = float(value)
-            if metric.startswith("acc") and not metric.endswith("_stderr"):
+            # A group of tasks, such as mmlu, has an accuracy and no items of its own.
+            if task in counts and metric.startswith("acc") and not metric.endswith("_stderr"):
                 n_items = counts[task]["effective"]
                 figures[f"{label}_stderr/{name}"] = math.sqrt(value * (1 - value) / n_items)
     return dict(sorted(figures.items()))

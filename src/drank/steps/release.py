@@ -4,17 +4,20 @@ Pure functions of what the pipeline knows. Nothing here says when, where or by w
 folder is the same folder; the commit that made it is found from the folder's hash instead (``drank audit``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from drank import __version__
+from drank.project.params import ModelSource, Params, TextSource
 
 STATEMENT = "provenance.json"
 CHECKSUMS = "SHA256SUMS"
 CARD = "README.md"
 BUILD_TYPE = "urn:drank:pipeline:1"
+LIBRARIES = ("datasets", "lm_eval", "numpy", "scipy", "torch", "transformers")  # whose versions decide numbers
 
 Document = Mapping[str, Any]
 
@@ -51,11 +54,56 @@ def statement(
                 "resolvedDependencies": [dict(dependency) for dependency in dependencies],
             },
             "runDetails": {
-                "builder": {"id": BUILD_TYPE, "version": {"drank": __version__}},
+                "builder": {"id": BUILD_TYPE, "version": {"drank": __version__} | {n: version(n) for n in LIBRARIES}},
                 "byproducts": [{"name": f"results/{variant}.json", "annotations": dict(results)}],
             },
         },
     }
+
+
+def inputs_of(params: Params, variant: str, weights: Iterable[str], tasks: Iterable[str]) -> list[str]:
+    """Paths of the files that a variant was made of and measured on.
+
+    Args:
+        weights: names of the base model's files of weights.
+        tasks: names of the tasks that sampling wrote.
+    """
+    seed = params.spectrum[params.variant(variant)[0].spectrum].calibration_seed
+    drawn = [f"calibration/{seed}.safetensors", "test.safetensors"]
+    drawn += ["last.safetensors"] if params.sampling.n_test_windows == "all" else []
+    drawn += [f"tasks/{task}.jsonl" for task in params.evaluation.tasks if task in set(tasks)]
+    drawn += ["calibration_text.safetensors"] if variant in params.healing else []
+    return [
+        *(f"data/raw/model/{name}" for name in sorted(weights)),
+        *(f"data/raw/text/{name}.jsonl" for name in params.text),
+        *(f"data/sampling/{name}" for name in drawn),
+        f"data/allocation/{variant}.json",
+    ]
+
+
+def materials(
+    params: Params, variant: str, files: Mapping[str, str], allocation: Document, healed_from: str | None
+) -> list[dict[str, Any]]:
+    """Resource descriptors: sources with the hash that was asked for, then files as they were.
+
+    Args:
+        files: SHA-256 of every input by path.
+        healed_from: SHA-256 of the weights that were trained, of a healed variant.
+    """
+    sources: list[tuple[str, ModelSource | TextSource]] = [("model", params.model)]
+    sources += [(f"text.{name}", source) for name, source in params.text.items()]
+    spectrum = f"data/spectrum/{allocation['spectrum']}"
+    digests = dict(files)
+    if healed_from:
+        digests[f"data/compression/{params.healing[variant].variant}"] = healed_from
+    digests |= {f"{spectrum}/{file}": digest for file, digest in sorted(allocation["inputs"].items())}
+    return [
+        *(
+            {"name": name, "uri": source.source, **({"digest": {"sha256": source.sha256}} if source.sha256 else {})}
+            for name, source in sources
+        ),
+        *({"name": file, "digest": {"sha256": digest}} for file, digest in digests.items()),
+    ]
 
 
 def checksums(digests: Mapping[str, str]) -> str:

@@ -10,17 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError
-from drank.method.allocation.rules import (
-    DEFAULT,
-    Allocation,
-    Choice,
-    Menu,
-    Unit,
-    budget_of,
-    dense,
-    dense_choice,
-    summed,
-)
+from drank.method.allocation.rules import dense
+from drank.method.allocation.units import DEFAULT, Allocation, Choice, Menu, Unit, budget_of, dense_choice, summed
 
 Scores = Mapping[str, Mapping[float, float]]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError, Options, relax
-from drank.method.allocation.rules import (
+from drank.method.allocation.units import (
     DEFAULT,
     Allocation,
     Choice,

@@ -21,8 +21,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 
 class InfeasibleBudgetError(ValueError):
@@ -216,6 +214,9 @@ def _search(
     nodes: int,
 ) -> Solution:
     """HiGHS over some options of each unit, those of the first solution among them."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which reading params.yaml need not take
+    from scipy.sparse import csr_array
+
     kept = [(u, j) for u, js in enumerate(options) for j in js]
     costs = np.array([units[u].costs[j] for u, j in kept])
     weights = np.array([units[u].weights[j] for u, j in kept], dtype=float)

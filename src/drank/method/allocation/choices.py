@@ -1,0 +1,78 @@
+"""How ranks are allocated: a table, whose rows are names that params.yaml may have.
+
+``accepts`` names the parameters that a rule reads. params.yaml is checked against it, so a parameter that
+would be ignored is refused when it is read. docs/extending.md adds a row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drank.method.allocation.asvd import sensitivity, stable_rank_scores
+from drank.method.allocation.d_rank_code import released
+from drank.method.allocation.rules import dense, effective_rank, least_loss, uniform
+from drank.method.allocation.units import PRICES, Allocation, Block, Menu, Unit
+
+Given = Mapping[str, Any]  # parameters by name, at least those that a row accepts
+RATIOS = tuple(i / 100 for i in range(10, 100, 5))  # sizes that the stable-rank variant of ASVD's search may choose
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How ranks are allocated.
+
+    Attributes:
+        allocate: (units, size_ratio, menu, given) -> an allocation; ``given`` has the parameters that the rule accepts
+            and, under ``measured``, perplexities by matrix and ratio, or None.
+        accepts: parameters of section ``presets`` that the rule reads, those of the menu among them.
+        blocks: MLPs that lose channels may be among the units.
+        storages: forms that the rule can price.
+    """
+
+    allocate: "Callable[[Sequence[Any], float, Menu, Given], Allocation]"
+    accepts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    blocks: bool = False
+    storages: tuple[str, ...] = tuple(PRICES)
+
+
+def _asvd(units: Sequence[Unit], size_ratio: float, menu: Menu, given: Given) -> Allocation:
+    if given["scores"] == "stable_rank":
+        return sensitivity(units, size_ratio, stable_rank_scores(units, RATIOS), menu)
+    scores = {name: {float(ratio): s for ratio, s in row.items()} for name, row in (given["measured"] or {}).items()}
+    return sensitivity(units, size_ratio, scores, menu)
+
+
+MENU = ("floor", "cap", "dense_option", "multiple_of")
+RULES: dict[str, Rule] = {
+    "dense": Rule(lambda units, size_ratio, menu, given: dense(units)),
+    "uniform": Rule(lambda units, size_ratio, menu, given: uniform(units, size_ratio, menu), MENU),
+    "effective_rank": Rule(
+        lambda units, size_ratio, menu, given: effective_rank(units, size_ratio, given["beta"] or 0.0, menu),
+        ("beta", *MENU),
+    ),
+    "released": Rule(
+        lambda units, size_ratio, menu, given: released(units, size_ratio, given["beta"] or 0.0, menu),
+        ("beta",),
+        storages=("factors",),
+    ),
+    "sensitivity": Rule(_asvd, ("scores", "floor", "cap", "multiple_of"), needs=("scores",)),
+    "least_loss": Rule(lambda units, size_ratio, menu, given: least_loss(units, size_ratio, menu), MENU, blocks=True),
+}
+
+
+def allocate(
+    units: Sequence[Unit | Block],
+    size_ratio: float,
+    menu: Menu,
+    rule: str,
+    given: Given,
+) -> Allocation:
+    """Ranks by the rule of that name; without a place for blocks, a rule is shown the matrices alone.
+
+    Raises:
+        InfeasibleBudgetError: the budget does not pay for the least that the rule may choose.
+    """
+    row = RULES[rule]
+    shown = units if row.blocks else [unit for unit in units if isinstance(unit, Unit)]
+    return row.allocate(shown, size_ratio, menu, given)

@@ -1,0 +1,147 @@
+"""Covariance: second moments of what enters the linears and, for gradients, of what comes back to them."""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drank.method.covariance import NotFiniteError, SecondMoment
+from drank.model.capture import (
+    Callback,
+    run_backward,
+    run_windows,
+    split_windows,
+    watching_inputs,
+    watching_output_gradients,
+)
+from drank.model.linears import LeftDense, Linear, shared_inputs, survey, unreached
+from drank.model.offload import Sweep, find_blocks, offloaded_sweeps
+from drank.model.precision import has_units, name_of
+from drank.model.vocabulary import check_ids
+from drank.project.params import Covariance
+from drank.project.processes import Group
+
+Tensors = Mapping[str, Tensor]
+
+
+def collect(
+    model: Any,
+    windows: Tensor,
+    asked: Covariance,
+    group: Group,
+    store: MutableMapping[str, Tensors],
+    hidden_states: MutableMapping[str, Tensors],
+    tell: Callable[[str], None],
+    progress: Callable[..., Any],
+) -> dict[str, Any]:
+    """Every linear's covariance into ``store``: ``inputs/<owner>`` and, with gradients, ``gradients/<linear>``.
+
+    Linears that share their input share its covariance, under the name of the first of them.
+
+    Args:
+        model: on ``asked.device``, or loaded by ``offload.load_offloaded``.
+        windows: (n, length) token ids, on the same device.
+        hidden_states: where an offloaded pass keeps what goes from block to block.
+        tell: takes what is compressed and what is not, once.
+        progress: makes a bar with ``update`` and ``close``.
+
+    Returns:
+        The summary: ``fisher``, ``fisher_windows``, ``owners``, ``n_tokens``, ``n_windows``, ``dtype``, ``left_dense``.
+
+    Raises:
+        TargetError: a linear that no window reaches.
+        NotFiniteError: the model overflows.
+    """
+    check_ids(model, windows, "data/sampling/calibration")
+    linears, left = survey(model, asked.targets, asked.ignore)
+    if group.is_first:
+        tell(_told(linears, left))
+    moment = partial(SecondMoment, device=asked.device, bfloat16_units=has_units(torch.bfloat16, asked.device))
+    owners = shared_inputs(model, linears, windows[:1, :8])
+    mine = _n_passes(model, linears, asked, len(windows)) // group.size  # about: batches are dealt out, not windows
+    bar = progress(desc="covariance", unit="windows", total=mine)
+    for sweep in _sweeps(model, linears, windows, asked, group, hidden_states):
+        within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
+        owning = {name: linear for name, linear in within.items() if owners[name] == name}
+        inputs = {n: moment(a.in_features) for n, a in owning.items() if sweep.inputs}
+        gradients = {n: moment(a.out_features, magnitudes=False) for n, a in within.items() if sweep.gradients}
+        with (
+            watching_inputs({name: within[name].module for name in inputs}, _adding_to(inputs)),
+            watching_output_gradients({name: within[name].module for name in gradients}, _adding_to(gradients)),
+        ):
+            for n_windows in sweep.passes:
+                bar.update(n_windows)
+        _write("inputs", inputs, group, store)
+        _write("gradients", gradients, group, store)
+    bar.close()
+    summary = {"fisher": asked.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
+    if asked.fisher != "none":
+        summary["fisher_windows"] = asked.fisher_windows or len(windows)
+    return summary | {"dtype": name_of(model.dtype), "left_dense": [asdict(row) for row in left]}
+
+
+def _told(linears: Sequence[Linear], left: Sequence[LeftDense]) -> str:
+    """What is compressed, and what is not, for the log."""
+    rows = [f"  {row.parameters:>14,}  {row.name}: {row.reason}" for row in left]
+    parameters = sum(linear.weight.numel() for linear in linears)
+    return "\n".join([f"{len(linears)} linears with {parameters:,} parameters to compress; left as it is:", *rows])
+
+
+def _adding_to(moments: dict[str, SecondMoment]) -> Callback:
+    return lambda name, rows: moments[name].add(rows)
+
+
+def _sweeps(
+    model: Any,
+    linears: list[Linear],
+    windows: Tensor,
+    asked: Covariance,
+    group: Group,
+    hidden_states: MutableMapping[str, Tensors],
+) -> Iterator[Sweep]:
+    """All passes at once, or block after block."""
+    draw = (asked.fisher, asked.fisher_seed)
+    if asked.offload:
+        batches = split_windows(windows, asked.batch_windows, group.share, asked.fisher_windows)
+        yield from offloaded_sweeps(model, find_blocks(model, linears), batches, *draw, hidden_states)
+    elif asked.fisher == "none":
+        yield Sweep("", True, False, run_windows(model, windows, asked.batch_windows, group.share))
+    else:
+        passes = run_backward(model, windows, asked.batch_windows, *draw, group.share, asked.fisher_windows)
+        yield Sweep("", True, True, passes)
+
+
+def _n_passes(model: Any, linears: list[Linear], asked: Covariance, n_windows: int) -> int:
+    """Passes of all windows together: each once, or block after block and, with gradients, back from the head."""
+    if not asked.offload:
+        return n_windows
+    n_blocks = len(list(model.get_submodule(find_blocks(model, linears)).children()))
+    back = 0 if asked.fisher == "none" else asked.fisher_windows or n_windows
+    return n_blocks * n_windows + (n_blocks + 1) * back
+
+
+def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: MutableMapping[str, Tensors]) -> None:
+    """Means over the tokens of all processes; inputs have their magnitudes beside them."""
+    missed = []
+    for name, moment in moments.items():
+        n_tokens = torch.tensor(moment.n_tokens)
+        group.sum(moment.total, n_tokens, *([] if moment.magnitude is None else [moment.magnitude]))
+        moment.n_tokens = int(n_tokens)
+        if not group.is_first:
+            continue
+        if not moment.total.diagonal().any():  # no token, or zeros alone: every matrix would be as good as none
+            missed.append(name)
+            continue
+        try:
+            tensors = {"covariance": moment.mean()}
+        except NotFiniteError as error:
+            what = {"inputs": "activations entering", "gradients": "gradients leaving"}[kind]
+            raise NotFiniteError(f"{what} {name}: {error}") from None
+        if moment.magnitude is not None:
+            tensors["magnitude"] = moment.mean_magnitude()
+        store[f"{kind}/{name}"] = {key: tensor.float().cpu() for key, tensor in tensors.items()}
+    if missed:
+        raise unreached({"inputs": "nothing entered", "gradients": "no gradient came back to"}[kind], missed)
