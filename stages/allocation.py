@@ -19,7 +19,7 @@ def main(variant: str, root: Path = Path()) -> None:
     given = preset.model_dump() | {"measured": summary.get("sensitivity")}
     result = describe(units, allocate(units, asked.size_ratio, preset.menu, preset.allocation, given), summary)
     header = {"format_version": 1, "variant": variant, "preset": asked.preset}
-    choices = preset.model_dump() | asked.model_dump()
+    choices = preset.model_dump() | asked.model_dump(exclude={"healing"})
     origin = {
         "computed_in": summary["computed_in"],
         "inputs": {file.name: file_sha256(file) for file in (described, values)},

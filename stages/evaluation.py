@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.model.quantizer  # noqa: F401  the format of data/compression, seen by DVC's dependencies
+from drank.model.lora import CURVE
 from drank.model.precision import agreed_dtype, name_of
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
@@ -42,7 +43,10 @@ def main(variant: str, root: Path = Path()) -> None:
             "protocol": protocol(windows, last, asked.tasks, name_of(dtype)),
         }  # fmt: skip
         write_json(root / "results" / f"{variant}.json", results)
-        write_json(root / "data/evaluation" / f"{variant}.json", {"results": results, "nats_by_window": nats})
+        told = {"results": results, "nats_by_window": nats}
+        if chosen.healing:
+            told["loss_curve"] = read_json(folder / CURVE)
+        write_json(root / "data/evaluation" / f"{variant}.json", told)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from drank.views.pictures import Spectrum, png
 
 def main(root: Path = Path()) -> None:
     params, inputs = read_params(root / "params.yaml"), Inputs(root)
-    rows = [read_json(inputs / f"data/evaluation/{name}.json")["results"] for name in params.compared]
-    allocations = [read_json(inputs / f"data/allocation/{name}.json") for name in params.compared]
+    rows = [read_json(inputs / f"data/evaluation/{name}.json")["results"] for name in params.variants]
+    allocations = [read_json(inputs / f"data/allocation/{name}.json") for name in params.variants]
     spectra = {key: read_spectrum(inputs, f"data/spectrum/{key}") for key in params.spectrum}
     table = summary(rows)
     write_text(root / "results/summary.csv", table.to_csv(index=False, lineterminator="\n"))

@@ -6,7 +6,7 @@ import torch
 from drank.project.checkpoint import Checkpoint
 
 STATE = {"weights": torch.arange(6.0).reshape(2, 3), "n_taken": torch.tensor(10)}
-CURVE = ["1,0.5,0.001\n", "2,0.25,0.002\n"]
+CURVE = [{"step": 1, "loss": 0.1, "learning_rate": 0.001}, {"step": 2, "loss": 0.25, "learning_rate": 1 / 3}]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_that_of_another_training_is_not_read(written):
     assert Checkpoint(written.folder, {"seed": 1}).read() is None
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "curve.csv", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_damaged_one_is_not_read_and_the_log_says_so(written, caplog, name, cut):
     file = written.folder / name
@@ -42,5 +42,5 @@ def test_a_damaged_one_is_not_read_and_the_log_says_so(written, caplog, name, cu
 
 
 def test_a_missing_file_is_damage(written):
-    (written.folder / "curve.csv").unlink()
+    (written.folder / "state.safetensors").unlink()
     assert written.read() is None

@@ -1,7 +1,6 @@
 """Healing: adapters that are trained, merged and gone; the same bits after a killed run; a stage like the others."""
 
 import copy
-import hashlib
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from drank.audit import audit
 from drank.model.layers import FactorLinear, PivotLinear
-from drank.model.lora import Healing, Plan, divergence, matrices
+from drank.model.lora import CURVE, Healing, Plan, divergence, matrices
 from drank.project.files import file_sha256, read_json, write_json, write_text
 from drank.project.params import ParamsError, read_params
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
@@ -152,7 +151,7 @@ def test_a_basis_of_several_modules_is_left_as_it_is():
 
 
 HEALED = {
-    "variant": "kfac-80", "objective": "distillation", "n_windows": 12, "window_length": 32, "epochs": 4,
+    "objective": "distillation", "n_windows": 12, "window_length": 32, "epochs": 4,
     "batch_windows": 2, "learning_rate": 1.0e-2, "rank": 4, "alpha": 8, "threads": 1,
 }  # fmt: skip
 
@@ -161,7 +160,7 @@ HEALED = {
 def healed(project):
     """The project with a healed variant, reproduced and committed; and the stages that ran for it."""
     document = yaml.safe_load((project / "params.yaml").read_text())
-    document["healing"] = {"kfac-80-healed": HEALED}
+    document["variants"]["kfac-80-healed"] = document["variants"]["kfac-80"] | {"healing": HEALED}
     (project / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     printed = run(project, sys.executable, "-m", "dvc", "repro").stdout
     run(project, "git", "add", ".")
@@ -172,7 +171,7 @@ def healed(project):
 @pytest.mark.pipeline
 def test_a_healed_variant_is_one_more_row_of_the_same_size(healed):
     root, ran = healed
-    steps = ("healing", "healed-evaluation", "healed-release")
+    steps = ("allocation", "compression", "evaluation", "release")
     assert sorted(ran) == sorted([*(f"{step}@kfac-80-healed" for step in steps), "report"])
     before, after = (read_json(root / f"results/{name}.json") for name in ("kfac-80", "kfac-80-healed"))
     assert after["parameters"] == before["parameters"]
@@ -180,9 +179,9 @@ def test_a_healed_variant_is_one_more_row_of_the_same_size(healed):
     assert after["token_perplexity/news"] != before["token_perplexity/news"]
     names = [line.split(",")[0] for line in (root / "results/summary.csv").read_text().splitlines()]
     assert names[-1] == "kfac-80-healed"
-    curve = (root / "data/healing/kfac-80-healed.csv").read_text().splitlines()
-    assert curve[0] == "step,loss,learning_rate"
-    assert [row.split(",")[0] for row in curve[1:]] == [str(n) for n in range(1, 25)]
+    curve = read_json(root / "data/models/kfac-80-healed" / CURVE)
+    assert [row["step"] for row in curve] == list(range(1, 25))
+    assert all(set(row) == {"step", "loss", "learning_rate"} for row in curve)
 
 
 @pytest.mark.pipeline
@@ -190,9 +189,9 @@ def test_a_healed_variant_is_audited_like_the_rest(healed):
     root, _ = healed
     found = audit(root / "data/models/kfac-80-healed", root)
     assert {link.name: link.detail for link in found.links if link.finding == "does not hold"} == {}
-    assert {link.name: link.finding for link in found.links}["healed from"] == "holds"
-    assert "healing@kfac-80-healed" in found.chain["stages"]
-    assert found.chain["parameters"]["healing"]["variant"] == "kfac-80"
+    assert "compression@kfac-80-healed" in found.chain["stages"]
+    assert found.chain["parameters"]["healing"]["objective"] == "distillation"
+    assert "data/sampling/calibration_text.safetensors" in {row["name"] for row in found.chain["materials"]}
     assert "trained afterwards" in (root / "data/models/kfac-80-healed/README.md").read_text()
 
 
@@ -227,59 +226,54 @@ def test_mlflow_has_the_loss_curve(healed, tmp_path, monkeypatch):
     )
     client = mlflow.MlflowClient()
     curve = client.get_metric_history(run_.info.run_id, "healing/loss")
-    rows = [row.split(",") for row in (root / "data/healing/kfac-80-healed.csv").read_text().splitlines()[1:]]
-    assert sorted((m.step, m.value) for m in curve) == [(int(step), float(loss)) for step, loss, _ in rows]
+    rows = read_json(root / "data/compression/kfac-80-healed" / CURVE)
+    assert sorted((m.step, m.value) for m in curve) == [(row["step"], row["loss"]) for row in rows]
     assert run_.data.params["healing.objective"] == "distillation"
 
 
 @pytest.mark.pipeline
 def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed):
     root, _ = healed
-    weights = root / "data/compression/kfac-80-healed/model.safetensors"
-    expected = hashlib.sha256(weights.read_bytes()).hexdigest()
-    curve = (root / "data/healing/kfac-80-healed.csv").read_text()
-    checkpoint = root / "data/healing/.kfac-80-healed.checkpoint"
+    folder = root / "data/compression/kfac-80-healed"
+    weights, curve = ((folder / name).read_bytes() for name in ("model.safetensors", CURVE))
+    checkpoint = root / "data/compression/.kfac-80-healed.checkpoint"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "stages.healing", "kfac-80-healed"]
+    command = [sys.executable, "-m", "stages.compression", "kfac-80-healed"]
     started = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
     while not (checkpoint / "checkpoint.json").exists() and started.poll() is None:
         time.sleep(0.01)
     started.send_signal(signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL
     assert int(load_file(checkpoint / "state.safetensors")["n_taken"]) in (10, 20)
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == expected  # what was there is untouched
-    weights.unlink()
-    run(root, sys.executable, "-m", "stages.healing", "kfac-80-healed")
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == expected
-    assert (root / "data/healing/kfac-80-healed.csv").read_text() == curve
+    assert (folder / "model.safetensors").read_bytes() == weights  # the folder is untouched
+    shutil.rmtree(folder)
+    run(root, sys.executable, "-m", "stages.compression", "kfac-80-healed")
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert (folder / CURVE).read_bytes() == curve
     assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variant": "kfac-90"}, "healing.better.variant = 'kfac-90' is not in section 'variants'"),
-        ({"objective": "labels"}, "healing.better.objective"),
-        ({"learning_rate": 0.0}, "healing.better.learning_rate"),
-        ({"rank": 0}, "healing.better.rank"),
+        ({"objective": "labels"}, "variants.better.healing.objective"),
+        ({"learning_rate": 0.0}, "variants.better.healing.learning_rate"),
+        ({"rank": 0}, "variants.better.healing.rank"),
     ],
 )
 def test_what_cannot_be_healed_is_refused(tmp_path, change, message):
-    document = yaml.safe_load(tiny.PARAMS) | {"healing": {"better": HEALED | change}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(ParamsError, match=message):
-        read_params(tmp_path / "params.yaml")
+        read(tmp_path, "kfac-80", HEALED | change)
 
 
-def test_a_healed_variant_has_a_name_of_its_own(tmp_path):
-    document = yaml.safe_load(tiny.PARAMS) | {"healing": {"kfac-80": HEALED}}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(ParamsError, match="has the name of a variant"):
-        read_params(tmp_path / "params.yaml")
-    with pytest.raises(ParamsError, match="no 'better' in section healing"):
-        read_params_of(tiny.PARAMS, tmp_path).healed("better")
+def test_the_dense_model_is_not_healed(tmp_path):
+    assert read(tmp_path, "kfac-80", HEALED).variants["better"].healing.rank == 4
+    with pytest.raises(ParamsError, match="variants.better.healing: allocation 'dense' loses nothing"):
+        read(tmp_path, "dense", HEALED)
 
 
-def read_params_of(text, folder):
-    (folder / "params.yaml").write_text(text)
+def read(folder, variant, healing):
+    document = yaml.safe_load(tiny.PARAMS)
+    document["variants"]["better"] = document["variants"][variant] | {"healing": healing}
+    (folder / "params.yaml").write_text(yaml.safe_dump(document))
     return read_params(folder / "params.yaml")

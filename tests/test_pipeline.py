@@ -219,7 +219,7 @@ def layer(file):
 @pytest.mark.parametrize("name", STAGES)
 def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that_decide(name):
     stage = STAGES[name].get("do", STAGES[name])
-    script = REPOSITORY / "stages" / f"{name.removeprefix('healed-')}.py"
+    script = REPOSITORY / "stages" / f"{name}.py"
     needed = {script, *imports(script)}
     if name == "raw":  # it decides how weights and texts are read
         needed.add(REPOSITORY / "src/drank/project/sources.py")

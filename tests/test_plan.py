@@ -173,16 +173,30 @@ def test_an_evaluation_takes_its_windows_texts_and_items(tmp_path):
 
 
 def test_every_stage_of_the_pipeline_has_a_time(tmp_path):
-    asked = {"variant": "kfac-80", "objective": "distillation", "n_windows": 4, "window_length": 64, "epochs": 2}
-    asked |= {"batch_windows": 2, "learning_rate": 0.001, "rank": 2, "alpha": 4, "threads": 1}
-    text = tiny.PARAMS.replace("healing: {}", f"healing: {json.dumps({'mended': asked})}")
-    found = times(tmp_path, text=text)
-    names = {name.partition("@")[0] for name in found}
-    assert names == {
-        "raw", "sampling", "covariance", "spectrum", "allocation", "compression", "healing", "evaluation",
-        "healed-evaluation", "release", "healed-release", "report",
-    }  # fmt: skip
+    found = times(tmp_path)
+    stages = {
+        "raw",
+        "sampling",
+        "covariance",
+        "spectrum",
+        "allocation",
+        "compression",
+        "evaluation",
+        "release",
+        "report",
+    }
+    assert {name.partition("@")[0] for name in found} == stages
     assert all(time > 0 for time in found.values())
+
+
+def test_a_healed_variant_takes_its_training_more(tmp_path):
+    asked = {"objective": "distillation", "n_windows": 4, "window_length": 64, "epochs": 2, "batch_windows": 2}
+    asked |= {"learning_rate": 0.001, "rank": 2, "alpha": 4, "threads": 1}
+    document = yaml.safe_load(tiny.PARAMS)
+    document["variants"]["healed"] = document["variants"]["kfac-80"] | {"healing": asked}
+    found = times(tmp_path, text=yaml.safe_dump(document, sort_keys=False))
+    assert found["compression@healed"] > found["compression@kfac-80"]
+    assert found["evaluation@healed"] == found["evaluation@kfac-80"]
 
 
 def test_another_architecture_counts_by_its_parameters(tmp_path):

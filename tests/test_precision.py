@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stages import covariance, evaluation, healing, spectrum
+from stages import allocation, compression, covariance, evaluation, spectrum
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -166,7 +166,7 @@ class NoHalfProducts(TorchDispatchMode):
 
 
 HEALED = {
-    "variant": "kfac-80", "objective": "distillation", "n_windows": 4, "window_length": 16, "epochs": 1,
+    "objective": "distillation", "n_windows": 4, "window_length": 16, "epochs": 1,
     "batch_windows": 2, "learning_rate": 1.0e-2, "rank": 2, "alpha": 4, "threads": 1,
 }  # fmt: skip
 MEASURED = {
@@ -180,8 +180,10 @@ def root(reproduced, tmp_path_factory):
     root = tmp_path_factory.mktemp("precision") / "project"
     shutil.copytree(reproduced, root, symlinks=True, ignore=shutil.ignore_patterns("dvc.lock", ".dvc", ".git"))
     document = yaml.safe_load((root / "params.yaml").read_text())
-    document["healing"], document["spectrum"]["measured"] = {"healed": HEALED}, MEASURED
+    document["variants"]["healed"] = document["variants"]["kfac-80"] | {"healing": HEALED}
+    document["spectrum"]["measured"] = MEASURED
     (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    allocation.main("healed", root)
     return root
 
 
@@ -237,7 +239,7 @@ PASSES = {
     ),
     "evaluation": (lambda root: evaluation.main("kfac-80", root), ("results/kfac-80.json", "protocol", "dtype")),
     "healing": (
-        lambda root: healing.main("healed", root),
+        lambda root: compression.main("healed", root),
         ("data/compression/healed/config.json", "quantization_config", "provenance", "healed_in"),
     ),
     "rebuilt": (rebuilt, None),

@@ -158,7 +158,6 @@ variants:
     preset: kfac
     spectrum: kfac
     size_ratio: 0.8
-healing: {}
 evaluation:
   batch_windows: 4
   threads: 1

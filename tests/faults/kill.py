@@ -90,7 +90,8 @@ def prepare(root: Path, model: str) -> None:
         (root / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
         shutil.copytree(REPOSITORY / "data/downloads", root / "data/downloads", copy_function=os.link)
         shorten(root)
-    change(root, healing={"kfac-80-healed": HEALING})
+    variants = yaml.safe_load((root / "params.yaml").read_text())["variants"]
+    change(root, variants=variants | {"kfac-80-healed": variants["kfac-80"] | {"healing": HEALING}})
     for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(REPOSITORY / file, root)
     for folder in ("stages", "src"):
@@ -100,7 +101,7 @@ def prepare(root: Path, model: str) -> None:
 
 
 HEALING = {
-    "variant": "kfac-80", "objective": "text", "n_windows": 4, "window_length": 32, "epochs": 1, "batch_windows": 2,
+    "objective": "text", "n_windows": 4, "window_length": 32, "epochs": 1, "batch_windows": 2,
     "learning_rate": 1.0e-3, "rank": 2, "alpha": 8, "threads": 1,
 }  # fmt: skip
 
@@ -448,7 +449,7 @@ class Tracking:
             if database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 self.counts.lost("database damaged", str(root))
         params = yaml.safe_load((root / "params.yaml").read_text())
-        variants = sorted([*params["variants"], *params["healing"]])
+        variants = sorted(params["variants"])
         client = MlflowClient(f"sqlite:///{root}/mlflow.db")
         (experiment,) = (e for e in client.search_experiments() if e.name == "drank")
         runs = client.search_runs([experiment.experiment_id])

@@ -137,8 +137,7 @@ def _allocation(folder: Folder) -> str:
         weights = {name.removeprefix(base): d for name, d in statement.digests.items() if name.startswith(base)}
         _same("sha256 of allocation.json in config.json", provenance.allocation_sha256, "the file", digest)
         _same("variant of config.json", provenance.variant, "allocation.json", variant)
-        healed = folder.statement.parameters.get("healing", {}).get("variant")
-        source = statement.digests.get(f"data/compression/{healed}")
+        source = statement.digests.get(f"{variant} before healing")
         _same_or_none("weights of config.json that were healed", provenance.healed_from_sha256, STATEMENT, source)
         _same("base model of config.json", provenance.base_model_sha256, STATEMENT, weights_sha256(weights))
     for name, recorded in allocation.inputs.items():

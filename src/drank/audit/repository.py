@@ -15,7 +15,7 @@ from drank.audit.documents import AllocationDocument, UnitRow
 from drank.audit.folder import Folder
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
 from drank.project.dvc import Stages, parse_lock, read_lock
-from drank.project.files import file_sha256, read_json, read_tensors, weights_sha256
+from drank.project.files import file_sha256, read_json, read_tensors
 from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
 from drank.project.params import ParamsError, read_params
 from drank.project.progress import progress
@@ -50,8 +50,6 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
     for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
         if path != record.path:
             ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
-    if "healing" in folder.statement.parameters:
-        ledger.check("healed from", lambda: _healed_from(folder, located), needs=("allocation",))
     ledger.check("loss", lambda: _loss(folder.allocation, located), needs=("ranks",))
     ledger.check("results", lambda: _results(folder, located), needs=("allocation",))
     return record
@@ -150,22 +148,6 @@ def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: 
                 raise BrokenLinkError(f"{name}: sha256 {found}, but {STATEMENT} has {digest}")
     also = f", and {told} sha256 of {STATEMENT}" if told else ""
     return f"md5 {md5}, recomputed in the {artefact.origin}{also}"
-
-
-def _healed_from(folder: Folder, located: Mapping[str, Artefact]) -> str:
-    """The weights that were trained, and the ranks, which training leaves as they are."""
-    path = f"data/compression/{folder.statement.parameters['healing']['variant']}"
-    if path not in located:
-        raise UncheckableError(f"{path} is not at hand")
-    files = located[path].files
-    found = weights_sha256({name: file_sha256(f) for name, f in files.items() if name.endswith(".safetensors")})
-    told = folder.statement.digests.get(path)
-    if found != told:
-        raise BrokenLinkError(f"weights of {path}: sha256 {found}, but {STATEMENT} has {told}")
-    before = read_json(located[path].file("allocation.json"))
-    if before | {"variant": folder.allocation.variant} != read_json(folder.path / "allocation.json"):
-        raise BrokenLinkError(f"allocation.json is not that of {path} under another name")
-    return f"{path}, of sha256 {found}, with the same allocation"
 
 
 def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> str:

@@ -132,7 +132,7 @@ def find_targets(root: Path, names: Sequence[str]) -> tuple[Target, ...]:
     from drank.project.params import read_params
 
     found = []
-    for name in dict.fromkeys(names or read_params(root / "params.yaml").compared):
+    for name in dict.fromkeys(names or read_params(root / "params.yaml").variants):
         if (Path(name) / "config.json").is_file():
             found.append(Target(name, Path(name)))
             continue

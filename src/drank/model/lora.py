@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from drank.model.linears import layer_index
 
+CURVE = "healing.json"  # the loss by step, in the folder of a healed model
 WARM_UP = 0.05  # share of the steps in which the learning rate rises; then it falls, linearly, to zero
 
 

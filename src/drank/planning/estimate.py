@@ -20,7 +20,7 @@ from drank.model.text import N_CHOICES, ROLLING_CHARACTERS
 from drank.planning import footprint
 from drank.planning.footprint import EIGH, Setting, Shape
 from drank.planning.machine import Speed, measure
-from drank.project.params import Params, Spectrum, read_params
+from drank.project.params import Healing, Params, Spectrum, read_params
 
 # Shares of the speed of square products that products within stages reach. A covariance pass in bfloat16 had 369 of 867
 # GFLOP/s (docs/performance.md); forward passes in float32 had 177 of 210 on one processor and 145 of 310 on another.
@@ -73,30 +73,31 @@ def seconds(
     n_windows = test_windows
     if isinstance(sampling.n_test_windows, int):
         n_windows = sampling.n_test_windows * len(params.text)
-    for name, variant in params.compared.items():
+    for name, variant in params.variants.items():
         _, preset = params.variant(name)
         kept = 2 * footprint.compressed_parameters(shape, variant.size_ratio) * model.parameters
         pivots = footprint.pivot_flops(shape, variant.size_ratio) if preset.storage == "pivot" else 0.0
-        prefix = "healed-" if name in params.healing else ""
         # Spectra are read as far as the variant's ranks go: no more than all of them once.
         found[f"allocation@{name}"] = start
         found[f"compression@{name}"] = (
             start + 2 * weights / READ + kept / WRITE + pivots / (FLOAT64 * calibrating.float64)
         )
+        if variant.healing:
+            found[f"compression@{name}"] += _healing(variant.healing, variant.size_ratio, model, speed)
         tested = _evaluation(params, model, variant.size_ratio, n_windows or 0, testing)
-        found[f"{prefix}evaluation@{name}"] = start + more + kept / READ + tested
-        found[f"{prefix}release@{name}"] = start / 2 + kept / READ + kept / WRITE
-    for name, healing in params.healing.items():
-        tokens = healing.epochs * healing.n_windows * healing.window_length
-        ratio = params.variants[healing.variant].size_ratio
-        # Forwards, and as much for each of activations and adapters backwards.
-        passes = 3 * footprint.evaluation_flops(shape, ratio, tokens, healing.window_length)
-        if healing.objective == "distillation":
-            passes += footprint.evaluation_flops(shape, 1.0, tokens, healing.window_length)
-        with_speed = speed(healing.threads, healing.device)
-        scores = _vocabulary(shape, tokens, SENT_BACK, healing.device)
-        found[f"healing@{name}"] = start + _passes(passes * model.parameters, with_speed) + scores
+        found[f"evaluation@{name}"] = start + more + kept / READ + tested
+        found[f"release@{name}"] = start / 2 + kept / READ + kept / WRITE
     return found
+
+
+def _healing(asked: Healing, size_ratio: float, model: Model, speed: Callable[[int, str], Speed]) -> float:
+    """Forwards, and as much for each of activations and adapters backwards."""
+    tokens = asked.epochs * asked.n_windows * asked.window_length
+    passes = 3 * footprint.evaluation_flops(model.shape, size_ratio, tokens, asked.window_length)
+    if asked.objective == "distillation":
+        passes += footprint.evaluation_flops(model.shape, 1.0, tokens, asked.window_length)
+    scores = _vocabulary(model.shape, tokens, SENT_BACK, asked.device)
+    return _passes(passes * model.parameters, speed(asked.threads, asked.device)) + scores
 
 
 def _passes(flops: float, speed: Speed) -> float:

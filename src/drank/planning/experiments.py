@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "experiments"
 ZERO_SHOT = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa")
-NOT_SHIPPED = ("release", "healed-release")  # stages that only add what travels with a model
+NOT_SHIPPED = ("release",)  # a stage that only adds what travels with a model
 MADE = "# Made of ../../dvc.yaml for the parameters of ../{name}.yaml by drank.planning.experiments.prepare.\n"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

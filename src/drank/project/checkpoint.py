@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drank.project.files import (
@@ -16,11 +17,10 @@ from drank.project.files import (
     replacing_folder,
     write_json,
     write_tensors,
-    write_text,
 )
 
 log = logging.getLogger("drank.checkpoint")
-FILES = ("state.safetensors", "curve.csv")
+Curve = list[dict[str, Any]]  # rows of step, loss and learning_rate
 
 
 class Checkpoint:
@@ -32,10 +32,11 @@ class Checkpoint:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder, self.identity = folder, dict(identity)
 
-    def read(self) -> tuple[list[str], dict[str, Tensor]] | None:
-        """Rows of the curve and the state; None where no checkpoint of this identity lies whole."""
+    def read(self) -> tuple[Curve, dict[str, Tensor]] | None:
+        """Loss curve and state; None where no checkpoint of this identity lies whole."""
         if not self.folder.exists():
             return None
+        state = self.folder / "state.safetensors"
         try:
             described = read_json(self.folder / "checkpoint.json")
         except FileError as error:
@@ -43,23 +44,22 @@ class Checkpoint:
             return None
         if described["identity"] != self.identity:
             return None
-        if described["sha256"] != _sha256(self.folder):
-            log.warning("%s: damaged: not the files that its checkpoint.json is of; training starts anew", self.folder)
+        if not state.is_file() or described["sha256"] != file_sha256(state):
+            log.warning("%s: damaged: not the file that its checkpoint.json is of; training starts anew", state)
             return None
-        curve = (self.folder / "curve.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-        return curve, read_tensors(self.folder / "state.safetensors")
+        tensors = read_tensors(state)
+        rows = tensors.pop("curve").tolist()
+        return [{"step": int(step), "loss": loss, "learning_rate": rate} for step, loss, rate in rows], tensors
 
-    def write(self, curve: list[str], state: Mapping[str, Tensor]) -> None:
+    def write(self, curve: Curve, state: Mapping[str, Tensor]) -> None:
         """Take the place of the one before, whole or not at all."""
         with replacing_folder(self.folder) as folder:
-            write_tensors(folder / "state.safetensors", {key: tensor.cpu() for key, tensor in state.items()})
-            write_text(folder / "curve.csv", "".join(curve))
-            write_json(folder / "checkpoint.json", {"identity": self.identity, "sha256": _sha256(folder)})
+            rows = torch.tensor([list(row.values()) for row in curve], dtype=torch.float64)
+            tensors = {key: tensor.cpu() for key, tensor in state.items()} | {"curve": rows}
+            write_tensors(folder / "state.safetensors", tensors)
+            sha256 = file_sha256(folder / "state.safetensors")
+            write_json(folder / "checkpoint.json", {"identity": self.identity, "sha256": sha256})
 
     def remove(self) -> None:
         if self.folder.exists():
             shutil.rmtree(self.folder)
-
-
-def _sha256(folder: Path) -> dict[str, str]:
-    return {name: file_sha256(folder / name) for name in FILES if (folder / name).is_file()}

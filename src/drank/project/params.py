@@ -292,19 +292,7 @@ class Preset(Section):
         return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of)
 
 
-class Variant(Section):
-    preset: Name
-    """Name of the method, one of section `presets`."""
-    spectrum: Name
-    """The preset's `spectrum` again, so that DVC sees the dependency."""
-    size_ratio: Share
-    """Share of the targeted linears' parameters that is kept; the literature's "20 % compression" is 0.8. Ignored by
-    allocation `dense`."""
-
-
 class Healing(Section):
-    variant: Name
-    """The variant that is trained, one of section `variants`."""
     objective: Literal["text", "distillation"]
     """What is learned from the calibration text's documents that are not held out. `text`: its next tokens;
     `distillation`: the dense model's predictions of them."""
@@ -328,6 +316,18 @@ class Healing(Section):
     """CPU threads. The bytes of the result are promised for a fixed number only."""
     device: Device = "cpu"
     """Where training runs. The bytes of the result are those of the device."""
+
+
+class Variant(Section):
+    preset: Name
+    """Name of the method, one of section `presets`."""
+    spectrum: Name
+    """The preset's `spectrum` again, so that DVC sees the dependency."""
+    size_ratio: Share
+    """Share of the targeted linears' parameters that is kept; the literature's "20 % compression" is 0.8. Ignored by
+    allocation `dense`."""
+    healing: Healing | None = None
+    """How it is trained a while after compression, at the size that it has; not at all where left out."""
 
 
 class Evaluation(Section):
@@ -363,8 +363,6 @@ class Params(Section):
     """Methods by name: metric and units (of a spectrum), allocation, storage."""
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
     """What is built and compared, by name."""
-    healing: dict[Name, Healing] = {}
-    """Variants that are trained a while after compression, by name, which are built and compared beside the others."""
     evaluation: Evaluation
     """How variants are measured."""
 
@@ -384,8 +382,7 @@ class Params(Section):
         * The `spectrum` of a variant's preset is a name of section `spectrum`; presets that no variant uses may name
           one that is not there.
         * A variant's `spectrum` is that of its preset.
-        * The `variant` of a healed one is a name of section `variants`.
-        * The name of a healed one is not that of a variant.
+        * A variant of allocation `dense` is not healed: it lost nothing.
         """
         _known("sampling.calibration_text", self.sampling.calibration_text, self.text, "text")
         if not self.sampling.held_out_share and len(self.text) == 1:
@@ -433,26 +430,19 @@ class Params(Section):
                     f"variants.{name}.spectrum = {variant.spectrum!r}, but preset {variant.preset!r} slices the "
                     f"factors of spectrum {expected!r}: write 'spectrum: {expected}'"
                 )
-        for name, healing in self.healing.items():
-            _known(f"healing.{name}.variant", healing.variant, self.variants, "variants")
-            if name in self.variants:
-                raise ValueError(f"healing.{name} has the name of a variant: rename it, so that both can be compared")
+            if variant.healing and self.presets[variant.preset].allocation == "dense":
+                raise ValueError(f"variants.{name}.healing: allocation 'dense' loses nothing that could be healed")
         return self
 
-    @property
-    def compared(self) -> dict[str, Variant]:
-        """What is built and compared: variants, then those that are healed, which have the choices of their variant."""
-        return self.variants | {name: self.variants[healing.variant] for name, healing in self.healing.items()}
-
     def variant(self, name: str) -> tuple[Variant, Preset]:
-        """The variant of that name, healed or not, and its preset.
+        """The variant of that name, and its preset.
 
         Raises:
             ParamsError: params.yaml has no such variant.
         """
-        if name not in self.compared:
-            raise ParamsError(f"no variant {name!r} in params.yaml; it has: {', '.join(self.compared)}")
-        return self.compared[name], self.presets[self.compared[name].preset]
+        if name not in self.variants:
+            raise ParamsError(f"no variant {name!r} in params.yaml; it has: {', '.join(self.variants)}")
+        return self.variants[name], self.presets[self.variants[name].preset]
 
     def factors(self, name: str) -> Spectrum:
         """How the cached factors of that name are made.
@@ -475,18 +465,6 @@ class Params(Section):
             raise ParamsError(
                 f"no calibration seed {seed!r} in params.yaml; sampling.calibration_seeds are: {', '.join(seeds)}"
             )
-
-    def healed(self, name: str) -> Healing:
-        """How the variant of that name is healed.
-
-        Raises:
-            ParamsError: params.yaml heals no such variant.
-        """
-        if name not in self.healing:
-            raise ParamsError(
-                f"no {name!r} in section healing of params.yaml; it has: {', '.join(self.healing) or 'none'}"
-            )
-        return self.healing[name]
 
 
 def _known(key: str, value: str, names: dict, section: str) -> None:

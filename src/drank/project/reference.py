@@ -86,22 +86,30 @@ def markdown() -> str:
 def _sections() -> Iterator[str]:
     schema = json_schema()
     for key, described in schema["properties"].items():
-        named = "patternProperties" in described
-        section = _definition(described)
-        yield f" `{key}.<name>`" if named else f" `{key}`"
-        yield f"{_description(key, described)}\n"
-        yield "| key | value | default | meaning |\n|---|---|---|---|"
-        for name, entry in schema["$defs"][section]["properties"].items():
-            required = name in schema["$defs"][section].get("required", ())
-            cells = (
-                f"`{name}`",
-                _values(entry),
-                "" if required else _default(entry),
-                _description(f"{key}.{name}", entry) + _read_by(key, name),
-            )
-            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-        yield ""
-        yield from _bullets(next(cls for cls in Section.__subclasses__() if cls.__name__ == section))
+        name = f"{key}.<name>" if "patternProperties" in described else key
+        yield from _section(name, _definition(described), _description(key, described), schema["$defs"])
+
+
+def _section(key: str, section: str, description: str, definitions: Schema) -> Iterator[str]:
+    yield f" `{key}`"
+    yield f"{description}\n"
+    yield "| key | value | default | meaning |\n|---|---|---|---|"
+    inner = {}
+    for name, entry in definitions[section]["properties"].items():
+        if any("$ref" in option for option in entry.get("anyOf", ())):
+            inner[name] = entry
+        required = name in definitions[section].get("required", ())
+        cells = (
+            f"`{name}`",
+            _values(entry),
+            "" if required else _default(entry),
+            _description(f"{key}.{name}", entry) + _read_by(key.partition(".")[0], name),
+        )
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    yield ""
+    yield from _bullets(next(cls for cls in Section.__subclasses__() if cls.__name__ == section))
+    for name, entry in inner.items():
+        yield from _section(f"{key}.{name}", _definition(entry), _description(f"{key}.{name}", entry), definitions)
 
 
 def _read_by(section: str, name: str) -> str:
@@ -136,6 +144,8 @@ def _values(schema: Schema) -> str:
     """Type and range in words: ``number in (0, 1]``, ``integer, at least 1``, ``list of texts``."""
     if "anyOf" in schema:
         return "; or ".join(_values(option) for option in schema["anyOf"] if option != {"type": "null"})
+    if "$ref" in schema:
+        return "a section of its own, below"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:

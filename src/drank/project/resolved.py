@@ -26,8 +26,8 @@ def resolved(params: Params, name: str) -> dict[str, Any]:
     }
     if "compute" in params.model_fields_set:  # older folders, made before the section was there, stay as they are
         sections["compute"] = params.compute
-    if name in params.healing:
-        sections["healing"] = params.healing[name]
+    if variant.healing:
+        sections["healing"] = variant.healing
     document = {key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items()}
     texts = {key: text.model_dump(mode="json", exclude_none=True) for key, text in params.text.items()}
-    return {"variant": {"name": name} | variant.model_dump(mode="json"), "text": texts} | document
+    return {"variant": {"name": name} | variant.model_dump(mode="json", exclude={"healing"}), "text": texts} | document

@@ -4,7 +4,6 @@ Reads DVC's own record and nothing else: no stage runs, and MLflow is not needed
 compared with the hash that the lock holds.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ class Variant:
     params: dict[str, str]
     results: dict[str, Any]
     allocation: dict[str, Any]
-    loss_curve: tuple[dict[str, float], ...] = ()
+    loss_curve: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def read_state(root: Path) -> State:
     return State(
         root=root,
         sha256=sha256_of(lock),
-        variants=tuple(_read_variant(root, lock, params, name) for name in params.compared),
+        variants=tuple(_read_variant(root, lock, params, name) for name in params.variants),
         texts=read_json(root / "data/sampling/summary.json")["texts"],
         calibration_text=params.sampling.calibration_text,
     )
@@ -77,12 +76,10 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
     check_order(stages, str(root / "dvc.lock"))
     written = root / "params.yaml"
     check_params(stages, yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
-    curve: tuple[dict[str, float], ...] = ()
-    if name in params.healing:
-        path = f"data/healing/{name}.csv"
-        check_written(root, lock, path)
-        with (root / path).open(encoding="utf-8", newline="") as file:
-            curve = tuple({key: float(value) for key, value in row.items()} for row in csv.DictReader(file))
+    curve: tuple[dict[str, Any], ...] = ()
+    if params.variants[name].healing:
+        check_written(root, lock, f"data/evaluation/{name}.json")
+        curve = tuple(read_json(root / f"data/evaluation/{name}.json")["loss_curve"])
     made_of = flat(resolved(params, name))
     return Variant(name, stages, made_of, read_json(root / results), read_json(root / allocation), curve)
 

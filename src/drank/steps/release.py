@@ -72,7 +72,7 @@ def inputs_of(params: Params, variant: str, weights: Iterable[str], tasks: Itera
     drawn = [f"calibration/{seed}.safetensors", "test.safetensors"]
     drawn += ["last.safetensors"] if params.sampling.n_test_windows == "all" else []
     drawn += [f"tasks/{task}.jsonl" for task in params.evaluation.tasks if task in set(tasks)]
-    drawn += ["calibration_text.safetensors"] if variant in params.healing else []
+    drawn += ["calibration_text.safetensors"] if params.variants[variant].healing else []
     return [
         *(f"data/raw/model/{name}" for name in sorted(weights)),
         *(f"data/raw/text/{name}.jsonl" for name in params.text),
@@ -95,7 +95,7 @@ def materials(
     spectrum = f"data/spectrum/{allocation['spectrum']}"
     digests = dict(files)
     if healed_from:
-        digests[f"data/compression/{params.healing[variant].variant}"] = healed_from
+        digests[f"{variant} before healing"] = healed_from
     digests |= {f"{spectrum}/{file}": digest for file, digest in sorted(allocation["inputs"].items())}
     return [
         *(
@@ -219,7 +219,7 @@ def _training(healing: Document | None) -> str:
     learned = {"text": "the next tokens", "distillation": "the base model's predictions"}[healing["objective"]]
     windows = f"{healing['n_windows']} windows of {healing['window_length']} tokens of the calibration text"
     return (
-        f"trained afterwards, from `{healing['variant']}` on, through adapters of rank {healing['rank']} that are "
+        f"trained afterwards, through adapters of rank {healing['rank']} that are "
         f"merged, to give {learned} of {windows}, {healing['epochs']} times"
     )
 

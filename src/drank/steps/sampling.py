@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drank.model import text
@@ -17,7 +18,7 @@ class Drawn:
 
     Attributes:
         calibration: (n, length) windows by calibration seed.
-        calibration_text: every token that windows are drawn from.
+        calibration_text: ``tokens`` that windows are drawn from and, if windows have it in front, the ``begin`` token.
         tests: (n, length) windows by text.
         last: by text, the shorter window at its end, where that counts.
         tasks: items by task.
@@ -65,10 +66,10 @@ def _calibrate(
     calibrated = calibrated[: asked.calibration_documents]
     begin = asked.calibration_begin or "window"
     stream = text.token_stream(calibrated, tokenizer, begin)
-    drawn.calibration_text = {"tokens": stream.int()}
     counts |= {"calibration_documents": len(calibrated), "calibration_tokens": len(stream)}
     draw = text.draw_consecutive_windows if asked.calibration_draw == "windows" else text.draw_windows
     first = text.begin_token(tokenizer) if begin == "window" else None
+    drawn.calibration_text = {"tokens": stream.int()} | ({} if first is None else {"begin": torch.tensor([first])})
     for seed in asked.calibration_seeds:
         drawn.calibration[str(seed)] = draw(stream, asked.n_windows, asked.window_length, seed, first)
     if held_out and asked.n_task_items:

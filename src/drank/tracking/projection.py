@@ -110,7 +110,7 @@ def _held(state: State) -> Iterator[State]:
     """
     names = [variant.name for variant in state.variants]
     paths = [*SHARED, *(f"{folder}/{name}.json" for folder in ("results", "data/allocation") for name in names)]
-    paths += [f"data/healing/{variant.name}.csv" for variant in state.variants if variant.loss_curve]
+    paths += [f"data/evaluation/{variant.name}.json" for variant in state.variants if variant.loss_curve]
     with tempfile.TemporaryDirectory() as folder:
         try:
             for path in paths:
