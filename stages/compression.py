@@ -63,9 +63,11 @@ def save_healed(folder: Path, base: Path, text: Path, asked: Healing, dtype: str
     from drank.model.precision import compute_dtype, name_of
     from drank.project.checkpoint import Checkpoint
     from drank.project.files import read_tensors, write_json
+    from drank.project.processes import check_device
     from drank.project.progress import progress
     from drank.steps.healing import heal
 
+    check_device(asked.device)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
     passes, before = compute_dtype(dtype, asked.device), hashed(folder)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drank.model.perplexity import NotFiniteLossError, token_perplexity
 from drank.project.files import JsonLinesFolder, write_json, write_tensors
-from drank.steps.evaluation import EvaluationError, count_parameters, run_tasks
+from drank.steps.evaluation import EvaluationError, _flat, count_parameters, run_tasks
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 LAST_WORD = [
@@ -249,6 +249,13 @@ def test_a_model_that_knows_nothing_pays_the_same_for_every_letter_of_a_last_wor
     figures = run_tasks(model, tokenizer, write_tasks(tmp_path, last_word=LAST_WORD), ["last_word"], 2)
     letters = sum(len(f" {row['target']}") for row in LAST_WORD)
     assert figures["perplexity/last_word"] == pytest.approx(258 ** (letters / 3))
+
+
+def test_a_group_of_tasks_has_its_accuracy_and_no_error_of_its_own():
+    """As lm-eval reports mmlu: the group has no items, its tasks have."""
+    results = {"mmlu": {"acc,none": 0.5, "alias": "mmlu"}, "mmlu_law": {"acc,none": 0.25}}
+    figures = _flat(results, {"mmlu_law": {"original": 16, "effective": 16}})
+    assert figures == {"acc/mmlu": 0.5, "acc/mmlu_law": 0.25, "acc_stderr/mmlu_law": math.sqrt(0.25 * 0.75 / 16)}
 
 
 def test_no_tasks_give_no_figures(tmp_path, tokenizer):

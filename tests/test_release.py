@@ -114,7 +114,11 @@ def test_a_released_folder_is_the_compressed_one_and_three_files_more(project):
     assert build["externalParameters"]["compute"] == {"dtype": "auto"}
     assert build["internalParameters"]["computed_in"] == {"covariance": used, "evaluation": used}
     assert used == name_of(compute_dtype("auto", "cpu"))
+    versions = document["predicate"]["runDetails"]["builder"]["version"]
+    assert {"drank", "torch", "transformers", "lm_eval"} < set(versions)
     materials = {m["name"]: m for m in build["resolvedDependencies"]}
+    items = {f"data/sampling/tasks/{task}.jsonl" for task in ("last_word", "next_sentence", "news_rolling")}
+    assert items < set(materials)
     assert materials["model"] == {"name": "model", "uri": "local:source/model"}
     for name, material in materials.items():
         if name.startswith("data/"):

@@ -129,6 +129,19 @@ def launch(n_processes: int, module: str, *arguments: str, fills: Path | None = 
                 remove_partial(fills)
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ProcessError: no such device here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ProcessError(
+            f"device is cuda, but torch {torch.__version__} finds no GPU: install a build of torch for yours, or set "
+            f"device to cpu where params.yaml has cuda (covariance, evaluation, healing of a variant)"
+        )
+
+
 @contextmanager
 def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
     """This process as one of its group, with its share of the machine's ``threads``; alone without torchrun.
@@ -139,11 +152,7 @@ def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
     Raises:
         ProcessError: no such device here.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ProcessError(
-            f"device is cuda, but torch {torch.__version__} finds no GPU: install a build of torch for yours, or set "
-            f"covariance.device and evaluation.device to cpu"
-        )
+    check_device(device)
     threads = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     if "WORLD_SIZE" not in os.environ:

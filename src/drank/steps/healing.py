@@ -1,13 +1,14 @@
 """Healing: a compressed model is trained a while, and goes on from where a killed run stood."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from drank.model.lora import Healing as Training
 from drank.model.lora import Plan
 from drank.model.text import draw_windows
+from drank.model.vocabulary import check_ids
 from drank.project.params import Healing
 
 STEPS_PER_CHECKPOINT = 10
@@ -15,6 +16,7 @@ STEPS_PER_CHECKPOINT = 10
 Curve = list[dict[str, Any]]
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Where a training stands, kept for a later run."""
 
@@ -39,6 +41,7 @@ def heal(
     """
     begin = int(text["begin"]) if "begin" in text else None
     windows = draw_windows(text["tokens"].long(), asked.n_windows, asked.window_length, asked.seed, begin)
+    check_ids(model, windows, "data/sampling/calibration_text.safetensors")
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
     training = Training(model, teacher, windows.to(asked.device), plan, asked.rank, asked.alpha)
     curve: Curve = []

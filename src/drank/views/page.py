@@ -77,8 +77,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for column in table.columns:
         metric, _, task = column.partition("/")
         if metric.startswith("acc") and not metric.endswith("_stderr"):
-            errors = table[f"{metric}_stderr/{task}"]
-            cells = [f"{p:.2f} ± {e:.2f}" if p == p else "" for p, e in zip(table[column], errors, strict=True)]
+            # A group of tasks has no error of its own.
+            errors = table.get(f"{metric}_stderr/{task}", pd.Series(float("nan"), table.index))
+            cells = [_accuracy(p, e) for p, e in zip(table[column], errors, strict=True)]
             columns[f"{metric}, {task.replace('_', ' ')}"] = pd.Series(cells)
     return pd.DataFrame(columns)
 
@@ -169,6 +170,12 @@ def _left_out(table: pd.DataFrame) -> str:
     beyond = pd.DataFrame({c: table[c] / base > HIGHEST_RATIO for c, base in bases.items() if base is not None})
     count = int(beyond.any(axis=1).sum())
     return f" Left out, beyond {HIGHEST_RATIO} times the dense model's: {count} variants." if count else ""
+
+
+def _accuracy(value: float, error: float) -> str:
+    if value != value:
+        return ""
+    return f"{value:.2f}" if error != error else f"{value:.2f} ± {error:.2f}"
 
 
 def _figure(value: float) -> str:

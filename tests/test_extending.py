@@ -1,0 +1,57 @@
+"""docs/extending.md as it stands: its rows are added to a copy of the package, and a variant is built with them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import yaml
+
+from drank.project.files import read_json
+from tests import tiny
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs/extending.md").read_text()
+BLOCKS = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
+STAGES = """
+from pathlib import Path
+from stages import allocation, compression, covariance, evaluation, raw, release, report, sampling, spectrum
+
+raw.main(); sampling.main(); covariance.main("0"); spectrum.main("moments")
+for stage in (allocation, compression, evaluation, release):
+    stage.main("mine-80")
+report.main()
+"""
+
+
+def test_a_metric_and_a_rule_of_ones_own_are_a_row_each(tmp_path):
+    tiny.project(tmp_path)
+    for folder in ("src", "stages"):
+        shutil.copytree(
+            REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    (imported,) = re.findall(r"^with `(from drank\.\S+ import [^`]*)`", PAGE, re.MULTILINE)
+    for name, code in BLOCKS.items():
+        if name.endswith(".py"):
+            assert code.count("\n") <= 30
+            file = tmp_path / name
+            file.write_text(f"{file.read_text()}\n\n{imported if 'choices' in name else ''}\n{code}")
+    document = yaml.safe_load(tiny.PARAMS)
+    for section, rows in yaml.safe_load(BLOCKS["params.yaml"]).items():
+        document[section] |= rows
+    document["variants"] = {"mine-80": document["variants"]["mine-80"]}
+    document["spectrum"] = {"moments": document["spectrum"]["moments"]}
+    document["presets"] = {"mine": document["presets"]["mine"]}
+    document["covariance"]["fisher"] = "none"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'src'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", STAGES], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    allocation = read_json(tmp_path / "data/allocation/mine-80.json")
+    assert allocation["allocation"] == "equal_energy"
+    assert allocation["price"] <= allocation["budget"]
+    dropped = [row["relative_loss"] for row in allocation["units"] if row["form"] != "dense"]
+    assert max(dropped) < 1.0
+    assert read_json(tmp_path / "results/mine-80.json")["kept_ratio"] > 0.7
+    assert "mine-80" in (tmp_path / "results/report.html").read_text()
