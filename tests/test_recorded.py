@@ -118,12 +118,18 @@ def test_without_a_lock_nothing_is_compared_and_a_bad_lock_is_refused(tmp_path):
         Inputs(tmp_path)
 
 
-def test_the_cache_is_where_dvc_config_says(tmp_path):
+def test_the_cache_is_where_dvc_config_says(tmp_path, monkeypatch):
+    for level in ("GLOBAL", "SYSTEM"):
+        (tmp_path / level).mkdir()
+        monkeypatch.setenv(f"DVC_{level}_CONFIG_DIR", str(tmp_path / level))
     (tmp_path / "project/.dvc").mkdir(parents=True)
     assert cache_folder(tmp_path / "project") == tmp_path / "project/.dvc/cache/files/md5"
     shutil.rmtree(tmp_path / "project/.dvc")
     run(tmp_path / "project", "dvc", "init", "--no-scm")
-    for flag, place in (("--project", "../shared"), ("--local", str(tmp_path / "own"))):
+    for flag, place in (
+        ("--system", str(tmp_path / "system")), ("--global", str(tmp_path / "mine")), ("--global", "../relative"),
+        ("--project", "../shared"), ("--local", str(tmp_path / "own")),
+    ):  # fmt: skip
         run(tmp_path / "project", "dvc", "cache", "dir", flag, place)
         told = run(tmp_path / "project", "dvc", "cache", "dir").stdout.strip()
         assert cache_folder(tmp_path / "project").resolve() == (tmp_path / "project" / told / "files/md5").resolve()
