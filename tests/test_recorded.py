@@ -180,6 +180,24 @@ def test_a_bit_that_flips_at_rest_is_refused_found_taken_away_and_made_again(pro
 
 
 @pytest.mark.pipeline
+def test_what_git_keeps_is_named_and_not_taken_away(project):
+    run(project, "git", "init", "-q")
+    edited, cached = project / "results/kfac-80.json", project / "data/sampling/test.safetensors"
+    before = edited.read_text()
+    edited.write_text(before + "\n")
+    flip(cached)
+    told = run(project, "drank", "check", "--mend", check=False)
+    assert told.returncode == 1
+    (line,) = (line for line in told.stdout.splitlines() if line.startswith("results"))
+    assert "`git checkout -- results/kfac-80.json` or `dvc repro -f evaluation@kfac-80` brings it back" in line
+    assert edited.read_text() == before + "\n"
+    assert not cached.exists()
+    edited.write_text(before)
+    run(project, "dvc", "repro")
+    assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
+
+
+@pytest.mark.pipeline
 def test_notes_of_dvc_that_a_kill_has_torn_are_told_deleted_and_made_anew(project):
     lock, rwlock = project / "dvc.lock", project / ".dvc/tmp/rwlock"
     before = lock.read_bytes()
