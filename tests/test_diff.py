@@ -187,8 +187,8 @@ def test_layers_are_cut_into_thirds(layers, expected):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1, "1"), (1.0, "1"), ("1e-4", "0.0001"), (1.0e-4, "0.0001"), (True, "true"), ("news", "news"), (0.1, "0.1"),
-     ([0.0, 0.5], "[0, 0.5]"), ([], "[]"), ("12e45" * 10, "12e45" * 10)],
+    [(1, "1"), (1.0, "1"), (1.0e-4, "0.0001"), (True, "true"), ("news", "news"), (0.1, "0.1"),
+     ([0.0, 0.5], "[0, 0.5]"), ([], "[]")],
 )  # fmt: skip
 def test_equal_parameters_have_one_text_however_they_are_written(value, text):
     assert text_of(value) == text

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drank.project.dvc import LockError, parse_lock
 from drank.project.params import ParamsError, read_params
+from drank.project.plain_yaml import load
+from drank.project.state import check_params
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
 
@@ -131,6 +134,30 @@ def test_a_calibration_text_of_which_nothing_is_held_out_needs_another_to_test_o
     path.write_text(yaml.safe_dump(document))
     with pytest.raises(ParamsError, match="held_out_share = 0.0 leaves nothing to test on: 'news' is the only text"):
         read_params(path)
+
+
+def test_what_dvc_writes_for_a_small_number_is_read_as_that_number(tmp_path):
+    """``dvc exp run -S spectrum.kfac.damping=0.00001`` writes 1e-05, to params.yaml and to dvc.lock."""
+    from dvc.utils.serialize import dumps_yaml, modify_yaml
+
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text())
+    with modify_yaml(path) as document:
+        document["spectrum"]["kfac"]["damping"] = 0.00001
+        document["text"]["no"] = {"source": "local:on", "column": "yes"}
+    assert "damping: 1e-05" in path.read_text()
+    params = read_params(path)
+    assert params.spectrum["kfac"].damping == 1e-05
+    assert params.text["no"].column == "yes"
+
+    written = load(path.read_text())
+    row = {"params": {"params.yaml": {key: written[key] for key in ("spectrum", "text")}}}
+    stages = parse_lock(dumps_yaml({"stages": {"spectrum": row}}), "dvc.lock")
+    assert stages["spectrum"] == row
+    check_params(stages, written, "params.yaml")
+    written["spectrum"]["kfac"]["damping"] = 2e-05
+    with pytest.raises(LockError, match="spectrum.kfac.damping is 2e-05, but spectrum ran with 1e-05"):
+        check_params(stages, written, "params.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path):

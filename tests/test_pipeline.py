@@ -89,6 +89,22 @@ def test_every_stage_run_again_writes_the_same_bytes(project):
     assert digests(project) == before
 
 
+def test_an_edit_of_an_error_text_runs_nothing_and_one_of_pivot_runs_the_compressions(project):
+    def edited(name):
+        file = project / "src/drank" / name
+        before = file.read_text()
+        file.write_text(f"{before}# edited\n")
+        ran = repro(project)
+        file.write_text(before)
+        return ran
+
+    assert edited("project/refusals.py") == []
+    assert sorted(edited("method/pivot.py")) == [
+        f"compression@{name}" for name in ("d-rank-80", "dense", "kfac-80", "svd-llm-80")
+    ]
+    assert repro(project) == []
+
+
 def test_the_saved_model_is_the_allocated_slice_of_the_cached_factors(project):
     allocation = read_json(project / "data/allocation/d-rank-80.json")
     assert allocation["price"] <= allocation["budget"] == int(0.8 * allocation["targeted_parameters"])

@@ -118,12 +118,18 @@ def test_without_a_lock_nothing_is_compared_and_a_bad_lock_is_refused(tmp_path):
         Inputs(tmp_path)
 
 
-def test_the_cache_is_where_dvc_config_says(tmp_path):
+def test_the_cache_is_where_dvc_config_says(tmp_path, monkeypatch):
+    for level in ("GLOBAL", "SYSTEM"):
+        (tmp_path / level).mkdir()
+        monkeypatch.setenv(f"DVC_{level}_CONFIG_DIR", str(tmp_path / level))
     (tmp_path / "project/.dvc").mkdir(parents=True)
     assert cache_folder(tmp_path / "project") == tmp_path / "project/.dvc/cache/files/md5"
     shutil.rmtree(tmp_path / "project/.dvc")
     run(tmp_path / "project", "dvc", "init", "--no-scm")
-    for flag, place in (("--project", "../shared"), ("--local", str(tmp_path / "own"))):
+    for flag, place in (
+        ("--system", str(tmp_path / "system")), ("--global", str(tmp_path / "mine")), ("--global", "../relative"),
+        ("--project", "../shared"), ("--local", str(tmp_path / "own")),
+    ):  # fmt: skip
         run(tmp_path / "project", "dvc", "cache", "dir", flag, place)
         told = run(tmp_path / "project", "dvc", "cache", "dir").stdout.strip()
         assert cache_folder(tmp_path / "project").resolve() == (tmp_path / "project" / told / "files/md5").resolve()
@@ -170,6 +176,24 @@ def test_a_bit_that_flips_at_rest_is_refused_found_taken_away_and_made_again(pro
     assert windows.read_bytes() == before
     assert dvc_md5(figures) == found
     assert (project / "dvc.lock").read_bytes() == lock
+    assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
+
+
+@pytest.mark.pipeline
+def test_what_git_keeps_is_named_and_not_taken_away(project):
+    run(project, "git", "init", "-q")
+    edited, cached = project / "results/kfac-80.json", project / "data/sampling/test.safetensors"
+    before = edited.read_text()
+    edited.write_text(before + "\n")
+    flip(cached)
+    told = run(project, "drank", "check", "--mend", check=False)
+    assert told.returncode == 1
+    (line,) = (line for line in told.stdout.splitlines() if line.startswith("results"))
+    assert "`git checkout -- results/kfac-80.json` or `dvc repro -f evaluation@kfac-80` brings it back" in line
+    assert edited.read_text() == before + "\n"
+    assert not cached.exists()
+    edited.write_text(before)
+    run(project, "dvc", "repro")
     assert run(project, "drank", "check").stdout.strip() == "every file is as recorded"
 
 

@@ -149,7 +149,7 @@ def test_committed_parameters_have_the_schema(validator, path):
         {"presets/d-rank/storage": None},
         {"spectrum/kfac/metric": "K-FAC"},
         {"spectrum/kfac/cuts": [0.0, 1.0]},
-        {"spectrum/kfac/damping": "1e-4"},
+        {"spectrum/kfac/damping": "small"},
         {"sampling/calibration_seeds": []},
         {"sampling/window_length": 1},
         {"covariance/offload": "some"},

@@ -30,7 +30,7 @@ UNSAFE_CALLS = {
     "pyfunc.load_model", "pytorch.load_model", "transformers.load_model", "PeftModel.from_pretrained", "load_adapter",
     "os.system", "os.popen", "eval", "exec", "__import__", "extractall", "unpack_archive", "tempfile.mktemp",
 }  # fmt: skip
-SAFE_LOADERS = {"LOADER", "Loader"}  # of recorded.py and strict_yaml.py; that they are safe is tested below
+SAFE_LOADERS = {"LOADER"}  # of project/dvc.py; that it is safe is tested below
 
 
 def dotted(node: ast.expr) -> str:
@@ -49,6 +49,7 @@ def unsafe(tree: ast.Module) -> list[str]:
         bad = (
             any(name == unsafe or (name.endswith(f".{unsafe}") and "." in unsafe) for unsafe in UNSAFE_CALLS)
             or name.rpartition(".")[2] in ("extractall", "unpack_archive")
+            or (name == "YAML" and not is_safe(options.get("typ")))
             or (name == "yaml.load" and (loader is None or dotted(loader) not in SAFE_LOADERS))
             or any(
                 not is_false(options[key]) for key in ("shell", "trust_remote_code", "allow_pickle") if key in options
@@ -63,6 +64,10 @@ def unsafe(tree: ast.Module) -> list[str]:
             trusting = [v for k, v in rows if isinstance(k, ast.Constant) and k.value == "trust_remote_code"]
             found += [f"{node.lineno}: trust_remote_code" for value in trusting if not is_false(value)]
     return found
+
+
+def is_safe(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value == "safe"
 
 
 def is_false(node: ast.expr) -> bool:
@@ -82,7 +87,8 @@ def test_no_module_unpickles_runs_text_or_calls_a_shell():
         "yaml.load(text, yaml.Loader)", "yaml.load(text, Loader=yaml.UnsafeLoader)", "eval(text)", "exec(text)",
         "subprocess.run(line, shell=True)", "subprocess.run(line, shell=asked)", "archive.extractall(folder)",
         "AutoModel.from_pretrained(f, trust_remote_code=True)", "options = {'trust_remote_code': asked}",
-        "numpy.load(f, allow_pickle=True)", "pandas.read_pickle(f)", "shutil.unpack_archive(f)",
+        "numpy.load(f, allow_pickle=True)", "pandas.read_pickle(f)", "YAML(typ='unsafe')", "YAML()",
+        "shutil.unpack_archive(f)",
     ],
 )  # fmt: skip
 def test_the_search_finds_what_it_is_for(code):
@@ -94,13 +100,10 @@ def test_the_search_leaves_the_rest_alone(code):
     assert unsafe(ast.parse(code)) == []
 
 
-def test_both_loaders_of_yaml_are_safe_ones():
+def test_the_loader_of_locks_is_a_safe_one():
     from drank.project.dvc import LOADER
-    from drank.project.plain_yaml import Loader
 
-    safe = (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    assert issubclass(LOADER, safe)
-    assert issubclass(Loader, safe)
+    assert issubclass(LOADER, (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 CODE = "import pathlib; pathlib.Path({path!r}).touch()\n"

@@ -4,11 +4,13 @@
 """
 
 import multiprocessing
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from drank.project.files import FileError, replacing_folder, scratch_folder, write_text
+from drank.project.turns import turn
 from tests.faults.two_at_once import CASES, DVC, VARIANT, Projects, content, ended, met, run, start
 
 
@@ -41,19 +43,34 @@ def filled_by_another(enter, entered, leave):
         leave.wait()
 
 
-@pytest.fixture
-def another(tmp_path):
-    """A process that is filling ``tmp_path / "folder"``, until it is killed."""
+@contextmanager
+def another_in(block):
+    """A process that is in this block, until it is killed."""
     context = multiprocessing.get_context("fork")
     entered, leave = context.Event(), context.Event()
-    process = context.Process(
-        target=filled_by_another, args=(lambda: replacing_folder(tmp_path / "folder"), entered, leave)
-    )
+    process = context.Process(target=filled_by_another, args=(block, entered, leave))
     process.start()
     entered.wait()
     yield process
     process.kill()
     process.join()
+
+
+@pytest.fixture
+def another(tmp_path):
+    """A process that is filling ``tmp_path / "folder"``, until it is killed."""
+    with another_in(lambda: replacing_folder(tmp_path / "folder")) as process:
+        yield process
+
+
+def test_a_turn_waits_until_the_process_that_has_it_is_killed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with another_in(lambda: turn(str(tmp_path), "another")) as process:
+        threading.Timer(0.3, process.kill).start()
+        with turn(str(tmp_path), "another"):
+            assert caplog.messages == ["waiting: another is at work"]
+    with turn(str(tmp_path), "another"), turn(str(tmp_path / "other"), "another"):
+        assert len(caplog.messages) == 1
 
 
 def test_a_folder_that_another_process_fills_is_refused_until_that_is_killed(another, tmp_path):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from drank.audit.artefacts import AbsentError, Artefact, Store
 from drank.audit.documents import AllocationDocument, UnitRow
 from drank.audit.folder import Folder
@@ -18,6 +16,7 @@ from drank.project.dvc import Stages, parse_lock, read_lock
 from drank.project.files import file_sha256, read_json, read_tensors
 from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
 from drank.project.params import ParamsError, read_params
+from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
 from drank.project.resolved import resolved
 from drank.project.state import check_order, check_params, flat, lineage, outs_of, writer
@@ -117,13 +116,13 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     text = file_at(root, record.commit.sha, "params.yaml") if record.commit else (root / "params.yaml").read_bytes()
     if text is None:
         raise BrokenLinkError(f"{where}: not found")
-    check_params(record.stages, yaml.safe_load(text), where)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "params.yaml"
         path.write_bytes(text)
         try:
+            check_params(record.stages, load(text.decode()), where)
             then = resolved(read_params(path), folder.statement.variant)
-        except ParamsError as error:
+        except (ParamsError, UnicodeDecodeError, YamlError) as error:
             raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
     before, told = flat(then), flat(folder.statement.parameters)
     for key in sorted(before.keys() | told.keys()):

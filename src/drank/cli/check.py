@@ -12,7 +12,10 @@ def check(
     root: Root = Path(),
     mend: Annotated[
         bool,
-        typer.Option("--mend", help="Take what is damaged away, so that `dvc pull` or `dvc repro` brings it back."),
+        typer.Option(
+            "--mend",
+            help="Take what is damaged away, so that `dvc pull` or `dvc repro` brings it back; not what git keeps.",
+        ),
     ] = False,
 ) -> None:
     """Read every file of dvc.lock again, in the workspace and in DVC's cache, and compare it with its md5.
@@ -22,6 +25,7 @@ def check(
     DVC itself trusts a file whose size and time of change it knows, and an entry of its cache that is read-only.
     """
     from drank.project import damage
+    from drank.project.git import keeps
     from drank.project.progress import progress
 
     if torn := damage.find_torn(root):
@@ -34,13 +38,16 @@ def check(
         typer.echo(f"{len(torn)} deleted; `dvc repro` makes them anew, of what its cache remembers")
         return
     found = list(damage.find_damage(root, lambda paths: progress(list(paths), desc="check", unit="outs")))
+    cached = [one for one in found if not keeps(root, one.path)]
     for one in found:
         was = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"
+        if one not in cached:  # somebody may have edited it
+            was += f"; `git checkout -- {one.path}` or `dvc repro -f {one.stage}` brings it back"
         typer.echo(
             f"{one.path}: {was if one.recorded else f'not recorded: {one.stage} did not write it; move it away'}"
         )
-    gone = damage.mend(found) if mend else []
+    gone = damage.mend(cached) if mend else []
     if len(gone) < len(found):
-        taken = f"; {len(gone)} taken away" if mend else "; `drank check --mend` takes the damaged ones away"
+        taken = f"; {len(gone)} taken away" if mend else "; `drank check --mend` takes away those that DVC keeps"
         raise CommandError(f"{len(found)} files are not as recorded{taken}")
     typer.echo(f"{len(gone)} taken away; `dvc repro` makes them again" if gone else "every file is as recorded")

@@ -20,6 +20,7 @@ from drank.planning.footprint import Shape
 from drank.project.dvc import LockError, read_lock
 from drank.project.files import read_json, write_text
 from drank.project.params import Count, Name, Section, Share, read_as, read_params
+from drank.project.plain_yaml import load
 from drank.project.state import check_order, check_params, check_written, lineage
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def prepare(root: Path, name: str) -> str:
     """Write params.yaml and dvc.yaml of the experiment's own root, ``experiments/<name>``. Returns that folder."""
     folder = f"{FOLDER}/{name}"
     write_text(root / folder / "params.yaml", (root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    main = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    main = load((root / "dvc.yaml").read_text(encoding="utf-8"))
     moved = yaml.safe_dump(pipeline_in(main, folder, NOT_SHIPPED), sort_keys=False, allow_unicode=True, width=120)
     write_text(root / folder / "dvc.yaml", MADE.format(name=name) + moved)
     return folder
@@ -207,7 +208,7 @@ def read_results(root: Path, name: str) -> dict[str, dict[str, Any]]:
     if not (root / folder / "dvc.lock").is_file():
         return {}
     locked = read_lock(root / folder / "dvc.lock")
-    document = yaml.safe_load((root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    document = load((root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     results = {}
     for path in sorted((root / folder / "results").glob("*.json")):
         try:

@@ -44,6 +44,12 @@ def file_at(root: Path, revision: str, path: str) -> bytes | None:
     return _git(root, "show", f"{revision}:./{path}")
 
 
+def keeps(root: Path, path: Path) -> bool:
+    """Whether git has this file or one of this folder, or would have it with the next ``git add``."""
+    asked = ("ls-files", "--cached", "--others", "--exclude-standard", "--", str(path.absolute()))
+    return shutil.which("git") is not None and bool(_git(root, *asked))
+
+
 def resolve(root: Path, revision: str) -> str | None:
     """The commit that a revision names; None where there is none."""
     found = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")

@@ -4,6 +4,7 @@ Every knob is described in params.yaml itself; this module holds the types and t
 and passes plain arguments on: no object of this module reaches a numerical function.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -14,7 +15,7 @@ from pydantic_core import ErrorDetails
 from drank.method.allocation.choices import RULES
 from drank.method.allocation.units import PRICES, Menu
 from drank.method.metrics import METRICS, UNITS
-from drank.project import plain_yaml as strict_yaml
+from drank.project import plain_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -490,16 +491,18 @@ def read_as(path: Path, kind: type[Kind]) -> Kind:
         ParamsError: as ``read_params``.
     """
     try:
-        document = strict_yaml.load(path.read_text(encoding="utf-8"))
-        text = strict_yaml.to_json(document)
+        document = plain_yaml.load(path.read_text(encoding="utf-8"))
+        text = json.dumps(document, default=str)
     except FileNotFoundError:
         raise ParamsError(f"{path}: not found; run from the folder that holds params.yaml") from None
     except IsADirectoryError:
         raise ParamsError(f"{path}: a folder, where a file of parameters should be; move it away") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path}: not UTF-8: {error}; save it in that encoding") from None
-    except strict_yaml.YamlError as error:
+    except plain_yaml.YamlError as error:
         raise ParamsError(f"{path}: {error}") from None
+    except TypeError as error:  # json's, of a key that is a date
+        raise ParamsError(f"{path}: {error}; keys are names") from None
     if not isinstance(document, dict):
         raise ParamsError(f"{path}: expected one section a step, found {type(document).__name__}")
     try:

@@ -37,8 +37,8 @@ not edit it. `docs/params.schema.json` (`drank params --schema`) is the same for
 `params.yaml`, those that speak to a YAML language server complete keys, show these sentences, and underline mistakes.
 
 A key without a default has to be there; an unknown one is refused. A name is one of your own: letters, digits, `.`, `_`
-and `-`, with a letter or digit first. YAML reads `1e-4` as a text: write `1.0e-4`. What the four choices of a method
-are is in [choices.md](choices.md).
+and `-`, with a letter or digit first. The file is YAML 1.2: `1e-4` is a number, `yes` and `on` are texts. What the
+four choices of a method are is in [choices.md](choices.md).
 """
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from drank.project.dvc import LockError, Stages, dvc_md5, read_lock
 from drank.project.files import read_json
 from drank.project.params import Params, read_params
+from drank.project.plain_yaml import load
 from drank.project.resolved import resolved
 
 
@@ -75,7 +74,7 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
     stages = lineage(lock, released)
     check_order(stages, str(root / "dvc.lock"))
     written = root / "params.yaml"
-    check_params(stages, yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
+    check_params(stages, load(written.read_text(encoding="utf-8")), str(written))
     curve: tuple[dict[str, Any], ...] = ()
     if params.variants[name].healing:
         check_written(root, lock, f"data/evaluation/{name}.json")
@@ -180,11 +179,7 @@ def check_params(stages: Stages, document: Any, where: str, file: str = "params.
 
 
 def flat(value: Any, key: str = "") -> dict[str, str]:
-    """Values of a nested document as text, by dotted key.
-
-    As text, because YAML 1.1 and 1.2, of which DVC writes one and we read the other, disagree on whether 1e-05 is a
-    number.
-    """
+    """Values of a nested document as text, by dotted key."""
     if isinstance(value, Mapping):
         rows = (flat(item, f"{key}.{name}" if key else str(name)) for name, item in value.items())
         return {dotted: text for row in rows for dotted, text in row.items()}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from drank.project.files import read_json
@@ -28,6 +27,7 @@ from drank.project.params import (
     Spectrum,
     TextSource,
 )
+from drank.project.plain_yaml import YamlError, load
 from drank.views.difference import Difference, Side, compare, flat, text_of
 
 OF_PRESET = ("allocation", "storage", "beta", "scores", "floor", "cap", "dense_option", "multiple_of")
@@ -108,9 +108,9 @@ class Tree:
         if text is None:
             return None
         try:
-            document = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise DifferenceError(f"{where}: not YAML: {error}") from None
+            document = load(text)
+        except YamlError as error:
+            raise DifferenceError(f"{where}: {error}") from None
         if not isinstance(document, dict) or not isinstance(document.get("variants"), dict):
             raise DifferenceError(f"{where}: has no section 'variants', so there is nothing to compare")
         return document

@@ -1,6 +1,5 @@
 """What differs between two variants: parameters, metrics, ranks, channels. Takes documents; knows no files."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from drank.project.tolerance import other_dtypes
 Document = Mapping[str, Any]
 DEPTHS = 3  # parts that the layers are cut into, where ranks are summed up by depth
 SIZES = ("kept_ratio", "price", "targeted_parameters", "parameters", "bytes")
-SCIENTIFIC = re.compile(r"[+-]?\d{1,17}(\.\d{1,17})?[eE][+-]?\d{1,3}")  # YAML 1.1, which we read, takes 1e-4 for a word
 NO_METRICS = frozenset({*SIZES, "size_ratio"})
 
 
@@ -200,8 +198,6 @@ def text_of(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(float(value)).removesuffix(".0") if isinstance(value, float) else str(value)
-    if isinstance(value, str) and SCIENTIFIC.fullmatch(value):
-        return text_of(float(value))
     return str(value)
 
 
