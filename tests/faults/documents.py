@@ -18,11 +18,11 @@ from typing import Any
 
 import typer
 import yaml
+from experiments.tools.published import read_published
 from transformers import AutoModelForCausalLM
 
 from drank.audit import audit
 from drank.model.quantizer import DrankConfig, swap_modules
-from drank.planning.experiments import read_published
 from drank.project.damage import find_damage
 from drank.project.files import file_sha256, read_json, read_rows, read_tensors
 from drank.project.params import read_params
