@@ -1,6 +1,6 @@
 """How fast a language model is, and against another one on a machine that others use too.
 
-Takes loaded models and token ids; knows no files or processes. All is timed round robin: every model once, then every
+Takes loaded models and token ids. All is timed round robin: every model once, then every
 model once more. A ratio is taken within a round, so that what slows the machine for a while slows both of its sides;
 medians over the rounds are reported, with the quartiles between which half of the rounds are.
 
