@@ -58,7 +58,7 @@ def ratios_to_dense(variant):
 
 
 def test_the_figures_of_the_page_are_those_of_the_committed_results():
-    page = (REPOSITORY / "docs/study.md").read_text().partition(" Healing")[0]
+    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     shown = {}
     for row in rows:
@@ -94,7 +94,7 @@ def test_the_experiment_of_healing_compares_presets_of_the_shipped_parameters_by
 
 def test_the_figures_of_healing_are_those_of_the_committed_results():
     results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
-    page = (REPOSITORY / "docs/study.md").read_text().partition(" Healing")[2].partition("\n ")[0]
+    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[2].partition("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
     ]

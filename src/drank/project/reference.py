@@ -80,7 +80,7 @@ def markdown() -> str:
     Raises:
         UndescribedError: a key has no description.
     """
-    return "\n".join([HEAD, *_sections(), " Rules between sections", *_bullets(Params), ""])
+    return "\n".join([HEAD, *_sections(), "## Rules between sections", *_bullets(Params), ""])
 
 
 def _sections() -> Iterator[str]:
@@ -88,7 +88,7 @@ def _sections() -> Iterator[str]:
     for key, described in schema["properties"].items():
         named = "patternProperties" in described
         section = _definition(described)
-        yield f" `{key}.<name>`" if named else f" `{key}`"
+        yield f"## `{key}.<name>`" if named else f"## `{key}`"
         yield f"{_description(key, described)}\n"
         yield "| key | value | default | meaning |\n|---|---|---|---|"
         for name, entry in schema["$defs"][section]["properties"].items():
