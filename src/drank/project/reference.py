@@ -37,8 +37,8 @@ not edit it. `docs/params.schema.json` (`drank params --schema`) is the same for
 `params.yaml`, those that speak to a YAML language server complete keys, show these sentences, and underline mistakes.
 
 A key without a default has to be there; an unknown one is refused. A name is one of your own: letters, digits, `.`, `_`
-and `-`, with a letter or digit first. YAML reads `1e-4` as a text: write `1.0e-4`. What the four choices of a method
-are is in [choices.md](choices.md).
+and `-`, with a letter or digit first. YAML reads `1e-4` as a text: write `1.0e-4`. [choices.md](choices.md) explains
+the four choices of a method.
 """
 
 
@@ -66,7 +66,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def rules(section: type[Section]) -> list[str]:
-    """What a section asks of several keys together: the bullets in the docstrings of its validators."""
+    """Rules of a section between its keys: the bullets in the docstrings of its validators."""
     found = []
     for validator in section.__pydantic_decorators__.model_validators.values():
         _, *bullets = re.split(r"^\* ", inspect.getdoc(validator.func) or "", flags=re.MULTILINE)
