@@ -11,17 +11,17 @@ VERSION_TESTS := $(patsubst %,tests/test_%.py,hooks plugin loading modules offlo
 
 .PHONY: run test test-ui test-oldest test-newest check lock clean
 
-run: $(VENV)/installed   the whole pipeline, then MLflow, then a table of variants
+run: $(VENV)/installed  ## the whole pipeline, then MLflow, then a table of variants
 	drank run
 
-test: check   linters, types, tests, which run in two processes of one thread each
+test: check  ## linters, types, tests, which run in two processes of one thread each
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-ui: $(VENV)/installed   MLflow's pages and the report in the system's Chromium, which must be there
+test-ui: $(VENV)/installed  ## MLflow's pages and the report in the system's Chromium, which must be there
 	$(VENV)/bin/pip install --quiet --editable '.[ui]'
 	DRANK_UI=required python -m pytest tests/ui
 
-test-oldest test-newest: test-%: $(VENV)-%/installed   with those four at their oldest, or newest, allowed versions
+test-oldest test-newest: test-%: $(VENV)-%/installed  ## with those four at their oldest, or newest, allowed versions
 	PATH="$(CURDIR)/$(VENV)-$*/bin:$$PATH" python -m tests.versions installed
 	PATH="$(CURDIR)/$(VENV)-$*/bin:$$PATH" python -m pytest $(VERSION_TESTS)
 
@@ -47,7 +47,7 @@ $(VENV)-%/installed: requirements.lock pyproject.toml tests/versions.py
 	$(VENV)-$*/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-lock: $(VENV)/installed   versions only: builds of torch differ from machine to machine, so no hashes and no URLs
+lock: $(VENV)/installed  ## versions only: builds of torch differ from machine to machine, so no hashes and no URLs
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	$(VENV)/bin/pip freeze --exclude-editable --exclude drank | sed 's/+cpu//' > requirements.lock
 

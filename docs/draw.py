@@ -50,7 +50,7 @@ def metric() -> Figure:
 
 
 def units() -> Figure:
-    """Left, channels that each MLP keeps, a line a size; right, what that is worth against matrices and pairs."""
+    """Left, channels that each MLP keeps, a line per size; right, what that is worth against matrices and pairs."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes = (90, 80, 70, 60, 50)

@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_window():
 
 
 def test_a_perplexity_beyond_float64_is_refused():
-    with pytest.raises(NotFiniteLossError, match=r"^1000 nats a token: the perplexity is beyond float64"):
+    with pytest.raises(NotFiniteLossError, match=r"^1000 nats per token: the perplexity is beyond float64"):
         token_perplexity(certain(1000.0), torch.ones(1, 3, dtype=torch.int64), 1)
 
 

@@ -9,6 +9,19 @@ import sys
 import pytest
 import torch
 import yaml
+from experiments.tools.copies import FOLDER, pipeline_in, prepare
+from experiments.tools.costs import PASSES, SPECTRA, costs, sizes
+from experiments.tools.published import (
+    ZERO_SHOT,
+    Finding,
+    Published,
+    compare,
+    names,
+    outcome,
+    read_published,
+    read_results,
+)
+from experiments.tools.reproduce import A100, app
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from stages import allocation, compression, covariance, evaluation, raw, sampling, spectrum
@@ -16,25 +29,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from drank.cli import commands
-from drank.cli.reproduce import A100
 from drank.model.perplexity import token_perplexity
 from drank.planning import footprint
-from drank.planning.costs import PASSES, SPECTRA, costs, sizes
-from drank.planning.experiments import (
-    FOLDER,
-    ZERO_SHOT,
-    ExperimentError,
-    Finding,
-    Published,
-    compare,
-    names,
-    outcome,
-    pipeline_in,
-    prepare,
-    read_published,
-    read_results,
-)
 from drank.project.dvc import dvc_md5
 from drank.project.params import ParamsError, read_params
 from tests import tiny
@@ -229,7 +225,7 @@ def test_a_pipeline_in_a_folder_by_hand():
         "release": {"cmd": "python -m stages.release"},
     }
     before = copy.deepcopy(made)
-    assert pipeline_in({"stages": made}, "a/b", ["release"])["stages"] == {
+    assert pipeline_in({"stages": made}, "a/b")["stages"] == {
         "raw": {
             "cmd": "python -m stages.raw --root a/b", "wdir": "../..", "deps": ["stages/raw.py"],
             "params": [{"a/b/params.yaml": ["model"]}], "outs": ["a/b/data/raw"],
@@ -331,14 +327,14 @@ def small(tmp_path):
 
 
 def test_an_unknown_experiment_is_named_with_those_there_are(small):
-    with pytest.raises(ExperimentError, match=r"no experiment 'llama' in .*; known: mistral-7b"):
+    with pytest.raises(ParamsError, match=r"no experiment 'llama' in .*; known: mistral-7b"):
         read_published(small, "llama")
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (("variant: d-rank-80", "variant: d-rank-75"), ExperimentError, "d-rank-75: no such variant"),
+        (("variant: d-rank-80", "variant: d-rank-75"), ParamsError, "d-rank-75: no such variant"),
         (("model_type: mistral", "model_type: mamba"), ParamsError, "'config'.*mamba"),
         (("token_perplexity/wikitext2: 7.41", "token_perplexity/wikitext2: 0"), ParamsError, "greater than 0"),
         (("hidden_size: 4096", "hidden_sizes: 4096"), ParamsError, "unknown key 'config.mistral.hidden_sizes'"),
@@ -354,7 +350,7 @@ def test_mistakes_in_published_figures_are_named(small, change, error, message):
 
 def test_a_variant_without_published_figures_cannot_be_asked_for():
     published = read_published(REPOSITORY, "mistral-7b")
-    with pytest.raises(ExperimentError, match=r"kfac-80: no published figure here; there are some for svd-llm-80,"):
+    with pytest.raises(ParamsError, match=r"kfac-80: no published figure here; there are some for svd-llm-80,"):
         compare(published, {}, ["kfac-80"])
 
 
@@ -440,7 +436,7 @@ def test_groups_take_every_matrix_once(layers):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_dry_run_prints_sizes_and_stages_and_needs_no_weights(name):
-    done = CliRunner().invoke(commands, ["reproduce", name, "--dry-run", "--root", str(REPOSITORY)])
+    done = CliRunner().invoke(app, [name, "--dry-run", "--root", str(REPOSITORY)])
     assert done.exit_code == 0, done.output
     params = read_params(REPOSITORY / f"{FOLDER}/{name}.yaml")
     assert all(re.search(rf"\b{re.escape(variant)} ", done.output) for variant in params.variants)
@@ -449,9 +445,7 @@ def test_the_dry_run_prints_sizes_and_stages_and_needs_no_weights(name):
 
 
 def test_a_machine_without_speed_is_refused():
-    done = CliRunner().invoke(
-        commands, ["reproduce", "llama-7b", "--dry-run", "--bf16", "0", "--root", str(REPOSITORY)]
-    )
+    done = CliRunner().invoke(app, ["llama-7b", "--dry-run", "--bf16", "0", "--root", str(REPOSITORY)])
     assert "--bf16 = 0: a speed in TFLOP/s is above 0" in str(done.exception)
 
 
@@ -532,20 +526,20 @@ def test_every_experiment_runs_and_says_what_it_reached(standing_in):
 
     reached = {"variant": "dense", "source": "us", "figures": {text: results["dense"][text] for text in texts}}
     publish(root, name, [reached])
-    done = CliRunner().invoke(commands, ["reproduce", name, "--root", str(root)])
+    done = CliRunner().invoke(app, [name, "--root", str(root)])
     assert done.exit_code == 0, done.output
     assert done.output.count(" reached ") == len(texts)
 
     missed = {"variant": "kfac-80", "source": "nobody", "figures": {texts[0]: 2 * results["kfac-80"][texts[0]]}}
     publish(root, name, [reached, missed])
-    done = CliRunner().invoke(commands, ["reproduce", name, "--root", str(root)])
+    done = CliRunner().invoke(app, [name, "--root", str(root)])
     assert "missed, lower" in done.output
     assert f"{name}: of 4 published figures 3 reached, 1 missed, 0 not run" in str(done.exception)
-    done = CliRunner().invoke(commands, ["reproduce", name, "dense", "--root", str(root)])
+    done = CliRunner().invoke(app, [name, "dense", "--root", str(root)])
     assert done.exit_code == 0, done.output
 
     (root / f"{FOLDER}/{name}/results/kfac-80.json").rename(root / "kfac-80.json")
-    done = CliRunner().invoke(commands, ["reproduce", name, "kfac-80", "--json", "--root", str(root)])
+    done = CliRunner().invoke(app, [name, "kfac-80", "--json", "--root", str(root)])
     (root / "kfac-80.json").rename(root / f"{FOLDER}/{name}/results/kfac-80.json")
     document = json.loads(done.output)
     assert [figure["verdict"] for figure in document["figures"]] == ["not run"]

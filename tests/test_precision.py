@@ -219,7 +219,7 @@ def rebuilt(root):
     (other / "SHA256SUMS").unlink()
     told = check_rebuilt(Folder(root / "data/models/kfac-80"), Folder(other), root / "data/sampling/test.safetensors")
     shutil.rmtree(other)
-    assert "divergence on news 0 nats a token" in told
+    assert "divergence on news 0 nats per token" in told
 
 
 def types_of(root, *keys):

@@ -23,7 +23,7 @@ from drank.views.pictures import png
 REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 SHIPPED = REPOSITORY / "params.yaml"
-PAGES = ("params", "choices", "reading-an-allocation", "tutorial")
+PAGES = ("map", "params", "choices", "reading-an-allocation", "tutorial")
 COMMITTED = [SHIPPED, REPOSITORY / "study/params.yaml", *sorted((REPOSITORY / "experiments").glob("*.yaml"))]
 ALLOCATION = read_json(REPOSITORY / "data/allocation/kfac-80.json")
 
@@ -199,6 +199,16 @@ def test_links_and_pictures_of_a_page_are_there(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (DOCS / f"{page}.md").read_text())
     assert links
     assert [link for link in links if not (DOCS / link).exists()] == []
+
+
+def test_the_map_has_a_short_line_for_every_file_and_no_other():
+    lines = re.findall(r"^\* `(\S+\.py)`: (.+)$", (DOCS / "map.md").read_text(), re.MULTILINE)
+    folders = ("src/drank", "stages", "experiments/tools")
+    files = [
+        file.relative_to(REPOSITORY).as_posix() for folder in folders for file in (REPOSITORY / folder).rglob("*.py")
+    ]
+    assert sorted(file for file, _ in lines) == sorted(files)
+    assert [file for file, text in lines if len(text) > 100] == []
 
 
 # Of the tutorial, the first block stands in the place of whole sections, and the second makes the rest fit them.

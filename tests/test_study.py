@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import yaml
+from experiments.tools import copies
 
-from drank.planning.experiments import pipeline_in, prepare
 from drank.project.files import read_json
 from drank.project.params import read_params
 
@@ -12,9 +11,15 @@ REPOSITORY = Path(__file__).parent.parent
 PEERS = ("svd", "asvd", "svd-llm", "basis-sharing", "d-rank", "d-rank-released", "kfac")
 
 
-def test_the_stages_are_those_of_the_main_pipeline_over_other_files():
-    main, study = (yaml.safe_load((REPOSITORY / f).read_text()) for f in ("dvc.yaml", "study/dvc.yaml"))
-    assert pipeline_in(main, "study", without=["release"]) == study  # nothing of the study is shipped
+def test_committed_copies_of_the_pipeline_are_those_that_the_command_writes(tmp_path):
+    for file in ("dvc.yaml", "experiments/healing.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes((REPOSITORY / file).read_bytes())
+    copies.main(tmp_path)
+    for file in ("study/dvc.yaml", "experiments/healing/dvc.yaml", "experiments/healing/params.yaml"):
+        assert (tmp_path / file).read_text() == (REPOSITORY / file).read_text(), (
+            "run python -m experiments.tools.copies"
+        )
 
 
 def test_every_preset_is_there_at_every_size_and_the_headline_rows_with_three_draws_of_windows():
@@ -53,7 +58,7 @@ def ratios_to_dense(variant):
 
 
 def test_the_figures_of_the_page_are_those_of_the_committed_results():
-    page = (REPOSITORY / "docs/study.md").read_text().partition(" Healing")[0]
+    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     shown = {}
     for row in rows:
@@ -76,13 +81,7 @@ def test_ours_is_never_worse_than_a_peer_of_the_same_size():
                 assert ours[f"token_perplexity/{text}"] < theirs[f"token_perplexity/{text}"], (preset, size, text)
 
 
-def test_the_experiment_of_healing_runs_the_main_pipeline_over_its_parameters(tmp_path):
-    for file in ("dvc.yaml", "experiments/healing.yaml"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_bytes((REPOSITORY / file).read_bytes())
-    folder = prepare(tmp_path, "healing")
-    for file in ("params.yaml", "dvc.yaml"):
-        assert (tmp_path / folder / file).read_bytes() == (REPOSITORY / folder / file).read_bytes()
+def test_the_experiment_of_healing_compares_presets_of_the_shipped_parameters_by_one_recipe():
     shipped, ours = (read_params(REPOSITORY / f) for f in ("params.yaml", "experiments/healing.yaml"))
     assert (ours.model, ours.text, ours.covariance.targets) == (shipped.model, shipped.text, shipped.covariance.targets)
     assert ours.presets["kfac"] == shipped.presets["kfac-aligned"]
@@ -92,7 +91,7 @@ def test_the_experiment_of_healing_runs_the_main_pipeline_over_its_parameters(tm
 
 def test_the_figures_of_healing_are_those_of_the_committed_results():
     results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
-    page = (REPOSITORY / "docs/study.md").read_text().partition(" Healing")[2].partition("\n ")[0]
+    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[2].partition("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
     ]

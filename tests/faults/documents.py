@@ -18,16 +18,15 @@ from typing import Any
 
 import typer
 import yaml
+from experiments.tools.published import read_published
 from transformers import AutoModelForCausalLM
 
 from drank.audit import audit
 from drank.model.quantizer import DrankConfig, swap_modules
-from drank.planning.experiments import read_published
 from drank.project.damage import find_damage
 from drank.project.files import file_sha256, read_json, read_rows, read_tensors
 from drank.project.params import read_params
 from drank.project.resolved import resolved
-from drank.project.signing import sign, verify
 from drank.project.sources import fetch_model, fetch_text
 from drank.project.state import read_state
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
@@ -141,7 +140,6 @@ class Tries:
         self.written = read_json(self.forms / "config.json")
         self.model = b""
         self.copy = scratch / "copy"
-        self.signature = b""
         self.weights = (self.folder / "model.safetensors").read_bytes()
 
     def params(self, draw: random.Random) -> None:
@@ -252,20 +250,6 @@ class Tries:
             assert damage.path.resolve().is_relative_to(self.copy.resolve()), damage
         read_state(self.copy)
 
-    def signatures(self, draw: random.Random) -> None:
-        """The signature of a folder, or its public key, with other values or bytes."""
-        private, public, path = (self.scratch / name for name in ("key.pem", "key.pub.pem", "model.sig"))
-        self._restore()
-        if not self.signature:
-            self.key = make_keys(private, public)
-            self.signature = sign(self.folder, private, path).read_bytes()
-        public.write_bytes(garbled(self.key, draw) if draw.random() < 0.2 else self.key)
-        if draw.random() < 0.5:
-            path.write_bytes(garbled(self.signature, draw))
-        else:
-            path.write_text(json.dumps(mutated(json.loads(self.signature), draw)))
-        verify(self.folder, public, path)
-
     def published(self, draw: random.Random) -> None:
         """The figures of a paper, experiments/published/*.yaml."""
         folder = self.scratch / "experiments"
@@ -284,20 +268,8 @@ class Tries:
             "params": self.params, "folder documents": self.folder_documents, "folder bytes": self.folder_bytes,
             "tensors": self.tensors, "texts": self.texts, "gguf": self.gguf, "config": self.config,
             "config file": self.config_file, "transformers": self.transformers_file,
-            "lock": self.lock, "signatures": self.signatures, "published": self.published,
+            "lock": self.lock, "published": self.published,
         }  # fmt: skip
-
-
-def make_keys(private: Path, public: Path) -> bytes:
-    """Write a pair of keys; the public one is returned."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
-    unlocked = serialization.NoEncryption()
-    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unlocked))
-    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
-    return public.read_bytes()
 
 
 def reseal(folder: Path) -> None:

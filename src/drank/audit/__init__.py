@@ -26,7 +26,7 @@ class AuditError(ValueError):
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """Result of an audit.
 
     Attributes:
         folder: the folder as it was named.
@@ -146,7 +146,7 @@ def _chain(folder: Folder, record: Record | None, root: Path | None) -> dict[str
 
 
 def rebuild_commands(record: Record, root: Path) -> list[str]:
-    """What to type, in an empty folder, to build the same folder again."""
+    """Commands that, in an empty folder, build the same folder again."""
     if record.commit is None:
         return [f"dvc repro {record.stage}"]
     fetch = [] if record.commit.on_head else ["git fetch origin '+refs/exps/*:refs/exps/*'"]

@@ -26,7 +26,7 @@ class Store:
     """Where the bytes of a repository's artefacts may be.
 
     Attributes:
-        present: DVC's hash of each path as the workspace's dvc.lock has it. What lies at such a path must have it.
+        present: DVC's hash of each path as the workspace's dvc.lock has it. Whatever lies there must have it.
         commit: the commit whose files are asked of git, for what DVC does not cache; None outside git.
     """
 

@@ -1,4 +1,4 @@
-"""What a model folder says of itself: does it hold together? Needs nothing but the folder."""
+"""A model folder by itself: does it hold together? Needs nothing but the folder."""
 
 import json
 import math

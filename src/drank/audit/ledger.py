@@ -12,7 +12,7 @@ class BrokenLinkError(ValueError):
 
 
 class UncheckableError(ValueError):
-    """What a check needs is not at hand; the message says what, and what would bring it."""
+    """A check lacks something; the message says what, and what would bring it."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
     if test_windows is None or not test_windows.exists():
         raise BrokenLinkError(f"{'; '.join(told)}; without data/sampling their predictions cannot be compared")
     divergences = _divergences(folder, other, test_windows)
-    told += [f"divergence on {text} {value:.2g} nats a token" for text, value in divergences.items()]
+    told += [f"divergence on {text} {value:.2g} nats per token" for text, value in divergences.items()]
     if max(divergences.values()) > TOLERANCE:
         raise BrokenLinkError(
             f"{'; '.join(told)}; more than the {TOLERANCE} that rounding on another processor explains"

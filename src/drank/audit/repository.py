@@ -1,4 +1,4 @@
-"""What a repository knows of a model folder: the commit, the chain of stages, and the artefacts that are at hand."""
+"""A model folder in its repository: the commit, the chain of stages, and the artefacts that are at hand."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: 
 
 
 def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> str:
-    """What the ranks lose, from the singular values that they were chosen by."""
+    """The loss of the ranks, from the singular values that they were chosen by."""
     spectrum = located.get(f"data/spectrum/{allocation.spectrum}")
     if spectrum is None:
         raise UncheckableError(f"data/spectrum/{allocation.spectrum} is not at hand")

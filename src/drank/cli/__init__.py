@@ -2,7 +2,7 @@
 
 import typer
 
-from drank.cli import audit, bench, check, diff, export, params, pipeline, promote, reproduce, sign
+from drank.cli import audit, bench, check, diff, export, params, pipeline, promote
 from drank.project.command import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -15,9 +15,6 @@ commands.command()(bench.bench)
 commands.command()(params.params)
 commands.command()(export.export)
 commands.command()(promote.promote)
-commands.command()(reproduce.reproduce)
-commands.command()(sign.sign)
-commands.command()(sign.verify)
 
 
 def app() -> None:

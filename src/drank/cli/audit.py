@@ -132,7 +132,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def _set(values: dict[str, Any]) -> dict[str, Any]:
-    """What is not zero, empty or off."""
+    """Fields not zero, empty or off."""
     return {key: value for key, value in values.items() if value}
 
 

@@ -123,7 +123,7 @@ def bench(
 
 
 def find_targets(root: Path, names: Sequence[str]) -> tuple[Target, ...]:
-    """What names stand for, each once: the folder of a model, or else a variant; without names, all variants.
+    """The targets of names, each once: the folder of a model, or else a variant; without names, all variants.
 
     Raises:
         BenchError: a name that stands for nothing, or a variant whose folder is not there.
@@ -268,7 +268,7 @@ def weights_bytes(folder: Path) -> int:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What figures depend on beside the model and the options."""
+    """Things that figures depend on beside the model and the options."""
     import torch
 
     on_cuda = device.startswith("cuda")
@@ -325,7 +325,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def table(results: Mapping[str, Any]) -> "Table":
-    """A row a model: ratio to the reference, and below it the figure itself."""
+    """A row per model: ratio to the reference, and below it the figure itself."""
     from rich.table import Table
 
     sheet = Table(show_lines=True)
@@ -356,7 +356,7 @@ def save(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def bars(results: Mapping[str, Any]) -> "Figure":
-    """Ratio to the reference, a panel a figure, a bar a model with the quartiles; blue is better, red worse."""
+    """Ratio to the reference, a panel per figure, a bar per model with the quartiles; blue is better, red worse."""
     from matplotlib.figure import Figure
 
     names = list(results["models"])

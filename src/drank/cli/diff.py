@@ -72,7 +72,7 @@ def rendered(comparison: "Comparison") -> "Iterable[RenderableType]":
 
 
 def document(comparison: "Comparison") -> dict[str, Any]:
-    """The same contents for machines. Of matrices and blocks, those that changed are listed one by one."""
+    """The same contents for machines. Matrices and blocks that changed are listed one by one."""
     return {
         "format_version": 1,
         "only_a": list(comparison.only_a),
@@ -82,7 +82,7 @@ def document(comparison: "Comparison") -> dict[str, Any]:
 
 
 def heat_map(differences: "Sequence[Difference]") -> "Figure":
-    """Change of rank / full rank by layer (down) and kind (across), a panel a comparison; blue is more in B.
+    """Change of rank / full rank by layer (down) and kind (across), a panel per comparison; blue is more in B.
 
     Dots mark the matrices that one side alone keeps dense. Grey was not compared.
     """

@@ -93,7 +93,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def card(model: Path, provenance: "Provenance", before: int, after: int) -> str:
-    """What the plain folder was made of, by hash, and that it saves nothing.
+    """The plain folder's card: its sources by hash, and that it saves nothing.
 
     Args:
         before, after: bytes of the weights of the compressed folder and of the plain one.

@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Shared by several commands."""
 
 from pathlib import Path
 from typing import Annotated

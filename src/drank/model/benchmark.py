@@ -1,6 +1,6 @@
 """How fast a language model is, and against another one on a machine that others use too.
 
-Takes loaded models and token ids; knows no files or processes. All is timed round robin: every model once, then every
+Takes loaded models and token ids. All is timed round robin: every model once, then every
 model once more. A ratio is taken within a round, so that what slows the machine for a while slows both of its sides;
 medians over the rounds are reported, with the quartiles between which half of the rounds are.
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class BenchmarkError(ValueError):
-    """What was asked cannot be timed; the message says why."""
+    """The model cannot be timed as asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Quartiles:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Quartiles":
-        """Those of at least one sample; of a single one, all three are it."""
+        """Quartiles of one sample or more; a single one is all three."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0])
         return cls(*quantiles(samples, n=4, method="inclusive"))
 
     @classmethod
     def of_ratios(cls, samples: Sequence[float], reference: Sequence[float]) -> "Quartiles":
-        """Those of sample / reference, round by round."""
+        """Quartiles of sample / reference, round by round."""
         return cls.of([a / b for a, b in zip(samples, reference, strict=True)])
 
 
 def round_robin(
     cases: Mapping[K, Callable[[], T]], repeats: int, warmup: int = 1, progress: Progress = iter
 ) -> dict[K, list[T]]:
-    """What each case returned in each of ``repeats`` rounds, after ``warmup`` rounds that do not count.
+    """Results of each case in each of ``repeats`` rounds, after ``warmup`` rounds that do not count.
 
     Raises:
         BenchmarkError: fewer than one round.
@@ -82,7 +82,7 @@ def measure(
     warmup: int = 1,
     progress: Progress = iter,
 ) -> dict[str, dict[str, list[float]]]:
-    """The four figures of every model, a sample a round: by model, then by figure.
+    """The four figures of every model, a sample per round: by model, then by figure.
 
     Within a round all models do one thing before they do the next, so that what is compared is close in time.
 

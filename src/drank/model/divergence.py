@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def token_divergence(model: nn.Module, other: nn.Module, windows: Int[Tensor, "windows tokens"]) -> float:
-    r"""Mean Kullback-Leibler divergence of next-token distributions, in nats a token.
+    r"""Mean Kullback-Leibler divergence of next-token distributions, in nats per token.
 
     .. math:: \frac{1}{T} \sum_t \sum_v p_t(v) \log \frac{p_t(v)}{q_t(v)}
 

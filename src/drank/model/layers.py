@@ -1,4 +1,4 @@
-"""What replaces a linear layer: two factors, or rows kept verbatim with coefficients for the others, where the rows
+"""Layers in the place of a linear: two factors, or rows kept verbatim with coefficients for the others, where the rows
 are the layer's own or shared by several.
 
 In all, the tensor called `weight` has another shape than the dense weight of that name. That is deliberate: a
@@ -71,7 +71,7 @@ class _OrderedLinear(nn.Module):
 
     @property
     def index_bytes(self) -> int:
-        """Size of `places`, 4 bytes an output feature: on disk and in memory, on top of the parameters."""
+        """Size of `places`, 4 bytes per output feature: on disk and in memory, on top of the parameters."""
         return 0 if self.places is None else self.places.numel() * self.places.element_size()
 
     def _in_order(self, kept: Tensor, rest: Tensor) -> Tensor:

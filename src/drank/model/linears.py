@@ -165,7 +165,7 @@ def survey(
 
 
 def role_of(name: str) -> str | None:
-    """What a linear of that dotted name does; None where the table does not say."""
+    """The role of a linear of that dotted name; None where the table does not say."""
     parts = name.split(".")
     return ROLES.get(".".join(parts[-2:]), ROLES.get(parts[-1]))
 

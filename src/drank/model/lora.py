@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was taken: its number from 1 on, the loss before it in nats a token, and its learning rate."""
+    """A step that was taken: its number from 1 on, the loss before it in nats per token, and its learning rate."""
 
     number: int
     loss: float

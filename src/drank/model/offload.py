@@ -140,7 +140,7 @@ class _Stack:
         self.others: dict[int, list[Any]] = {}  # what blocks that return a tuple return beside the hidden states
 
     def run(self, i: int, batch: Batch, entering: Tensor | None) -> Tensor:
-        """What block i puts out, or the head behind the last, where the block before put out ``entering``."""
+        """Output of block i, or of the head behind the last, where the block before put out ``entering``."""
         with ExitStack() as changes:
             for j in range(i):
                 assert entering is not None
@@ -208,7 +208,7 @@ def _nan_like(tensor: Tensor) -> Tensor:
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    """Those of floating point, in nested tuples and lists too."""
+    """Floating-point tensors, in nested tuples and lists too."""
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             yield value

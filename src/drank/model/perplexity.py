@@ -91,7 +91,7 @@ def _exp(nats_per_token: float) -> float:
     try:
         return math.exp(nats_per_token)
     except OverflowError:
-        raise NotFiniteLossError(f"{nats_per_token:g} nats a token: the perplexity is beyond float64") from None
+        raise NotFiniteLossError(f"{nats_per_token:g} nats per token: the perplexity is beyond float64") from None
 
 
 def _device(model: nn.Module) -> torch.device:

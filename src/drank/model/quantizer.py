@@ -55,7 +55,7 @@ from drank.model.linears import role_of
 METHOD = "drank"
 FORMAT_VERSION = 2
 FORMS = ("factors", "pivot", "dense")
-# What transformers looks for in any quantization_config, and would do to ours.
+# Keys that transformers looks for in any quantization_config, and would do to ours.
 NOT_OURS = ("dequantize", "load_in_4bit", "load_in_8bit")
 
 Model = TypeVar("Model", bound=nn.Module)

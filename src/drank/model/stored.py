@@ -10,7 +10,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """What config.json says of a module, and its tensors by name; weights are (out, in), Conv1D's too."""
+    """A module as config.json tells it, and its tensors by name; weights are (out, in), Conv1D's too."""
 
     name: str
     spec: dict[str, Any]

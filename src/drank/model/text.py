@@ -33,7 +33,7 @@ class SamplingError(ValueError):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The used part of a Hugging Face tokenizer."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -187,7 +187,7 @@ def consecutive_windows(
 def short_last_window(
     stream: Int64[Tensor, "n_tokens"], window_length: int, begin_token: int | None
 ) -> Int64[Tensor, "last_length"] | None:
-    """What follows the whole windows of ``consecutive_windows``; None where that leaves no token to predict."""
+    """The rest after the whole windows of ``consecutive_windows``; None where that leaves no token to predict."""
     n_read = window_length - (begin_token is not None)
     rest = stream[len(stream) // n_read * n_read :]
     last = rest if begin_token is None else torch.cat([rest.new_tensor([begin_token]), rest])

@@ -1,1 +1,1 @@
-"""What a run will take, before it is started: stages, seconds, bytes, from parameters and a model's shape."""
+"""The cost of a run before it is started: stages, seconds, bytes, from parameters and a model's shape."""

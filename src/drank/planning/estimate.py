@@ -52,7 +52,7 @@ def seconds(
     test_windows: int | None = None,
     start: float = START,
 ) -> dict[str, float]:
-    """Of every stage by its name in DVC.
+    """Seconds of every stage by name in DVC.
 
     Args:
         speed: of a number of threads on a device.
@@ -167,7 +167,7 @@ def _units(spectrum: Spectrum, shape: Shape) -> tuple[bool, int]:
     return spectrum.units == "block", 1 if grouped else spectrum.layers
 
 
-# What a folder says
+# Reading a folder
 
 
 def read_model(folder: Path) -> Model | None:

@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def n_parameters(self) -> int:
-        """Of a block's linears, their biases not counted."""
+        """Weights of a block's linears, without biases."""
         return sum(out * n for out, n in self.linears.values())
 
 
@@ -103,18 +103,18 @@ def moments(sides: Sequence[int], magnitudes: bool) -> int:
 
 
 def writing(sides: Sequence[int]) -> int:
-    """What makes a mean of the widest sum: one float32 matrix beside it."""
+    """Making a mean of the widest sum: one float32 matrix beside it."""
     return 4 * max(sides) ** 2
 
 
 def forward_peak(shape: Shape, tokens: int) -> int:
-    """Of a block's forward pass, largest where the input of down is watched: (4 d + 6 m) bytes a token with d the
+    """A block's forward pass, largest where the input of down is watched: (4 d + 6 m) bytes per token with d the
     hidden and m the MLP's size. The residual stream is there twice; that input is there in bfloat16 and in float32."""
     return tokens * (4 * shape.hidden + 6 * shape.mlp)
 
 
 def graph(shape: Shape, tokens: int) -> int:
-    """What a block keeps for its backward pass: 12 d + 4 d_kv + 6 m + 4 heads + 8 bytes a token. Inputs of two norms in
+    """Kept for a block's backward pass: 12 d + 4 d_kv + 6 m + 4 heads + 8 bytes per token. Inputs of two norms in
     float32 and their scales; queries, keys, values, attention's output and its log-sums; three of the MLP's
     activations. Weights need no gradient, so inputs of linears are not kept."""
     kv = shape.kv_heads * shape.head_size
@@ -122,13 +122,13 @@ def graph(shape: Shape, tokens: int) -> int:
 
 
 def backward_peak(shape: Shape, tokens: int) -> int:
-    """Of a block's backward pass, its graph included: largest where up's gradient is watched, after two of the MLP's
-    activations were freed: 6 m + 6 d bytes a token more than the graph."""
+    """A block's backward pass, its graph included: largest where up's gradient is watched, after two of the MLP's
+    activations were freed: 6 m + 6 d bytes per token more than the graph."""
     return graph(shape, tokens) + 6 * tokens * (shape.mlp + shape.hidden)
 
 
 def head_peak(shape: Shape, tokens: int) -> int:
-    """Logits and their gradient in float32, in bfloat16, and cut by a token a window: 14 bytes a token and word."""
+    """Logits and their gradient in float32, in bfloat16, and cut by a token per window: 14 bytes per token and word."""
     return 14 * tokens * shape.vocabulary
 
 
@@ -227,12 +227,12 @@ def spectrum_files(shape: Shape, setting: Setting, blocks: bool, layers: int = 1
 
 
 def compressed_parameters(shape: Shape, size: float) -> int:
-    """Of the whole model, of whose linears' weights the share ``size`` is kept."""
+    """The whole model, with the share ``size`` of its linears' weights."""
     return round(model_parameters(shape) - (1 - size) * shape.n_layers * shape.n_parameters)
 
 
 def compressed_folder(shape: Shape, size: float, pivot: bool) -> int:
-    """bfloat16; pivot form has 4 bytes an output on top."""
+    """bfloat16; pivot form has 4 bytes per output on top."""
     return 2 * compressed_parameters(shape, size) + 4 * shape.n_layers * sum(output_sides(shape)) * pivot
 
 

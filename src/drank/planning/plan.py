@@ -36,7 +36,7 @@ class Plan:
             self.say(self.table())
 
     def table(self) -> str:
-        """What is going to run."""
+        """Stages that will run."""
         if not self.left:
             return "nothing to run: every stage is up to date"
         if None in self.left.values():
@@ -107,8 +107,8 @@ def duration(seconds: float) -> str:
 def planned(root: Path, targets: Iterable[str]) -> list[str] | None:
     """Names of the stages that ``dvc repro TARGET...`` will run at most, in its order; None if that cannot be told.
 
-    In a process of its own, since DVC reads targets relative to the working directory. What is wrong with a project is
-    left for ``dvc repro`` to say.
+    In a process of its own, since DVC reads targets relative to the working directory. Mistakes in a project are left
+    for ``dvc repro`` to tell.
     """
     command = [sys.executable, "-m", "drank.planning.plan", *targets]
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
@@ -151,7 +151,7 @@ def _written(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _near(path: str, before: dict[str, Any]) -> list[str]:
-    """What of it a stage before writes: the path itself, a folder around it, or what is in it."""
+    """Parts that earlier stages write: the path itself, a folder around it, or what is in it."""
     return [out for out in before if f"{path}/".startswith(f"{out}/") or out.startswith(f"{path}/")]
 
 

@@ -49,7 +49,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def _told(error: Exception) -> str | None:
-    """What the user is told; None for a bug."""
+    """The user's message; None for a bug."""
     if isinstance(error, OSError) and error.filename is None and _abandoned(sys.stdout):
         if error.errno == errno.EPIPE:
             return ""  # as of any program whose reader has seen enough
@@ -121,8 +121,8 @@ def _session(process: psutil.Process) -> int | None:
 def open_closed_streams() -> None:
     """Put something in the place of standard streams that are closed.
 
-    Or the next file that is opened would take the number, and get what a library or a child says there. What is
-    written on a closed standard output still fails, and what is said on a closed standard error is lost.
+    Or the next file that is opened would take the number, and get what a library or a child says there. Text
+    written on a closed standard output still fails, and on a closed standard error is lost.
     """
     for name, flags, mode in (
         ("stdin", os.O_RDONLY, "r"),

@@ -20,7 +20,7 @@ class Damage:
 
 
 def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter) -> Iterator[Damage]:
-    """Compare every out of dvc.lock, and its copy in DVC's cache, with its md5. What is absent is not damaged.
+    """Compare every out of dvc.lock, and its copy in DVC's cache, with its md5. An absent one is not damaged.
 
     Args:
         bar: shows the progress over paths, as tqdm does.

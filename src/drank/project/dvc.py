@@ -1,4 +1,4 @@
-"""What DVC recorded of the files that stages wrote, and whether they are still those.
+"""DVC's records of the files that stages wrote, and whether they are still those.
 
 Reads dvc.lock and DVC's cache, and runs nothing of DVC.
 """
@@ -39,7 +39,7 @@ class Inputs:
     DVC knows a file by its size and time of change, and an entry of its cache by being read-only. A bit that flips on
     the disk changes neither, and the stage that reads it would make a wrong result under the name of the right one.
     So the bytes are compared with the md5 in dvc.lock; of a file within a folder that a stage wrote, with the folder's
-    list in DVC's cache, or the whole folder is, where there is none. What the lock does not speak of is not compared:
+    list in DVC's cache, or the whole folder is, where there is none. Paths that the lock lacks are not compared:
     a stage that is run by hand needs no DVC. Stages that would spend more than a twentieth of their time on it,
     spectrum and compression, read without it; `drank check` and `drank audit` read covariances and spectra again.
 
@@ -90,7 +90,7 @@ class Inputs:
         return rows
 
     def _differing(self, path: Path, md5: str) -> Path:
-        """Of a folder the first file that is not as in its list; the path itself where that cannot be told."""
+        """The first file of a folder that is not as in its list; the path itself where that cannot be told."""
         listed = self._listing(md5) if path.is_dir() else None
         found = {file["relpath"]: file["md5"] for file in listing(path)} if listed else {}
         names = {name for name, _ in (listed or {}).items() ^ found.items()}
@@ -180,7 +180,7 @@ def dvc_md5(path: Path) -> str:
 
 
 def listing(folder: Path) -> list[dict[str, str]]:
-    """What DVC's cache keeps of a folder: every file's md5 and path, sorted."""
+    """A folder as DVC's cache lists it: every file's md5 and path, sorted."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [{"md5": dvc_md5(file), "relpath": file.relative_to(folder).as_posix()} for file in files]
 

@@ -124,7 +124,7 @@ def read_arrays(path: Path) -> dict[str, "ndarray"]:
 
 @contextmanager
 def _safetensors(path: Path) -> Iterator[None]:
-    """What goes wrong while a safetensors file is read in the block, as an error of the user."""
+    """Errors of reading a safetensors file in the block, as an error of the user."""
     from safetensors import SafetensorError
 
     try:

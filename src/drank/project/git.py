@@ -1,4 +1,4 @@
-"""What git knows: which commit's dvc.lock has a hash, and what a file was at a revision. Nothing is checked out."""
+"""Asking git: which commit's dvc.lock has a hash, and what a file was at a revision. Nothing is checked out."""
 
 import shutil
 import subprocess

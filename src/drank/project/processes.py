@@ -50,7 +50,7 @@ class Group:
 
     @property
     def share(self) -> slice:
-        """Of a list that all processes have, the part that is this one's."""
+        """This process's part of a list that all processes have."""
         return slice(self.rank, None, self.size)
 
     def sum(self, *tensors: Tensor) -> None:
@@ -146,7 +146,7 @@ def check_device(device: str) -> None:
 def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
     """This process as one of its group, with its share of the machine's ``threads``; alone without torchrun.
 
-    Of several GPUs, each process of a machine takes the one of its number. A user's error in the block goes to the
+    Each process of a machine takes the GPU of its number, if there are several. A user's error in the block goes to the
     launching process, which shows it once.
 
     Raises:

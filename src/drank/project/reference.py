@@ -37,8 +37,8 @@ not edit it. `docs/params.schema.json` (`drank params --schema`) is the same for
 `params.yaml`, those that speak to a YAML language server complete keys, show these sentences, and underline mistakes.
 
 A key without a default has to be there; an unknown one is refused. A name is one of your own: letters, digits, `.`, `_`
-and `-`, with a letter or digit first. The file is YAML 1.2: `1e-4` is a number, `yes` and `on` are texts. What the
-four choices of a method are is in [choices.md](choices.md).
+and `-`, with a letter or digit first. The file is YAML 1.2: `1e-4` is a number, `yes` and `on` are texts.
+[choices.md](choices.md) explains the four choices of a method.
 """
 
 
@@ -66,7 +66,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def rules(section: type[Section]) -> list[str]:
-    """What a section asks of several keys together: the bullets in the docstrings of its validators."""
+    """Rules of a section between its keys: the bullets in the docstrings of its validators."""
     found = []
     for validator in section.__pydantic_decorators__.model_validators.values():
         _, *bullets = re.split(r"^\* ", inspect.getdoc(validator.func) or "", flags=re.MULTILINE)
@@ -80,7 +80,7 @@ def markdown() -> str:
     Raises:
         UndescribedError: a key has no description.
     """
-    return "\n".join([HEAD, *_sections(), " Rules between sections", *_bullets(Params), ""])
+    return "\n".join([HEAD, *_sections(), "## Rules between sections", *_bullets(Params), ""])
 
 
 def _sections() -> Iterator[str]:
@@ -91,7 +91,7 @@ def _sections() -> Iterator[str]:
 
 
 def _section(key: str, section: str, description: str, definitions: Schema) -> Iterator[str]:
-    yield f" `{key}`"
+    yield f"## `{key}`"
     yield f"{description}\n"
     yield "| key | value | default | meaning |\n|---|---|---|---|"
     inner = {}

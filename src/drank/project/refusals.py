@@ -1,4 +1,4 @@
-"""What the operating system refuses and a user can mend: one message with the path, what is wrong and what to do."""
+"""Refusals of the operating system that a user can mend: one message with the path, what is wrong and what to do."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ class FileError(ValueError):
 
 
 def refusal(error: BaseException, path: Path | None = None, needed: int | None = None) -> FileError | None:
-    """What the operating system refused, as an error of the user: the path, what is wrong, what to do.
+    """The operating system's refusal as an error of the user: the path, what is wrong, what to do.
 
     Args:
         error: anything. Its causes are looked at too, since libraries wrap what the system says.
@@ -51,7 +51,7 @@ def refusal(error: BaseException, path: Path | None = None, needed: int | None =
     cause: BaseException | None = error
     while cause is not None:
         if (number := _errno(cause)) in REFUSALS:
-            # Of two names the second is the one that was to be written.
+            # The second of two names is the one that was to be written.
             named = getattr(cause, "filename2", None) or getattr(cause, "filename", None) or path
             return FileError(_refused(number, named, str(cause), needed))
         cause = cause.__cause__
@@ -73,7 +73,7 @@ def _refused(number: int, named: str | bytes | int | Path | None, text: str, nee
     if named is None or isinstance(named, int):
         where = SQLITE if any(words in text for words in IN_WORDS) else text.splitlines()[0]
         return f"{where}: {wrong}; {fix}, then run the same command again"
-    # What is written has a hidden name until it is whole; the user knows it by the name that it gets.
+    # A file has a hidden name until it is whole; the user knows it by the name that it gets.
     shown = re.sub(r"(^|/)\.([^/]+)\.(partial|scratch)(?=/|$)", r"\1\2", os.fsdecode(named))
     if number in (errno.ENOSPC, errno.EDQUOT):
         wrong += f" ({_free(Path(shown)):,} bytes are left" + (f", {needed:,} are needed)" if needed else ")")
@@ -98,7 +98,7 @@ def check_access(path: Path, mode: str = "rb") -> None:
 
 @contextmanager
 def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
-    """What the system refuses in the block becomes an error of the user, which names the file or else ``path``.
+    """A refusal of the system in the block becomes an error of the user, which names the file or else ``path``.
 
     Raises:
         FileError: such a thing.

@@ -313,7 +313,7 @@ def _limited(name: str, unpacked: Any, packed: int) -> io.BufferedReader:
 
 
 class _Limited(io.RawIOBase):
-    """What is read out of an archive, to the point where no text would have been packed so well."""
+    """Bytes of an archive's member, to the point where no text would have been packed so well."""
 
     def __init__(self, name: str, unpacked: Any, most: int) -> None:
         self._name, self._unpacked, self._most = name, unpacked, most

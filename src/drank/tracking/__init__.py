@@ -1,4 +1,4 @@
-"""MLflow as a projection of dvc.lock: one run a variant, all of them under one run a state of the lock.
+"""MLflow as a projection of dvc.lock: one run per variant, all of them under one run per state of the lock.
 
 ``track`` reads what ``dvc repro`` left and runs nothing, so a variant that DVC restored from its cache is there like
 one that was computed. The runs of a state are found by the hash of the lock's stages: the same state makes nothing
@@ -6,7 +6,7 @@ the second time, and what a killed call left unfinished is made anew. ``promote`
 registered model to a variant, and ``find_runs`` goes back from a model folder to its runs. This package is the only
 one that imports mlflow.
 
-What is logged is what MLflow's pages can show at once; the rest is in the artifacts:
+Runs have what MLflow's pages can show at once; the rest is in the artifacts:
 
 * Metrics are the figures of results/<variant>.json under the same names, which MLflow groups by ``/``. Left out are
   standard errors, which are no figures to sort by; word perplexities, which are functions of the bits per byte; and
@@ -14,7 +14,7 @@ What is logged is what MLflow's pages can show at once; the rest is in the artif
   over the dense variant's; the gap of the allocation; and ``rank/<kind>``, whose step is the layer, so that MLflow
   draws the rank profile.
 * Parameters of a variant are those that can make two variants differ, under keys without its name and present in
-  every run, so that "show diff only" says what differs. What all variants of a state share is with the parent run.
+  every run, so that "show diff only" says what differs. Whatever all variants of a state share is with the parent run.
 * A variant is also a logged model without artifacts: the weights stay in DVC, whose hash of the folder it carries.
 * The experiment has a saved view "Variants", with columns and charts chosen, since MLflow by itself shows neither
   metrics nor child runs. It lists the variants of the state that was tracked last.

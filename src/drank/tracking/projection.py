@@ -1,4 +1,4 @@
-"""One run a variant, under one run a state of dvc.lock."""
+"""One run per variant, under one run per state of dvc.lock."""
 
 import json
 import shutil
@@ -27,16 +27,16 @@ PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers
 COLUMNS = ("name", "layer", "kind", "form", "rank", "full_rank", "price", "effective_rank", "relative_loss")
 METRICS_A_CALL = 1000  # MLflow takes no more; a large model has more matrices
 OWN = ("variant.", "preset.", "spectrum.", "healing.")
-# What is logged of a state beside its variants, and what tells whether it is one.
+# Logged of a state beside its variants, and what tells whether it is one.
 FIGURES, DOCUMENTS = "results/figures", ("results/summary.csv", "results/report.html", "params.yaml", "dvc.lock")
 SHARED = (FIGURES, *DOCUMENTS, "data/sampling")
-# What cannot make two variants of one model differ in more than the last bits.
+# Keys that cannot make two variants of one model differ in more than the last bits.
 MACHINE = ("covariance.batch_windows", "covariance.threads")
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a call of :func:`track` made and what it found made already, as names of runs; and the page of them."""
+    """Runs that a call of :func:`track` made, and those that were there, by name; and the page of them."""
 
     experiment: str
     tracking_uri: str
@@ -244,7 +244,7 @@ def folder_of(variant: Variant) -> str:
 
 
 def _params(variant: Variant) -> dict[str, str]:
-    """What can make two variants differ: the four choices and the size under short names, then by section."""
+    """All that can make two variants differ: the four choices and the size under short names, then by section."""
     absent = {f"preset.{key}": "none" for key in Preset.model_fields}
     absent |= {f"spectrum.{key}": "none" for key in Spectrum.model_fields}
     given = absent | {key: value or "none" for key, value in variant.params.items()}
@@ -340,7 +340,7 @@ def _datasets(state: State, variant: Variant) -> list["DatasetInput"]:
 
 def _state_tags(state: State, git: dict[str, str]) -> dict[str, str]:
     lines = [f"* {variant.name}: kept {variant.results['kept_ratio']:.4f}" for variant in state.variants]
-    note = "\n".join(["Everything that one state of `dvc.lock` holds, a run a variant:", "", *lines, "", _links(git)])
+    note = "\n".join(["Everything that one state of `dvc.lock` holds, a run per variant:", "", *lines, "", _links(git)])
     return {
         "drank.run": "pipeline",
         "drank.version": __version__,
@@ -353,7 +353,7 @@ def _state_tags(state: State, git: dict[str, str]) -> dict[str, str]:
 
 
 def _variant_tags(state: State, variant: Variant, git: dict[str, str]) -> dict[str, str]:
-    """What the variant came through, by hash: commit, lock, allocation, model folder, and every out on the way."""
+    """The way to the variant, by hash: commit, lock, allocation, model folder, and every out on the way."""
     allocation, outs = f"data/allocation/{variant.name}.json", outs_of(variant.stages)
     identity = {
         "drank.run": "variant",

@@ -1,4 +1,4 @@
-"""What ``drank bench`` measured, beside what ``track`` logged of the same model folder."""
+"""Figures of ``drank bench``, beside what ``track`` logged of the same model folder."""
 
 import json
 import time

@@ -1,1 +1,1 @@
-"""What people look at: pictures, the report's page, comparisons of two variants."""
+"""For people to look at: pictures, the report's page, comparisons of two variants."""

@@ -1,6 +1,6 @@
-"""What ``drank diff`` compares: variants of the working tree, model folders anywhere, git revisions. Reads only.
+"""Targets of ``drank diff``: variants of the working tree, model folders anywhere, git revisions. Reads only.
 
-Nothing is checked out. What git holds of a revision (params.yaml, allocations, results) is read from git itself. The
+Nothing is checked out. Files of a revision (params.yaml, allocations, results) are read from git itself. The
 parameters are read as plain YAML, not as :class:`~drank.project.params.Params`: an old revision may have keys that
 are refused today.
 """
@@ -36,11 +36,11 @@ Document = Mapping[str, Any]
 
 
 class DifferenceError(ValueError):
-    """What was to be compared is not there, or is damaged; the message says what was looked for."""
+    """A side of the comparison is missing or damaged; the message says what was looked for."""
 
 
 class _Unit(BaseModel, strict=True):
-    """What :func:`~drank.views.difference.compare` reads of a unit; of a revision of any age, so no more is asked."""
+    """A unit as :func:`~drank.views.difference.compare` reads it; of a revision of any age, so no more is asked."""
 
     name: str
     kind: str
@@ -75,7 +75,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Target:
-    """What a name on the command line stands for.
+    """The meaning of a name on the command line.
 
     Attributes:
         label: what it is called in messages.
@@ -165,7 +165,7 @@ def compare_targets(root: Path, a: str, b: str) -> Comparison:
 
 
 def find(root: Path, name: str) -> Target:
-    """What a name on the command line stands for.
+    """The meaning of a name on the command line.
 
     Raises:
         DifferenceError: nothing; the message lists what was tried.
@@ -188,7 +188,7 @@ def parameters_of(params: Document, name: str) -> dict[str, str | None]:
     """Every parameter that a variant comes from, as text by dotted key, under keys that do not have its name in them.
 
     The keys are those of :func:`~drank.project.resolved.resolved`, but nothing is checked, so that params.yaml may be
-    of any age. What is not written counts as today's default.
+    of any age. A key left out counts as today's default.
     """
     healing = _section(params, "healing", name)
     variant = _section(params, "variants", healing.get("variant", name))

@@ -1,4 +1,4 @@
-"""What differs between two variants: parameters, metrics, ranks, channels. Takes documents; knows no files."""
+"""Differences of two variants: parameters, metrics, ranks, channels. Takes documents; knows no files."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Kept:
-    """What either side keeps of a matrix (its rank) or of a block (its channels).
+    """Kept on either side of a matrix (its rank) or of a block (its channels).
 
     Attributes:
         a, b: what is kept.

@@ -46,7 +46,7 @@ class Picture:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a variant with the flat figures of its results, dense ones first, else in the order given.
+    """One row per variant with the flat figures of its results, dense ones first, else in the order given.
 
     Columns: what the variant is, its sizes and the type it was measured in (LEADING), then every figure by name; empty
     where a variant lacks one.
@@ -87,7 +87,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 def pictures(
     table: pd.DataFrame, allocations: Sequence[Allocation], spectra: Mapping[str, Spectrum]
 ) -> dict[str, Picture]:
-    """What the page shows below the table, by file name, in its order. Dense variants have panels only if all are."""
+    """Panels below the page's table, by file name, in its order. Dense variants have panels only if all are."""
     compressed = [a for a in allocations if a["allocation"] != "dense"] or list(allocations)
     shown = {
         "perplexity": Picture(
@@ -135,7 +135,7 @@ def page(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[Picture, b
 
 
 def lead(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is compared, in one paragraph: variants, what "kept" is a share of, and the protocol of the results."""
+    """The comparison in one paragraph: variants, what "kept" is a share of, and the protocol of the results."""
     compressed = [row["preset"] for row in rows if row["preset"] != "dense"]
     presets, targeted = len(set(compressed)), rows[0]["targeted_parameters"]
     protocols = dict.fromkeys(_protocol(row["protocol"]) for row in rows)

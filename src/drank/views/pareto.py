@@ -16,7 +16,7 @@ FINE_RATIOS = (1, 1.1, 1.2, 1.35, 1.5, 2, 3, 5)
 
 
 def perplexity_by_size(table: pd.DataFrame) -> Figure:
-    """Token perplexity over the dense model's against bytes on disk, a panel a text, with the Pareto frontier.
+    """Token perplexity over the dense model's against bytes on disk, a panel per text, with the Pareto frontier.
 
     Plain perplexities where no dense variant was run. Beyond HIGHEST_RATIO nobody would use the model, and the scale
     would hide the differences below: not drawn. Few variants are named, many have a legend of presets.
@@ -52,8 +52,8 @@ def perplexity_by_size(table: pd.DataFrame) -> Figure:
 def frontier(sizes: Sequence[float], values: Sequence[float]) -> list[int]:
     """Indices of the points that none beats, by ascending size.
 
-    A point is beaten by one that is no larger in size and in value, and smaller in one of the two. Of equal points the
-    first is named; one without a value (NaN) is none.
+    A point is beaten by one that is no larger in size and in value, and smaller in one of the two. The first of equal
+    points is named; one without a value (NaN) is none.
     """
     best: list[int] = []
     for index in sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: (sizes[i], values[i])):

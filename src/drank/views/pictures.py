@@ -24,7 +24,7 @@ SMALLEST_SHARE = 1e-4
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a set of cached factors tells the pictures.
+    """Cached factors as the pictures need them.
 
     Attributes:
         metric: what the error is measured in: none, diagonal, input or kfac.
@@ -38,7 +38,7 @@ class Spectrum:
 
 
 def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
-    """Share of the full rank by layer (down) and kind of matrix (across), a panel a variant; dense units are 1.
+    """Share of the full rank by layer (down) and kind of matrix (across), a panel per variant; dense units are 1.
 
     The column "channels" has the share of its channels that an MLP kept, where they could be removed.
     """
@@ -51,7 +51,7 @@ def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
 
 
 def budget(allocations: Sequence[Allocation]) -> Figure:
-    """Share of the parameters kept, a row a variant: by kind (slots as wide as in the dense model), and by layer."""
+    """Share of the parameters kept, a row per variant: by kind (slots as wide as in the dense model), and by layer."""
     figure = Figure(figsize=(12, 1.3 + 0.21 * len(allocations)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kinds = list(dict.fromkeys(unit["kind"] for unit in allocations[0]["units"]))
@@ -118,9 +118,9 @@ def losses(allocation: Allocation, spectrum: Spectrum) -> pd.DataFrame:
 
 
 def loss_heat_map(allocations: Sequence[Allocation], spectra: Mapping[str, Spectrum]) -> Figure:
-    """Share of the summed loss by layer and kind, a panel a variant; what loses nothing is white.
+    """Share of the summed loss by layer and kind, a panel per variant; what loses nothing is white.
 
-    Above a panel the sum: predicted nats a token (half the energy, docs/method.md) for kfac; for other metrics, which
+    Above a panel the sum: predicted nats per token (half the energy, docs/method.md) for kfac; for other metrics, which
     do not measure the loss, the energy dropped as a share of all.
     """
     panels = {}
@@ -138,7 +138,7 @@ def loss_heat_map(allocations: Sequence[Allocation], spectra: Mapping[str, Spect
 
 
 def spectrum_curves(spectrum: Spectrum) -> Figure:
-    """Share of the energy beyond rank k against k / full rank, a panel a kind, a line a layer (dark ones first)."""
+    """Share of the energy beyond rank k against k / full rank, a panel per kind, a line per layer (dark ones first)."""
     kinds = list(dict.fromkeys(kind for kind, _ in spectrum.matrices.values()))
     figure = Figure(figsize=(min(12, 0.6 + 2 * len(kinds)), 2.6), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]

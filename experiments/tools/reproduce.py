@@ -1,24 +1,27 @@
-"""``drank reproduce``: the literature's experiments, what they will take, and which published figures were reached."""
+"""``python -m experiments.tools.reproduce NAME``: what an experiment will take, which published figures it reached."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from drank.cli.options import CommandError, Root
 from drank.cli.pipeline import reproduce as repro
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from drank.planning.costs import Cost, Size
-    from drank.planning.experiments import Finding
+from drank.project.command import run_app
+from drank.project.params import read_params
+from experiments.tools.copies import FOLDER, prepare
+from experiments.tools.costs import Cost, Size, costs, sizes
+from experiments.tools.published import Finding, compare, document, outcome, read_published, read_results
 
 A100 = (312.0, 19.5)  # TFLOP/s of its data sheet, dense, tensor cores
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 MARKS = {"reached": "[green]reached[/]", "not run": "[yellow]not run[/]"}
 
 
+@app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment, such as llama-7b: a file of experiments/.")],
     variants: Annotated[list[str] | None, typer.Argument(help="Only these variants; all that were published.")] = None,
@@ -32,15 +35,9 @@ def reproduce(
     root: Root = Path(),
 ) -> None:
     """Compare an experiment with what was published; exit status 0 only if every figure asked for was reached."""
-    from drank.planning.experiments import FOLDER, compare, outcome, prepare, read_published, read_results
-    from drank.planning.experiments import as_json as document
-
     published = read_published(root, name)
     compare(published, {}, variants or ())  # a name that nothing was published of is refused before hours of running
     if dry_run:
-        from drank.planning.costs import costs, sizes
-        from drank.project.params import read_params
-
         params, shape = read_params(root / FOLDER / f"{name}.yaml"), published.config.shape(name)
         spent = costs(params, shape, published.test_tokens, _speed("bf16", bf16), _speed("float64", float64))
         _print(table_of_sizes(sizes(params, shape)), table_of_costs(spent))
@@ -60,10 +57,8 @@ def reproduce(
         raise CommandError(f"{name}: of {len(found)} published figures {said}")
 
 
-def table_of_findings(findings: "list[Finding]") -> "Table":
+def table_of_findings(findings: list[Finding]) -> Table:
     """Published, ours, ratio and verdict; a line for every source."""
-    from rich.table import Table
-
     table = Table()
     for heading in ("variant", "figure", "source", "verdict"):
         table.add_column(heading, overflow="fold")
@@ -78,9 +73,7 @@ def table_of_findings(findings: "list[Finding]") -> "Table":
     return table
 
 
-def table_of_sizes(sizes: "list[Size]") -> "Table":
-    from rich.table import Table
-
+def table_of_sizes(sizes: list[Size]) -> Table:
     table = Table()
     for heading in ("variant", "kept", "parameters", "GB"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
@@ -89,10 +82,8 @@ def table_of_sizes(sizes: "list[Size]") -> "Table":
     return table
 
 
-def table_of_costs(costs: "list[Cost]") -> "Table":
+def table_of_costs(costs: list[Cost]) -> Table:
     """Stages one after the other, and all of them: the highest memory, the sums of disk and hours."""
-    from rich.table import Table
-
     table = Table()
     table.add_column("stage")
     for heading in ("memory, GB", "disk, GB", "hours"):
@@ -115,10 +106,12 @@ def _speed(option: str, teraflops: float) -> float:
     return teraflops * 1e12
 
 
-def _print(*tables: "Table") -> None:
-    from rich.console import Console
-
+def _print(*tables: Table) -> None:
     # In a log file, where the width is unknown, the tables must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables:
         console.print(table)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -6,36 +6,28 @@
 
 import json
 import logging
-import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from drank.planning.footprint import Shape
 from drank.project.dvc import LockError, read_lock
-from drank.project.files import read_json, write_text
-from drank.project.params import Count, Name, Section, Share, read_as, read_params
+from drank.project.files import read_json
+from drank.project.params import Count, Name, ParamsError, Section, Share, read_as, read_params
 from drank.project.plain_yaml import load
 from drank.project.state import check_order, check_params, check_written, lineage
+from experiments.tools.copies import FOLDER
 
 log = logging.getLogger(__name__)
 
-FOLDER = "experiments"
 ZERO_SHOT = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa")
-NOT_SHIPPED = ("release",)  # a stage that only adds what travels with a model
-MADE = "# Made of ../../dvc.yaml for the parameters of ../{name}.yaml by drank.planning.experiments.prepare.\n"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Verdict = Literal["reached", "higher", "lower", "not run"]
-
-
-class ExperimentError(ValueError):
-    """There is no such experiment, or it has no such variant or figure."""
 
 
 class GatedConfig(Section):
@@ -138,62 +130,19 @@ def read_published(root: Path, name: str) -> Published:
     """Published figures of an experiment, each of a variant that its parameters have.
 
     Raises:
-        ExperimentError: no such experiment, or a row of a variant that it lacks.
-        ParamsError: one of its two files is wrong.
+        ParamsError: no such experiment, one of its two files is wrong, or a row is of a variant that it lacks.
     """
     if name not in names(root):
         known = ", ".join(names(root)) or "none; run in a clone of the repository, or give --root"
-        raise ExperimentError(f"no experiment '{name}' in {root / FOLDER}; known: {known}")
+        raise ParamsError(f"no experiment '{name}' in {root / FOLDER}; known: {known}")
     published = read_as(root / FOLDER / f"published/{name}.yaml", Published)
     variants = read_params(root / FOLDER / f"{name}.yaml").variants
     if lacking := sorted({row.variant for row in published.rows}.difference(variants)):
-        raise ExperimentError(
+        raise ParamsError(
             f"{FOLDER}/published/{name}.yaml: {', '.join(lacking)}: no such variant in {FOLDER}/{name}.yaml; "
             f"it has: {', '.join(variants)}"
         )
     return published
-
-
-def prepare(root: Path, name: str) -> str:
-    """Write params.yaml and dvc.yaml of the experiment's own root, ``experiments/<name>``. Returns that folder."""
-    folder = f"{FOLDER}/{name}"
-    write_text(root / folder / "params.yaml", (root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    main = load((root / "dvc.yaml").read_text(encoding="utf-8"))
-    moved = yaml.safe_dump(pipeline_in(main, folder, NOT_SHIPPED), sort_keys=False, allow_unicode=True, width=120)
-    write_text(root / folder / "dvc.yaml", MADE.format(name=name) + moved)
-    return folder
-
-
-def pipeline_in(pipeline: Mapping[str, Any], folder: str, without: Iterable[str] = ()) -> dict[str, Any]:
-    """A dvc.yaml whose stages are those of the top-level one over the files of a folder: other data, the same code.
-
-    ``pipeline`` is the document of the top-level dvc.yaml, ``folder`` a path relative to it. Stages still run from the
-    repository's root, with ``--root folder``.
-    """
-    left = {name: stage for name, stage in pipeline["stages"].items() if name not in set(without)}
-    return {"stages": {name: _stage_in(stage, folder) for name, stage in left.items()}}
-
-
-def _stage_in(stage: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    if "do" in stage:
-        return {**stage, "do": _stage_in(stage["do"], folder)}
-    changed: dict[str, Any] = {"cmd": f"{stage['cmd']} --root {folder}", "wdir": posixpath.relpath(".", folder)}
-    for key, value in stage.items():
-        if key in ("deps", "outs", "metrics", "plots"):
-            changed[key] = [_path_in(entry, folder) for entry in value]
-        elif key == "params":
-            own = [entry for entry in value if isinstance(entry, str)]
-            changed[key] = [
-                *([{f"{folder}/params.yaml": own}] if own else []),
-                *(entry for entry in value if not isinstance(entry, str)),
-            ]
-    return {**stage, **changed}
-
-
-def _path_in(entry: str | Mapping[str, Any], folder: str) -> str | dict[str, Any]:
-    if not isinstance(entry, str):
-        return {str(_path_in(path, folder)): options for path, options in entry.items()}
-    return f"{folder}/{entry}" if entry.startswith(("data/", "results/")) else entry
 
 
 def read_results(root: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -227,11 +176,11 @@ def compare(
     """Every published figure of these variants (none given: of all) beside ours.
 
     Raises:
-        ExperimentError: nothing was published of a variant that is asked for.
+        ParamsError: nothing was published of a variant that is asked for.
     """
     if lacking := sorted(set(variants).difference(row.variant for row in published.rows)):
         has = ", ".join(dict.fromkeys(row.variant for row in published.rows))
-        raise ExperimentError(f"{', '.join(lacking)}: no published figure here; there are some for {has}")
+        raise ParamsError(f"{', '.join(lacking)}: no published figure here; there are some for {has}")
     return [
         Finding(
             row.variant, metric, row.source, figure,
@@ -262,7 +211,7 @@ def _figure(results: Mapping[str, Any], metric: str) -> float | None:
     return fmean(measured) if len(measured) == len(ZERO_SHOT) else None
 
 
-def as_json(findings: Sequence[Finding]) -> str:
+def document(findings: Sequence[Finding]) -> str:
     """One JSON document of the findings."""
     rows = [vars(found) | {"ratio": found.ratio, "verdict": found.verdict} for found in findings]
     holds = set(outcome(findings).values()) == {"reached"}

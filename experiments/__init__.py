@@ -1,0 +1,1 @@
+"""The experiments of this folder; ``tools`` has their commands, run from the repository's root."""
