@@ -17,10 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from drank.cli import commands
-from drank.cli.bench import SHOWN, BenchError, bars, find_targets, table
+from drank.cli.bench import BenchError, find_targets
 from drank.model.benchmark import FIGURES, PARTS, BenchmarkError, Quartiles, Subject, measure, round_robin
 from drank.project.params import ParamsError
 from drank.tracking import TrackingError, find_runs, log_speed
+from drank.views.speed import SHOWN, bars, table
 from tests import tiny
 from tests.conftest import run
 
@@ -283,11 +284,11 @@ def test_the_document_is_complete(timed, folders):
             assert figure["over_reference"]["median"] == sorted(by_round)[1]
     for name, figures in document["models"].items():
         weights = [file.stat().st_size for file in (folders / document["folders"][name]).glob("*.safetensors")]
-        assert figures["disk"]["value"] == sum(weights)
+        assert figures["disk"]["median"] == sum(weights)
     # 2 layers x 3 matrices x 32 x (4096 - 64) more in float32, which the file has and memory must hold at once.
     extra = 4 * 2 * 3 * 32 * (4096 - 64)
-    assert document["models"][larger]["memory"]["value"] - dense["memory"]["value"] > 0.5 * extra
-    assert dense["memory"]["over_reference"] == dense["disk"]["over_reference"] == 1.0
+    assert document["models"][larger]["memory"]["median"] - dense["memory"]["median"] > 0.5 * extra
+    assert dense["memory"]["over_reference"]["median"] == dense["disk"]["over_reference"]["median"] == 1.0
 
 
 def test_the_table_tells_ratios_and_figures(timed, folders):
@@ -310,8 +311,7 @@ def test_the_picture_has_a_bar_a_model_and_figure(timed, folders):
     panels = bars(timed[1]).axes
     assert [panel.get_title().partition(",")[0].replace(" ", "_") for panel in panels] == list(SHOWN)
     for panel, name in zip(panels, SHOWN, strict=True):
-        ratios = [figures[name]["over_reference"] for figures in timed[1]["models"].values()]
-        medians = [ratio["median"] if isinstance(ratio, dict) else ratio for ratio in ratios]
+        medians = [figures[name]["over_reference"]["median"] for figures in timed[1]["models"].values()]
         assert [bar.get_width() for bar in panel.patches] == medians
 
 
@@ -343,7 +343,7 @@ def test_medians_and_ratios_land_on_the_runs_of_a_tracked_project(project):
         assert set(metrics) == {f"speed/{figure}{suffix}" for figure in SHOWN for suffix in ("", "_ratio")}
         assert metrics["speed/decode"] == figures["decode"]["median"]
         assert metrics["speed/decode_ratio"] == figures["decode"]["over_reference"]["median"]
-        assert metrics["speed/disk"] == figures["disk"]["value"]
+        assert metrics["speed/disk"] == figures["disk"]["median"]
         conditions = json.loads(logged.data.tags["speed.conditions"])
         assert conditions["conditions"] == document["conditions"]
         assert conditions["reference"] == "dense"

@@ -74,8 +74,8 @@ def answers(monkeypatch, tmp_path):
 
     def run(command, **_):
         given.append(command[3:])
-        found = {"raw": 5.0, "sampling": 4.0, "covariance@0": 40.0}
-        return subprocess.CompletedProcess(command, 0, json.dumps(found))
+        found = {"raw": 5.0, "sampling": 4.0, "covariance@0": 40.0} if command[3] else None
+        return subprocess.CompletedProcess(command, 0, json.dumps({"machine": "fast", "seconds": found}))
 
     monkeypatch.setattr(plan, "planned", lambda root, targets: ["raw", "sampling", "covariance@0"])
     monkeypatch.setattr(plan.subprocess, "run", run)
@@ -104,7 +104,7 @@ def test_time_is_told_when_the_model_is_there(answers):
         "1 stage to run, about 40 s here:\n  covariance@0  40 s",
         "[3 of 3] covariance@0, about 40 s; about 40 s left",
     ]
-    assert given == [[str((root / "data/raw/model").resolve())]]
+    assert given == [["", ""], [str((root / "data/raw/model").resolve()), '"fast"']]  # measured before stages run
 
 
 def test_a_local_model_has_its_times_from_the_start(answers):
@@ -169,7 +169,7 @@ def test_a_spectrum_takes_its_eigenproblems(tmp_path):
 def test_an_evaluation_takes_its_windows_texts_and_items(tmp_path):
     tokens = 4 * 2 * 64 + 32_768 // 4 + 8 * 80 + 4 * 8 * 80  # test windows, news_rolling, last_word, next_sentence
     flops = tokens * (2 * (2 * 9216 + 4096) + 2 * 320 * 32)
-    assert times(tmp_path, passes=1e6)["evaluation@dense"] == pytest.approx(10 + flops / 0.6e6, rel=1e-3)
+    assert times(tmp_path, passes=1e6)["evaluation@dense"] == pytest.approx(7 + flops / 0.6e6, rel=1e-3)
 
 
 def test_every_stage_of_the_pipeline_has_a_time(tmp_path):
@@ -200,8 +200,8 @@ def test_a_healed_variant_takes_its_training_more(tmp_path):
 
 
 def test_another_architecture_counts_by_its_parameters(tmp_path):
-    more = times(tmp_path, Model(SHAPE, 3.0), passes=1e6)["evaluation@dense"] - 10
-    assert more == pytest.approx(3 * (times(tmp_path, passes=1e6)["evaluation@dense"] - 10), rel=1e-3)
+    more = times(tmp_path, Model(SHAPE, 3.0), passes=1e6)["evaluation@dense"] - 7
+    assert more == pytest.approx(3 * (times(tmp_path, passes=1e6)["evaluation@dense"] - 7), rel=1e-3)
 
 
 def test_a_shape_is_read_from_the_config_and_parameters_from_the_headers(tmp_path):
@@ -223,6 +223,20 @@ def test_a_shape_is_read_from_the_config_and_parameters_from_the_headers(tmp_pat
 def test_a_machine_is_measured():
     speed = measure(1, "cpu", "auto")
     assert speed.passes > speed.eigenproblem > 1e6
+
+
+def test_a_machine_that_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "params.yaml").write_text(tiny.PARAMS)
+    monkeypatch.chdir(tmp_path)
+    estimate.main()
+    before = json.loads(capsys.readouterr().out)
+    assert before["seconds"] is None
+    monkeypatch.delattr(estimate, "measure")
+    estimate.main(str(tmp_path / "model"), json.dumps(before["machine"]))
+    after = json.loads(capsys.readouterr().out)
+    assert after["machine"] == before["machine"]
+    assert after["seconds"]["covariance@0"] > before["machine"]["start"]
 
 
 def test_windows_without_a_number_are_guessed_from_the_texts(tmp_path):

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from drank.audit.documents import AllocationDocument, Config, read_document
 from drank.method.pivot import pivot_rows, split_group
 from drank.model.layers import FactorLinear, PivotLinear, SharedPivotLinear, places
 from drank.model.quantizer import (
@@ -29,6 +28,7 @@ from drank.model.quantizer import (
     register,
     swap_modules,
 )
+from drank.project.documents import AllocationDocument, Config, read_document
 from drank.project.files import FileError
 from tests import tiny
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from drank import __version__
-from drank.audit.documents import (
+from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.project.documents import (
     AllocationDocument,
     Config,
     ModuleSpec,
@@ -18,7 +19,6 @@ from drank.audit.documents import (
     UnitRow,
     read_document,
 )
-from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
 from drank.project.dvc import dvc_md5
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
 from drank.project.state import flat

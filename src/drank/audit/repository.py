@@ -2,23 +2,21 @@
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drank.audit.artefacts import AbsentError, Artefact, Store
-from drank.audit.documents import AllocationDocument, UnitRow
 from drank.audit.folder import Folder
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.project.documents import AllocationDocument, UnitRow, parameters_of
 from drank.project.dvc import Stages, parse_lock, read_lock
 from drank.project.files import file_sha256, read_json, read_tensors
 from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
-from drank.project.params import ParamsError, read_params
+from drank.project.params import ParamsError
 from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
-from drank.project.resolved import resolved
 from drank.project.state import check_order, check_params, flat, lineage, outs_of, writer
 from drank.steps.release import STATEMENT
 
@@ -116,14 +114,11 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     text = file_at(root, record.commit.sha, "params.yaml") if record.commit else (root / "params.yaml").read_bytes()
     if text is None:
         raise BrokenLinkError(f"{where}: not found")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "params.yaml"
-        path.write_bytes(text)
-        try:
-            check_params(record.stages, load(text.decode()), where)
-            then = resolved(read_params(path), folder.statement.variant)
-        except (ParamsError, UnicodeDecodeError, YamlError) as error:
-            raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
+    try:
+        check_params(record.stages, load(text.decode()), where)
+        then = parameters_of(text, folder.statement.variant)
+    except (ParamsError, UnicodeDecodeError, YamlError) as error:
+        raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
     before, told = flat(then), flat(folder.statement.parameters)
     for key in sorted(before.keys() | told.keys()):
         if before.get(key) != told.get(key):

@@ -20,28 +20,9 @@ from drank.cli.options import Root
 from drank.project.command import quieten_libraries
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
-    from torch import Tensor
-
     from drank.model.benchmark import Subject
 
 PACKAGES = ("drank", "torch", "transformers")
-SIZES = ("memory", "disk")
-# Unit that people read, its size in the unit that is measured, decimals.
-SHOWN = {
-    "prefill": ("tokens/s", 1.0, 0),
-    "decode": ("tokens/s", 1.0, 1),
-    "first_token": ("ms", 1e-3, 0),
-    "forward_only": ("tokens/s", 1.0, 0),
-    "memory": ("MB", 1e6, 0),
-    "disk": ("MB", 1e6, 1),
-}
-SMALLER_IS_BETTER = ("first_token", "memory", "disk")
-MEMORY = {
-    "cpu": "growth of the peak resident memory of a process that loads the model and generates, without libraries",
-    "cuda": "peak of what torch allocated on the device in a process that loads the model and generates",
-}
 
 
 class BenchError(ValueError):
@@ -105,25 +86,31 @@ def bench(
     Each is in a process of its own, and they are timed in turn. Ratios, taken within a round, are to the dense variant
     if it is among them, else to the first; on a machine that is shared, believe them before the absolute figures.
     """
-    from drank.model.precision import compute_dtype, name_of
-    from drank.project.files import write_json
+    from rich.console import Console
 
-    found, place = find_targets(root, targets or []), device or default_device()
-    check_device(place)
+    from drank.model.precision import compute_dtype, name_of
+    from drank.project.files import write_bytes, write_json
+    from drank.views.pictures import png
+    from drank.views.speed import bars, caption, table
+
+    found, place = find_targets(root, targets or []), checked_device(device)
     chosen = name_of(compute_dtype(dtype.value, place))
     conditions = Conditions(place, chosen, threads, prompt_tokens, new_tokens, batch_size, repeats)
     results = run(found, conditions)
     if json_file is not None:
         write_json(json_file, results)
     if picture is not None:
-        save(picture, results)
-    show(results)
+        write_bytes(picture, png(bars(results)))
+    # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(table(results))
+    console.print(caption(results), markup=False, soft_wrap=True)
     if track:
         log(root, found, results)
 
 
 def find_targets(root: Path, names: Sequence[str]) -> tuple[Target, ...]:
-    """The targets of names, each once: the folder of a model, or else a variant; without names, all variants.
+    """What names stand for, each once: the folder of a model, or else a variant; without names, all variants.
 
     Raises:
         BenchError: a name that stands for nothing, or a variant whose folder is not there.
@@ -133,91 +120,78 @@ def find_targets(root: Path, names: Sequence[str]) -> tuple[Target, ...]:
 
     found = []
     for name in dict.fromkeys(names or read_params(root / "params.yaml").variants):
-        if (Path(name) / "config.json").is_file():
+        if _is_model(Path(name)):
             found.append(Target(name, Path(name)))
             continue
         if Path(name).is_dir() or os.sep in name:
-            raise BenchError(f"{name}: not the folder of a model: it has no config.json")
+            raise BenchError(f"{name}: not the folder of a model: it has no config.json, or no *.safetensors")
         _, preset = read_params(root / "params.yaml").variant(name)
         folder = root / "data/models" / name
-        if not (folder / "config.json").is_file():
+        if not _is_model(folder):
             raise BenchError(f"{folder}: not found; fetch it with `dvc checkout`, `dvc pull` or `dvc repro`")
         found.append(Target(name, folder, preset.allocation == "dense"))
     return tuple(found)
 
 
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and weights_bytes(folder) > 0
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that is not here.
+def checked_device(asked: str | None) -> str:
+    """The device that is asked for, else CUDA's if there is one.
 
     Raises:
-        BenchError: such a device.
+        BenchError: it is not here.
     """
     import torch
 
-    known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name not in known or (name == "cuda" and not torch.cuda.is_available()):
-        raise BenchError(f"device {name!r}: it must be cpu or cuda, and torch sees {len(known) - 2} CUDA devices here")
+    n = torch.cuda.device_count()
+    here = ["cpu", *(["cuda"] if n else []), *(f"cuda:{index}" for index in range(n))]
+    if asked is not None and asked not in here:
+        raise BenchError(f"device {asked!r}: it must be cpu or cuda, and torch sees {n} CUDA devices here")
+    return asked or ("cuda" if n else "cpu")
 
 
 def run(targets: Sequence[Target], conditions: Conditions) -> dict[str, Any]:
     """Measure, and put all of it into one document.
 
     Raises:
-        BenchError: no such device.
         BenchmarkError: what was asked cannot be timed.
     """
     from drank.model.benchmark import FIGURES, measure
     from drank.project.progress import progress
 
-    check_device(conditions.device)
     started = environment(conditions.device)
     with ExitStack() as stack:
-        workers = {target.name: stack.enter_context(worker()) for target in targets}
+        # In one process models would share what torch keeps, such as kernels compiled for the shapes of matrices and
+        # freed memory, and nobody could say whose memory is whose.
+        workers = {t.name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for t in targets}
         loading = {target.name: workers[target.name].submit(_load, target.folder, conditions) for target in targets}
-        memory = {name: done.result() for name, done in progress(loading.items(), desc="loading", unit="models")}
-        threads = workers[targets[0].name].submit(_threads).result()
+        loaded = {name: done.result() for name, done in progress(loading.items(), desc="loading", unit="models")}
         runs = {name: partial(_ask, executor) for name, executor in workers.items()}
         samples = measure(runs, conditions.repeats, progress=partial(progress, desc="timing", unit="rounds"))
-    sizes = {target.name: {"memory": memory[target.name], "disk": weights_bytes(target.folder)} for target in targets}
+    for target in targets:
+        samples[target.name] |= {"memory": [loaded[target.name][0]], "disk": [float(weights_bytes(target.folder))]}
     reference = next((target for target in targets if target.dense), targets[0]).name
-    figures = {
-        target.name: {
-            **{figure: spread(samples[target.name][figure], samples[reference][figure]) for figure in FIGURES},
-            **{size: sized(value, sizes[reference][size]) for size, value in sizes[target.name].items()},
-        }
-        for target in targets
-    }
     return {
-        "format_version": 1,
+        "format_version": 2,
         "reference": reference,
-        "units": FIGURES | dict.fromkeys(SIZES, "bytes"),
-        "conditions": asdict(conditions) | {"threads": threads},
+        "units": FIGURES | dict.fromkeys(("memory", "disk"), "bytes"),
+        "conditions": asdict(conditions) | {"threads": loaded[reference][1]},
         "environment": started,
         "folders": {target.name: str(target.folder) for target in targets},
-        "models": figures,
+        "models": {
+            name: {figure: spread(values, samples[reference][figure]) for figure, values in figures.items()}
+            for name, figures in samples.items()
+        },
     }
-
-
-def worker() -> ProcessPoolExecutor:
-    """A fresh process for one model.
-
-    In one process models would share what torch keeps, such as kernels compiled for the shapes of matrices and freed
-    memory, and nobody could say whose memory is whose.
-    """
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 _here: dict[str, "Subject"] = {}
 
 
-def _load(folder: Path, conditions: Conditions) -> int:
-    """Load a model into this process and generate with it once; the bytes that took at their peak."""
+def _load(folder: Path, conditions: Conditions) -> tuple[float, int]:
+    """Load a model into this process and generate with it once; the bytes that took at their peak, and the threads."""
     quieten_libraries()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -234,16 +208,13 @@ def _load(folder: Path, conditions: Conditions) -> int:
         AutoModelForCausalLM.from_config(config)
     before = peak_memory(device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, conditions.dtype)).to(device).eval()
-    windows = random_ids(conditions, model.config.vocab_size)
+    # The same ids for every model and call: what a pass costs does not depend on them.
+    shape = (conditions.batch_size, conditions.prompt_tokens)
+    windows = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     _here["subject"] = Subject(model, windows[:1], windows, conditions.new_tokens)
     _here["subject"]("generation")
-    return peak_memory(device) - before
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+    grown = max(1, peak_memory(device) - before)  # a small model may fit into what the libraries have left
+    return float(grown), torch.get_num_threads()
 
 
 def _time(part: str) -> dict[str, float]:
@@ -254,21 +225,13 @@ def _ask(executor: ProcessPoolExecutor, part: str) -> dict[str, float]:
     return executor.submit(_time, part).result()
 
 
-def random_ids(conditions: Conditions, vocabulary: int) -> "Tensor":
-    """The same windows of token ids on every call: what a pass costs does not depend on them."""
-    import torch
-
-    shape = (conditions.batch_size, conditions.prompt_tokens)
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-
-
 def weights_bytes(folder: Path) -> int:
     """Bytes of weights on disk, counted as in results/<variant>.json."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Things that figures depend on beside the model and the options."""
+    """What figures depend on beside the model and the options."""
     import torch
 
     on_cuda = device.startswith("cuda")
@@ -297,97 +260,6 @@ def spread(samples: Sequence[float], reference: Sequence[float]) -> dict[str, An
     return asdict(Quartiles.of(samples)) | {"samples": list(samples), "over_reference": asdict(ratios)}
 
 
-def sized(value: int, reference: int) -> dict[str, Any]:
-    """A size as the document has it; a model without weights in safetensors has nothing to compare."""
-    return {"value": value, "over_reference": value / reference if reference else None}
-
-
-def show(results: Mapping[str, Any]) -> None:
-    """The table, and how to read it, on standard output."""
-    from rich.console import Console
-
-    # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(table(results))
-    conditions, here = results["conditions"], results["environment"]
-    console.print(
-        f"x: ratio to {results['reference']} within a round, median [quartiles] of {conditions['repeats']} rounds; "
-        f"below it the median. For tokens/s more is better, for the others less.\n"
-        f"Prompt of {conditions['prompt_tokens']} tokens, {conditions['new_tokens']} new ones, greedy, batch 1; "
-        f"forward only: {conditions['batch_size']} windows at once, no cache, all logits.\n"
-        f"Memory: {MEMORY['cuda' if conditions['device'].startswith('cuda') else 'cpu']}.\n"
-        f"{here['device']} ({conditions['device']}), {conditions['threads']} threads, {conditions['dtype']}, "
-        f"load {here['load_average']:.1f} on {here['cpus']} CPUs at the start, torch {here['torch']}, "
-        f"transformers {here['transformers']}",
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def table(results: Mapping[str, Any]) -> "Table":
-    """A row per model: ratio to the reference, and below it the figure itself."""
-    from rich.table import Table
-
-    sheet = Table(show_lines=True)
-    sheet.add_column("model", overflow="fold")
-    for figure, (unit, _, _) in SHOWN.items():
-        sheet.add_column(f"{figure.replace('_', ' ')}\n{unit}", justify="right")
-    for name, figures in results["models"].items():
-        sheet.add_row(name, *(_cell(figures[figure], figure) for figure in SHOWN))
-    return sheet
-
-
-def _cell(value: Mapping[str, Any], figure: str) -> str:
-    _, scale, decimals = SHOWN[figure]
-    ratio = value["over_reference"]
-    if figure in SIZES:
-        told = "" if ratio is None else f"x{ratio:.2f}"
-        return f"{told}\n{value['value'] / scale:,.{decimals}f}"
-    spread = f"x{ratio['median']:.2f} \\[{ratio['lower']:.2f}, {ratio['upper']:.2f}]"
-    return f"{spread}\n{value['median'] / scale:,.{decimals}f}"
-
-
-def save(path: Path, results: Mapping[str, Any]) -> None:
-    """Draw the ratios into a PNG file."""
-    from drank.project.files import write_bytes
-    from drank.views.pictures import png
-
-    write_bytes(path, png(bars(results)))
-
-
-def bars(results: Mapping[str, Any]) -> "Figure":
-    """Ratio to the reference, a panel per figure, a bar per model with the quartiles; blue is better, red worse."""
-    from matplotlib.figure import Figure
-
-    names = list(results["models"])
-    canvas = Figure(figsize=(2.2 * len(SHOWN) + 1, 1.2 + 0.35 * len(names)), layout="constrained")
-    panels = canvas.subplots(1, len(SHOWN), sharey=True)
-    for axes, (figure, (unit, _, _)) in zip(panels, SHOWN.items(), strict=True):
-        for row, name in enumerate(names):
-            ratio = results["models"][name][figure]["over_reference"]
-            if ratio is None:
-                continue
-            spread = ratio if isinstance(ratio, dict) else dict.fromkeys(("lower", "median", "upper"), ratio)
-            median = spread["median"]
-            better = median <= 1 if figure in SMALLER_IS_BETTER else median >= 1
-            errors = [[median - spread["lower"]], [spread["upper"] - median]]
-            axes.barh(row, median, color="#4c78a8" if better else "#c44e52", height=0.7, xerr=errors, capsize=2)
-            axes.text(0.02, row, f"{median:.2f}", va="center", color="white", fontsize=8)
-        axes.axvline(1, color="black", linewidth=0.8)
-        direction = "less" if figure in SMALLER_IS_BETTER else "more"
-        axes.set_title(f"{figure.replace('_', ' ')}, {unit}\n({direction} is better)", fontsize=9)
-        axes.tick_params(labelsize=8)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    conditions = results["conditions"]
-    canvas.supxlabel(
-        f"ratio to {results['reference']}; {results['environment']['device']}, {conditions['threads']} threads, "
-        f"{conditions['dtype']}",
-        fontsize=9,
-    )
-    return canvas
-
-
 def log(root: Path, targets: Sequence[Target], results: Mapping[str, Any]) -> None:
     """Add medians, and ratios to the reference, to the MLflow run of each folder; say where there is none."""
     from drank.project.dvc import dvc_md5
@@ -397,10 +269,8 @@ def log(root: Path, targets: Sequence[Target], results: Mapping[str, Any]) -> No
     for target in targets:
         figures = {}
         for figure, value in results["models"][target.name].items():
-            ratio = value["over_reference"]
-            figures[figure] = value["value"] if figure in SIZES else value["median"]
-            figures[f"{figure}_ratio"] = ratio["median"] if isinstance(ratio, dict) else ratio
-        figures = {f"speed/{figure}": float(value) for figure, value in figures.items() if value is not None}
+            figures[f"speed/{figure}"] = float(value["median"])
+            figures[f"speed/{figure}_ratio"] = value["over_reference"]["median"]
         logged = log_speed(root, dvc_md5(target.folder), figures, conditions)
         if logged is None:
             typer.echo(f"{target.name}: no MLflow run has this folder; `drank track` makes one for each variant")

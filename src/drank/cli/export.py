@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from drank.audit.documents import Provenance
+    from drank.project.documents import Provenance
 
 
 class ExportError(ValueError):

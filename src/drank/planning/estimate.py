@@ -9,8 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ FLOAT64 = 0.8  # a guess
 # took beyond its FLOPs there, and a fifth of it. Nothing on a GPU.
 SCORED, SENT_BACK = 5e-9, 25e-9
 # Processor seconds from a start to the first work, measured on two cores: stages import torch and transformers in 3 to
-# 5 s, lm-eval in about 6 more; DVC adds 0.2. On a busy machine twice what this process took to import torch counts.
-START, LM_EVAL = 4.0, 6.0
+# 5 s, lm-eval in about 3 more; DVC adds 0.2. On a busy machine twice what this process took to import torch counts.
+START, LM_EVAL = 4.0, 3.0
 WRITE, READ = 2e8, 5e8  # bytes per second: DVC hashes and copies 540 MB in 2.6 s; MD5 of what a stage reads
 ITEM = 80  # tokens of an item of a task: at most 60 words and the padding of a batch
 CHARACTERS = 4  # of a token of English
@@ -207,20 +206,32 @@ def read_test_windows(params: Params, root: Path) -> int:
     return int(tokens / params.sampling.window_length)
 
 
-def main(folder: str) -> None:
-    """Print seconds by stage for the model in ``folder``, or null where its shape is not known.
+def measure_machine(params: Params) -> dict[str, Any]:
+    """What times depend on beside the model, as JSON: seconds to the first work, speeds by threads and device.
+
+    To be called while nothing else runs: beside one stage on two cores half of the speed is left.
+    """
+    start = max(START, 2 * (time.time() - psutil.Process().create_time()))
+    places = {(section.threads, section.device) for section in (params.covariance, params.evaluation)}
+    places |= {(v.healing.threads, v.healing.device) for v in params.variants.values() if v.healing}
+    speeds = [[*place, asdict(measure(*place, params.compute.dtype))] for place in sorted(places)]
+    return {"start": start, "speeds": speeds}
+
+
+def main(folder: str = "", measured: str = "") -> None:
+    """Print the machine, which is measured unless it is given, and seconds by stage for the model in ``folder``, or
+    null where there is none or its shape is not known.
 
     A process of its own, which leaves neither torch nor the memory of a GPU with its parent.
     """
-    start = max(START, 2 * (time.time() - psutil.Process().create_time()))
-    params, model = read_params(Path("params.yaml")), read_model(Path(folder))
-
-    @cache
-    def speed(threads: int, device: str) -> Speed:
-        return measure(threads, device, params.compute.dtype)
-
-    found = model and seconds(params, model, speed, read_test_windows(params, Path()), start)
-    sys.stdout.write(json.dumps(found))
+    params = read_params(Path("params.yaml"))
+    machine = json.loads(measured) if measured else measure_machine(params)
+    speeds = {(threads, device): Speed(**speed) for threads, device, speed in machine["speeds"]}
+    found = None
+    if folder and (model := read_model(Path(folder))):
+        windows = read_test_windows(params, Path())
+        found = seconds(params, model, lambda *place: speeds[place], windows, machine["start"])
+    sys.stdout.write(json.dumps({"machine": machine, "seconds": found}))
 
 
 if __name__ == "__main__":

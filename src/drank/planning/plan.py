@@ -27,10 +27,11 @@ class Plan:
 
     def __init__(self, root: Path, targets: Iterable[str], say: Callable[[str], None]) -> None:
         self.root, self.say = root, say
+        self.machine = ""  # what was measured of it, while nothing ran
         names = planned(root, targets)
         self.left: dict[str, float | None] = dict.fromkeys(names or ())
         self.n_stages = len(self.left)
-        if self.left and self._model_is_known():  # else not now: measuring would only keep the first stage waiting
+        if self.left:  # now, even for a model that is yet to come: beside a stage half the speed would be measured
             self._estimate()
         if names is not None:
             self.say(self.table())
@@ -62,19 +63,18 @@ class Plan:
     def _sum(self) -> float:
         return sum(seconds or 0.0 for seconds in self.left.values())
 
-    def _model_is_known(self) -> bool:
-        return model_folder(self.root, fetched="raw" not in self.left) is not None
-
     def _estimate(self) -> bool:
         """Give every stage its time; whether that was possible."""
         folder = model_folder(self.root, fetched="raw" not in self.left)
-        if folder is None:
+        if folder is None and self.machine:
             return False
-        command = [sys.executable, "-m", "drank.planning.estimate", str(folder)]
+        command = [sys.executable, "-m", "drank.planning.estimate", str(folder or ""), self.machine]
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
         if done.returncode:  # a stage will say what is wrong
             return False
-        if seconds := json.loads(done.stdout):
+        found = json.loads(done.stdout)
+        self.machine = json.dumps(found["machine"])
+        if seconds := found["seconds"]:
             self.left = {name: seconds.get(name, 0.0) for name in self.left}
         return bool(seconds)
 

@@ -1,13 +1,21 @@
-"""The documents of a model folder as objects, with the fields that an audit reads. Whatever does not fit is refused."""
+"""The JSON documents of a project and of a model folder as objects. What does not fit is refused, more is passed over.
+
+The one description of them in code; docs/data.md has it in words.
+"""
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from drank.method.allocation.units import PRICES
 from drank.project.files import FileError
+from drank.project.params import read_params
+from drank.project.resolved import resolved
 
 Sha256 = str
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact up to here
 
 
 class Document(BaseModel):
@@ -19,13 +27,13 @@ class UnitRow(Document):
     members: tuple[str, ...] = Field(min_length=1)
     factors: str
     kind: str
-    layer: int
+    layer: Count
     form: Literal["dense", "factors", "pivot"]
-    rank: int
-    full_rank: int
-    out_features: int
-    in_features: int
-    price: int
+    rank: Count
+    full_rank: Annotated[Count, Field(ge=1)]
+    out_features: Count
+    in_features: Count
+    price: Count
     objective_share: float
     relative_loss: float
     effective_rank: float
@@ -35,14 +43,13 @@ class UnitRow(Document):
         """Parameters that a matrix of this form, rank and size takes (docs/method.md, section 4)."""
         if self.form == "dense":
             return self.out_features * self.in_features
-        saved = self.rank if self.form == "pivot" else 0
-        return self.rank * (self.out_features + self.in_features - saved)
+        return int(PRICES[self.form](self.out_features, self.in_features, self.rank))
 
 
 class BlockRow(Document):
     name: str
-    channels: int
-    full_channels: int
+    channels: Count
+    full_channels: Annotated[Count, Field(ge=1)]
     loss: float
 
 
@@ -69,6 +76,18 @@ class AllocationDocument(Document):
     units: tuple[UnitRow, ...]
     blocks: tuple[BlockRow, ...]
     inputs: dict[str, Sha256]
+
+
+class Results(Document):
+    """What results/<variant>.json has: figures by name, and how they were measured."""
+
+    model_config = ConfigDict(extra="allow")
+    protocol: dict[str, Any] = {}
+
+    @property
+    def figures(self) -> dict[str, int | float]:
+        values = (self.model_extra or {}).items()
+        return {name: value for name, value in values if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 class ModuleSpec(Document):
@@ -179,12 +198,34 @@ def read_document(path: Path, kind: type[Read]) -> Read:
         FileError: missing, not JSON, or without a field that it must have.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return parse_document(path.read_bytes(), path.name, kind)
     except FileNotFoundError:
         raise FileError(f"{path.name}: not in the folder") from None
+
+
+def parse_document(content: bytes | str, where: str, kind: type[Read]) -> Read:
+    """The document in these bytes; ``where`` names it in errors.
+
+    Raises:
+        FileError: not JSON, or without a field that it must have.
+    """
+    try:
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the document"
         versioned = key.endswith("format_version")
         hint = "; another version of drank wrote it: audit it with that one, or build it again" if versioned else ""
-        raise FileError(f"{path.name}: {key}: {first['msg']}{hint}") from None
+        raise FileError(f"{where}: {key}: {first['msg']}{hint}") from None
+
+
+def parameters_of(content: bytes, variant: str) -> dict[str, Any]:
+    """What a variant comes from, by the params.yaml in these bytes, such as those of a commit.
+
+    Raises:
+        ParamsError: not a params.yaml of this version of drank, or one without this variant.
+    """
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "params.yaml"
+        path.write_bytes(content)
+        return resolved(read_params(path), variant)
