@@ -66,7 +66,7 @@ def test_the_card_tells_method_size_results_protocol_and_limits():
 def test_the_card_lists_what_is_left_as_it_is():
     row = {"name": "model.layers.*.mlp.experts.down_proj", "reason": "no linear, but MixtralExperts", "tensors": 2}
     text = release.card(PARAMETERS, ALLOCATION | {"left_dense": [row | {"parameters": 16384}]}, RESULTS)
-    assert "| `model.layers.*.mlp.experts.down_proj` | 16,384 | no linear, but MixtralExperts |\n\n Limits" in text
+    assert "| `model.layers.*.mlp.experts.down_proj` | 16,384 | no linear, but MixtralExperts |\n\n## Limits" in text
     assert "Left as it is" not in release.card(PARAMETERS, ALLOCATION, RESULTS)
 
 

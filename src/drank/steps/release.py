@@ -176,7 +176,7 @@ and what followed from it), {training}.
 | weights on disk | {megabytes:.1f} MB |
 | calibrated on | {calibration} |
 
- Use
+## Use
 ```python
 import drank  # registers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -188,19 +188,19 @@ Without `import drank` loading stops with an error, but for the dense variant, w
 Weights are stored in bfloat16. On a processor without bfloat16 units add `dtype=torch.float32`: the same weights,
 several times faster.
 
- Results
+## Results
 | figure | value | standard error |
 |---|---|---|
 {rows}
 {protocol}
 {left}
- Limits
+## Limits
 * Measured in the two ways above and in no other: not for other languages, longer contexts, instructions or safety.
 * Calibrated on one text; texts that were never calibrated on: {outside}.
 * Whatever holds of the base model's licence, biases and intended use holds here.
 * Smaller, not necessarily faster: no speed was measured for this card.
 
- What made it
+## What made it
 `allocation.json` has the rank of every matrix, `provenance.json` is an in-toto statement (SLSA provenance) of the
 parameters and of what went in, and `sha256sum --check SHA256SUMS` compares the files. `drank audit FOLDER` verifies
 all of it, finds the commit whose `dvc.lock` made the folder, and says how to rebuild it.
@@ -229,7 +229,7 @@ def _left(rows: Sequence[Document]) -> str:
     if not rows:
         return ""
     lines = [f"| `{row['name']}` | {row['parameters']:,} | {row['reason']} |\n" for row in rows]
-    head = "\n Left as it is\nNot among the matrices above, for the reason given; `*` is any number.\n\n"
+    head = "\n## Left as it is\nNot among the matrices above, for the reason given; `*` is any number.\n\n"
     return f"{head}| parameters of | how many | why |\n|---|---|---|\n{''.join(lines)}"
 
 
