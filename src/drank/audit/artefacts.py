@@ -1,15 +1,12 @@
 """Files as DVC knows them, by hash: in the workspace, in DVC's cache, or in git."""
 
 import hashlib
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from drank.project.dvc import dvc_md5, entry
+from drank.project.dvc import cache_folder, dvc_md5, entry, read_listing
 from drank.project.git import file_at
 
 
@@ -63,10 +60,7 @@ class Store:
 
     @cached_property
     def cache(self) -> Path:
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "cache", "dir"], cwd=self.root, capture_output=True, text=True
-        )
-        return (self.root / (done.stdout.strip() or ".dvc/cache")).resolve() / "files/md5"
+        return cache_folder(self.root) or self.root / ".dvc/cache/files/md5"
 
     def _from_cache(self, path: str, md5: str) -> "Artefact | None":
         cached = entry(self.cache, md5)
@@ -74,13 +68,12 @@ class Store:
             return None
         if not md5.endswith(".dir"):
             return Artefact("cache", {"": self._checked(path, md5)})
-        text = cached.read_bytes()
-        if _md5(text) != md5.removesuffix(".dir"):
+        listed = read_listing(self.cache, md5)
+        if listed is None:
             raise ArtefactError(f"{path}: its listing in DVC's cache is damaged: {cached}; delete it and `dvc repro`")
-        rows = json.loads(text)
-        if not all(entry(self.cache, row["md5"]).is_file() for row in rows):
+        if not all(entry(self.cache, member).is_file() for member in listed.values()):
             return None
-        return Artefact("cache", {row["relpath"]: self._checked(path, row["md5"]) for row in rows})
+        return Artefact("cache", {name: self._checked(path, member) for name, member in listed.items()})
 
     def _checked(self, path: str, md5: str) -> Path:
         cached = entry(self.cache, md5)
