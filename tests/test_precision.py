@@ -123,7 +123,8 @@ def test_a_bench_times_the_type_of_the_device(monkeypatch):
     timed = []
     monkeypatch.setattr(bench, "find_targets", lambda root, names: ())
     monkeypatch.setattr(bench, "run", lambda targets, conditions: timed.append(conditions.dtype))
-    monkeypatch.setattr(bench, "show", lambda results: None)
+    monkeypatch.setattr("drank.views.speed.table", str)
+    monkeypatch.setattr("drank.views.speed.caption", str)
     bench.bench(device="cpu")
     bench.bench(device="cpu", dtype=bench.Dtype.bfloat16)
     assert timed == ["float32", "bfloat16"]
