@@ -1,4 +1,4 @@
-"""What do covariances cost beside the passes they watch? Ratio to the bare forward, or forward and backward, pass.
+"""Cost of covariances beside the passes that they watch. Ratio to the bare forward, or forward and backward, pass.
 
 ``python -m benchmarks.covariance_overhead``, in a project where ``dvc repro sampling`` ran. The limit is arithmetic: a
 covariance of d channels takes d (d + 1) multiplications and additions a token if symmetry is used, 2 d² if not; a
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def ignore(moment: SecondMoment, x: Tensor) -> None:
-    """What hooks and the flattening of tensors cost by themselves."""
+    """Hooks and the flattening of tensors, by themselves."""
 
 
 def bare(model: Any, windows: Tensor, fisher: str, batch_windows: int = 4) -> None:

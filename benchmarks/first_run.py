@@ -200,7 +200,7 @@ def released_spectrum(linear: Linear, xtx: Tensor) -> None:
 
 
 def orders(layers: list[tuple[Linear, Tensor]]) -> list[int]:
-    """Of the symmetric eigenproblems: the smaller side of every linear, and H, once if shared, where that is the
+    """FLOPs of the symmetric eigenproblems: the smaller side of every linear, and H, once if shared, where that is the
     inputs'."""
     tall = {id(H): len(H) for x, H in layers if x.out_features > x.in_features}
     return [min(x.out_features, x.in_features) for x, _ in layers] + list(tall.values())
@@ -213,7 +213,7 @@ def eigenproblems(layers: list[tuple[Linear, Tensor]]) -> None:
 
 
 def product_flops(linear: Linear) -> float:
-    """Of the products in whitened_spectrum in the input metric, symmetric ones counted as full; roots are left out."""
+    """FLOPs of the products in whitened_spectrum, input metric; symmetric ones count as full, roots are left out."""
     out, n = linear.out_features, linear.in_features
     if out <= n:  # W H Wᵀ, Wᵀ c, W H Wᵀ c
         return 2 * out * n**2 + 2 * out**2 * n + 2 * out**2 * n + 2 * out**3

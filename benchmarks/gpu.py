@@ -71,7 +71,7 @@ class Shape:
 
     @property
     def n_parameters(self) -> int:
-        """Of a block's linears."""
+        """FLOPs of a block's linears."""
         return sum(out * n for out, n in self.linears.values())
 
 
@@ -118,7 +118,7 @@ class Table:
             )
 
     def attempt(self, run: Callable[[], Any]) -> Any:
-        """What run returns, or a sentence that says what went wrong."""
+        """The result of run, or a sentence that says what went wrong."""
         if time.monotonic() > self.end:
             return f"not begun within {self.asked.minutes:g} minutes"
         try:
@@ -504,8 +504,8 @@ class Calibration:
             g.copy_(given.grad)
 
     def flops(self, stage: str) -> float:
-        """Of a block. Causal attention has 2 · hidden · length a token, and 2.5 times as many backward; the linears,
-        whose weights need no gradient, once as many."""
+        """FLOPs of a block. Causal attention has 2 · hidden · length per token, and 2.5 times as many backward; the
+        linears, whose weights need no gradient, once as many."""
         tokens = self.asked.windows * self.asked.window_length
         attention = 2 * self.shape.hidden * self.asked.window_length
         passes = 2 * self.shape.n_parameters + attention
@@ -558,7 +558,7 @@ def metric(n: int, device: torch.device) -> Tensor:
 
 
 def excess_loss(W: Tensor, H: Tensor, G: Tensor | None, parts: Sequence[Tensor], rank: int) -> float:
-    """What factors of less precision lose at a rank, over what the best ones lose, less 1."""
+    """Loss of factors of less precision at a rank, over the loss of the best ones, less 1."""
     best = spectrum(W, H, G)[0][rank:].sum()
     D = W - parts[1][:rank].double().T @ parts[2][:rank].double()
     return float(((D if G is None else G @ D) * (D @ H)).sum() / best) - 1
@@ -824,7 +824,7 @@ def inference(shape: Shape, table: Table) -> None:
 
 
 def ready(made: dict[tuple[str, float], Any], name: str, batch: int, length: int, table: Table) -> dict[Any, Any]:
-    """Of every model, what runs the workload, or why nothing does. They take turns with one cache."""
+    """For every model a function that runs the workload, or why there is none. They take turns with one cache."""
     asked = table.asked
     shape = next((model.shape for model in made.values() if isinstance(model, Model)), None)
     if shape is None:

@@ -15,7 +15,7 @@ _clock = CLOCKS["wall"]
 
 
 def arguments(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """What every script takes; it hands what was asked to :func:`begin`."""
+    """The options of every script, which hands them to :func:`begin`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2)

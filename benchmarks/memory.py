@@ -1,4 +1,4 @@
-"""What bounds the memory of collecting covariances, with the whole model there and with one block at a time?
+"""Bounds of the memory of collecting covariances, with the whole model there and with one block at a time.
 
 ``python -m benchmarks.memory [--picture FILE]``, on Linux. Random Llamas in bfloat16, windows of 256 tokens, two at a
 time; the stage's own code in a fresh process for each figure, whose peak (VmHWM) is read when it ends.

@@ -1,4 +1,4 @@
-"""What does another size ratio cost? Allocation and compression, against what D-Rank's released code does again.
+"""Cost of another size ratio. Allocation and compression, against what D-Rank's released code does again.
 
 ``python -m benchmarks.ratio_sweep``, in a project where ``dvc repro`` ran. Both stages run in this process, beside the
 project's dvc.lock, on its model and cached factors, and write to a temporary folder: what DVC starts but for the start

@@ -30,7 +30,7 @@ def whitened(xtx: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(weight: Tensor, S: Tensor) -> Tensor:
-    """Of S Wᵀ, in float32."""
+    """Singular values of S Wᵀ, in float32."""
     return torch.linalg.svdvals(S.float() @ weight.T.float())
 
 

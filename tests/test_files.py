@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from drank.project.files import (
     FileError,
+    JsonLinesFolder,
+    TensorFolder,
     file_sha256,
     folder_sha256,
     read_json,
@@ -278,3 +280,22 @@ def test_a_folder_or_a_file_in_the_way_is_named_and_left(tmp_path, write, value)
 def test_a_folder_that_is_read_as_a_file_is_not_called_damaged(tmp_path, read):
     with pytest.raises(FileError, match="a folder is where a file should be"):
         read(tmp_path)
+
+
+def test_a_folder_of_tensors_or_lines_is_a_mapping(tmp_path):
+    tensors, lines = TensorFolder(tmp_path), JsonLinesFolder(tmp_path)
+    tensors["inputs/a.b"] = {"x": torch.arange(6).reshape(3, 2)}
+    lines["news"] = [{"text": "ä"}, 3]
+    assert (list(tensors), list(lines), len(tensors)) == (["inputs/a.b"], ["news"], 1)
+    assert torch.equal(tensors["inputs/a.b"]["x"], torch.arange(6).reshape(3, 2))
+    assert tensors.rows("inputs/a.b", 2)["x"].shape == (2, 2)
+    assert lines["news"] == [{"text": "ä"}, 3]
+    assert "inputs/a.b" in tensors
+    assert "nosuch" not in tensors
+    with pytest.raises(FileError, match="nosuch.jsonl: not found"):
+        lines["nosuch"]
+    (tmp_path / "news.jsonl").write_text("{")
+    with pytest.raises(FileError, match="news.jsonl: damaged, not JSON lines"):
+        lines["news"]
+    del tensors["inputs/a.b"]
+    assert list(tensors) == []

@@ -1,4 +1,4 @@
-"""The JSON documents of a project and of a model folder as objects. What does not fit is refused, more is passed over.
+"""The JSON documents of a project and of a model folder as objects. Unfit ones are refused, more keys passed over.
 
 The one description of them in code; docs/data.md has it in words.
 """

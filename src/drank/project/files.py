@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from drank.project.refusals import FileError, check_access, refusals
 
@@ -152,53 +152,16 @@ def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
         return {name: part[:n_rows] for name, part in slices.items()}
 
 
-class TensorFolder(MutableMapping[str, Mapping[str, "Tensor"]]):
-    """A folder of safetensors files as a mapping: ``folder[name]`` has the tensors of ``<name>.safetensors``.
-
-    Raises:
-        FileError: as ``read_tensors`` and ``write_tensors``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __getitem__(self, name: str) -> dict[str, "Tensor"]:
-        return read_tensors(self._file(name))
-
-    def __setitem__(self, name: str, tensors: Mapping[str, "Tensor"]) -> None:
-        write_tensors(self._file(name), tensors)
-
-    def __delitem__(self, name: str) -> None:
-        self._file(name).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        files = sorted(self.path.rglob("*.safetensors"))
-        return iter([file.relative_to(self.path).as_posix().removesuffix(".safetensors") for file in files])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def rows(self, name: str, n_rows: int) -> dict[str, "Tensor"]:
-        """The first rows of every tensor of ``name``, as ``read_rows``."""
-        return read_rows(self._file(name), n_rows)
-
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.safetensors"
+Values = TypeVar("Values")
 
 
-class JsonLinesFolder(MutableMapping[str, list[Any]]):
-    """A folder of JSON lines as a mapping: ``folder[name]`` has the values of ``<name>.jsonl``."""
+class _Folder(MutableMapping[str, Values]):
+    """The files of a folder with one suffix, by their names without it."""
+
+    suffix = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def __getitem__(self, name: str) -> list[Any]:
-        with self._file(name).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
-
-    def __setitem__(self, name: str, values: Iterable[Any]) -> None:
-        lines = (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n" for value in values)
-        write_text(self._file(name), "".join(lines))
 
     def __delitem__(self, name: str) -> None:
         self._file(name).unlink()
@@ -207,13 +170,58 @@ class JsonLinesFolder(MutableMapping[str, list[Any]]):
         return self._file(str(name)).is_file()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(file.stem for file in self.path.glob("*.jsonl")))
+        files = sorted(self.path.rglob(f"*{self.suffix}"))
+        return iter([file.relative_to(self.path).as_posix().removesuffix(self.suffix) for file in files])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def _file(self, name: str) -> Path:
-        return self.path / f"{name}.jsonl"
+        return self.path / f"{name}{self.suffix}"
+
+
+class TensorFolder(_Folder[Mapping[str, "Tensor"]]):
+    """A folder of safetensors files as a mapping: ``folder[name]`` has the tensors of ``<name>.safetensors``.
+
+    Raises:
+        FileError: as ``read_tensors`` and ``write_tensors``.
+    """
+
+    suffix = ".safetensors"
+
+    def __getitem__(self, name: str) -> dict[str, "Tensor"]:
+        return read_tensors(self._file(name))
+
+    def __setitem__(self, name: str, tensors: Mapping[str, "Tensor"]) -> None:
+        write_tensors(self._file(name), tensors)
+
+    def rows(self, name: str, n_rows: int) -> dict[str, "Tensor"]:
+        """The first rows of every tensor of ``name``, as ``read_rows``."""
+        return read_rows(self._file(name), n_rows)
+
+
+class JsonLinesFolder(_Folder[list[Any]]):
+    """A folder of JSON lines as a mapping: ``folder[name]`` has the values of ``<name>.jsonl``.
+
+    Raises:
+        FileError: the file is missing, or a line is no JSON.
+    """
+
+    suffix = ".jsonl"
+
+    def __getitem__(self, name: str) -> list[Any]:
+        file = self._file(name)
+        try:
+            with file.open(encoding="utf-8") as lines:
+                return [json.loads(line) for line in lines]
+        except FileNotFoundError:
+            raise FileError(_missing(file)) from None
+        except ValueError as error:
+            raise FileError(f"{file}: damaged, not JSON lines: {error}; fetch or build it again") from None
+
+    def __setitem__(self, name: str, values: Iterable[Any]) -> None:
+        lines = (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n" for value in values)
+        write_text(self._file(name), "".join(lines))
 
 
 def check_plain(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ``drank bench`` measured, as a table and a picture. Takes its document; knows no files."""
+"""Figures of ``drank bench`` as a table and a picture. Takes its document; knows no files."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
