@@ -161,7 +161,7 @@ def read_model(folder: Path) -> Model | None:
         stored = sum(map(_numbers, folder.glob("*.safetensors")))
     except (OSError, ValueError, KeyError):
         return None
-    shape = read_shape(config, folder.name)
+    shape = read_shape(config, folder.name) if isinstance(config, dict) else None
     if shape is None:
         return None
     return Model(shape, stored / footprint.model_parameters(shape) if stored else 1.0)

@@ -5,6 +5,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -55,14 +56,14 @@ def begins(file: Path, content: bytes) -> bool:
         return stream.read(len(content)) == content
 
 
-def git(facts: Facts) -> Iterator[Finding]:
+def git(root: Path) -> Iterator[Finding]:
     """Whether git will commit and tag what comes out."""
-    inside = asked_git(facts.root, "rev-parse", "--is-inside-work-tree")
+    inside = asked_git(root, "rev-parse", "--is-inside-work-tree")
     if inside is None:
         yield Finding("warning", "git is not installed: no commit can say where a model came from")
         return
     if "dubious ownership" in inside.stderr or "unsafe repository" in inside.stderr:
-        place = facts.root.resolve()
+        place = root.resolve()
         yield Finding(
             "warning",
             f"git does not trust {place}, which another user owns (dubious ownership): no commit can be read; "
@@ -70,15 +71,15 @@ def git(facts: Facts) -> Iterator[Finding]:
         )
         return
     if inside.returncode:
-        yield Finding("remark", f"{facts.root.resolve()} is in no git repository: `git init` keeps what made a model")
+        yield Finding("remark", f"{root.resolve()} is in no git repository: `git init` keeps what made a model")
         return
-    identity = asked_git(facts.root, "var", "GIT_COMMITTER_IDENT")
+    identity = asked_git(root, "var", "GIT_COMMITTER_IDENT")
     if identity is None or identity.returncode:
         yield Finding(
             "warning", "git does not know who commits: `git config user.name ...`, `git config user.email ...`"
         )
     for key, what in (("commit.gpgSign", "commits"), ("tag.gpgSign", "tags, as `drank promote` makes one")):
-        if config(facts.root, key, "--bool") == "true" and not can_sign(facts.root):
+        if config(root, key, "--bool") == "true" and not can_sign(root):
             yield Finding(
                 "warning", f"git signs {what} ({key} = true), and user.signingKey names no secret key that is here"
             )
@@ -98,11 +99,13 @@ def config(root: Path, key: str, *options: str) -> str:
 
 
 def can_sign(root: Path) -> bool:
-    key = config(root, "user.signingKey")
-    if config(root, "gpg.format") == "ssh":
-        return key.startswith("key::") or Path(key).expanduser().is_file()
-    program = config(root, "gpg.program") or "gpg"
-    command = [program, "--list-secret-keys", *([key] if key else [])]
+    """Whether the key that git signs with is here; nothing is signed."""
+    key, form = config(root, "user.signingKey"), config(root, "gpg.format")
+    if form == "ssh":
+        given = key.startswith("key::") or (not key and config(root, "gpg.ssh.defaultKeyCommand"))
+        return bool(given) or Path(key).expanduser().is_file()
+    program = config(root, f"gpg.{form or 'openpgp'}.program") or config(root, "gpg.program")
+    command = [program or ("gpgsm" if form == "x509" else "gpg"), "--list-secret-keys", *([key] if key else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -110,7 +113,7 @@ def can_sign(root: Path) -> bool:
     return done.returncode == 0 and bool(done.stdout.strip())
 
 
-def store(facts: Facts) -> Iterator[Finding]:
+def store(root: Path) -> Iterator[Finding]:
     """Whether MLflow's store will take the results."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
     address = urlsplit(uri)
@@ -123,13 +126,13 @@ def store(facts: Facts) -> Iterator[Finding]:
             if error.code < 500:
                 return  # it is there, and may ask for a password
             why = f"answers {error.code}"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             why = f"does not answer ({error})"
         yield Finding(
             "warning", f"MLFLOW_TRACKING_URI: {shown} {why}; the stages run all the same, `drank track` logs later"
         )
     elif not uri or address.scheme.startswith("sqlite"):
-        home = Path(os.environ.get("DVC_ROOT") or facts.root)
+        home = Path(os.environ.get("DVC_ROOT") or root)
         file = Path(unquote(uri.partition(":///")[2].partition("?")[0])) if uri else home / "mlflow.db"
         place = file if file.exists() else next(parent for parent in file.absolute().parents if parent.is_dir())
         if not os.access(place, os.W_OK):

@@ -2,12 +2,15 @@
 
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from drank.planning.estimate import Cost
 from drank.preflight.facts import Facts, Finding
+from drank.project.params import Healing
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
 # What makes a stage smaller, on the disk and in memory.
@@ -52,20 +55,40 @@ def has_links(root: Path) -> bool:
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
-    """Whether what the largest stage holds fits into this machine's memory."""
-    total = min(float(psutil.virtual_memory().total), memory_limit())
-    held = {
-        name: getattr(cost.on, "processes", 1) * (cost.memory + PROCESS)
-        for name, cost in facts.costs.items()
-        if cost.memory and (cost.on.device == "cpu" or name == "raw")
-    }
-    for step in LIGHTER:
-        name = max((name for name in held if name.partition("@")[0] == step), key=lambda name: held[name], default=None)
-        if name and held[name] > 0.9 * total:
+    """Whether what the largest stage of each kind holds fits into the memory of its device."""
+    costs = facts.costs
+    passes = ("covariance", "spectrum", "evaluation")
+    cuda = {name: cost.on for name, cost in costs.items() if cost.on.device == "cuda"}
+    on_gpu = {name for name, on in cuda.items() if name.startswith(passes) or isinstance(on, Healing)}
+    gpu = gpu_memory() if on_gpu else None
+    if on_gpu and gpu is None:
+        yield Finding("cannot say", "memory of the GPU: nvidia-smi does not tell it")
+    host = min(float(psutil.virtual_memory().total), memory_limit())
+    for step, fix in LIGHTER.items():
+        held = {name: held_by(cost) for name, cost in costs.items() if name.partition("@")[0] == step}
+        if not held or not max(held.values()):
+            continue
+        name = max(held, key=lambda name: held[name])
+        total = host if name not in on_gpu else gpu
+        if total and held[name] > 0.9 * total:
             yield Finding(
                 "error" if held[name] > 1.5 * total else "warning",
-                f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {LIGHTER[step]}",
+                f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {fix}",
             )
+
+
+def held_by(cost: Cost) -> float:
+    return getattr(cost.on, "processes", 1) * (cost.memory + PROCESS) if cost.memory else 0.0
+
+
+def gpu_memory() -> float | None:
+    """Bytes of the smallest GPU here; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=1).stdout
+        return min(float(line) for line in told.split()) * 2**20
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
 
 
 def memory_limit() -> float:
