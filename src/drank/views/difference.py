@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from drank.project.documents import AllocationDocument, Results
@@ -63,8 +64,9 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str
 
 
 def _change(a: float | int | None, b: float | int | None) -> dict[str, float | int | None]:
-    known = a is not None and b is not None
-    return {"change": b - a if known else None, "ratio": b / a if known and a else None}
+    if a is None or b is None:
+        return {"change": None, "ratio": None}
+    return {"change": b - a, "ratio": b / a if a else None}
 
 
 def _remarks(side: Side) -> list[str]:
@@ -101,7 +103,7 @@ def _with_channels(rows: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows, added.assign(rank=added["full_rank"])])
 
 
-def _by_kind(units: pd.DataFrame) -> dict[str, Document]:
+def _by_kind(units: pd.DataFrame) -> Document:
     """One summary per kind, in the order in which kinds first appear."""
     change, reshaped = units["b"] - units["a"], units["form_a"] != units["form_b"]
     forms = (units["form_a"] + " to " + units["form_b"]).where(reshaped)
@@ -116,7 +118,7 @@ def _by_kind(units: pd.DataFrame) -> dict[str, Document]:
         "greatest_change": kinds["change"].max(),
         "forms": kinds["forms"].agg(lambda forms: ", ".join(sorted(forms.dropna().unique()))),
     }
-    return pd.DataFrame(summary).to_dict("index")
+    return {str(kind): row for kind, row in pd.DataFrame(summary).to_dict("index").items()}
 
 
 def heat_map(differences: Iterable[Document]) -> "Figure":
@@ -136,5 +138,5 @@ def heat_map(differences: Iterable[Document]) -> "Figure":
     }
     if not panels:
         raise DifferenceError("not drawn: no matrix has a rank on both sides; without --picture, diff says why")
-    limit = max(float(table.abs().max(axis=None)) for _, table in panels.values()) or 1.0
+    limit = max(float(np.nanmax(table.abs())) for _, table in panels.values()) or 1.0
     return heat_maps(panels, "RdBu", Normalize(-limit, limit), "B - A, share of the full rank, or of the channels")

@@ -40,7 +40,8 @@ def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
     """
     panels = {}
     for allocation in allocations:
-        rows = matrices(allocation).eval("share = rank / full_rank")
+        rows = matrices(allocation)
+        rows["share"] = rows["rank"] / rows["full_rank"]
         panels[allocation["variant"]] = f"kept {allocation['kept_ratio']:.3f}", by_layer(rows, "share", "mean")
     return heat_maps(panels, "viridis", Normalize(0, 1), "rank / full rank (dense = 1)")
 
