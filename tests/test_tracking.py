@@ -625,7 +625,10 @@ def reproduce_half(root):
 BAD_STATES = {
     "no lock": (lambda root: (root / "dvc.lock").unlink(), r"dvc\.lock: not found; run `dvc repro`"),
     "conflict": (lambda root: (root / "dvc.lock").write_text("<<<<<<<\n a: [\n"), r"dvc\.lock: not YAML"),
-    "empty lock": (lambda root: (root / "dvc.lock").write_text("schema: '2.0'\n"), r"dvc\.lock: holds no stages"),
+    "empty lock": (
+        lambda root: (root / "dvc.lock").write_text("schema: '2.0'\n"),
+        r"dvc\.lock: damaged or empty: stages: ",
+    ),
     "new variant": (
         lambda root: edit_params(
             root, "variants", "new", value={"preset": "dense", "spectrum": "input", "size_ratio": 1.0}

@@ -77,7 +77,7 @@ class FoundError(ValueError):
 
 def checked(root: Path) -> None:
     """What ``drank check`` reads."""
-    if found := list(find_damage(root)):
+    if found := find_damage(root).damages:
         raise FoundError(", ".join(str(damage.path) for damage in found))
 
 

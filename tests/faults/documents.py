@@ -245,7 +245,7 @@ class Tries:
             path.write_bytes(garbled(written, draw))
         else:
             path.write_text(yaml.safe_dump(mutated(yaml.load(written, yaml.CSafeLoader), draw), allow_unicode=True))
-        for damage in find_damage(self.copy):  # what --mend takes away
+        for damage in find_damage(self.copy).damages:  # what --mend takes away
             assert damage.path.resolve().is_relative_to(self.copy.resolve()), damage
         read_state(self.copy)
 
