@@ -130,11 +130,9 @@ def give_on(lines: IO[bytes], follow: Callable[[str], None]) -> None:
 
 def report(tracked: "Tracked") -> None:
     """Say on standard output what was logged and where to look at it."""
-    from drank.tracking import where_to_look
-
     typer.echo(f"MLflow runs created: {', '.join(tracked.created) or 'none'}")
     typer.echo(f"already there: {', '.join(tracked.existing) or 'none'}")
-    typer.echo(where_to_look(tracked))
+    typer.echo(tracked.where)
 
 
 def read_summary(path: Path) -> list[Row]:
