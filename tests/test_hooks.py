@@ -305,7 +305,6 @@ def test_a_base_model_has_the_names_behind_the_prefix():
         ("MLFLOW_RUN_NOTE", "mlflow.note.content"),
         ("MLFLOW_SOURCE_NAME", "mlflow.source.name"),
         ("MLFLOW_GIT_COMMIT", "mlflow.source.git.commit"),
-        ("MLFLOW_DATASET_CONTEXT", "mlflow.data.context"),
         ("MLFLOW_MODEL_IS_EXTERNAL", "mlflow.model.isExternal"),
         ("MLFLOW_MODEL_VERSIONS", "mlflow.modelVersions"),
     ],
