@@ -121,3 +121,21 @@ def project(reproduced, tmp_path_factory):
     root = tmp_path_factory.mktemp("module") / "project"
     shutil.copytree(reproduced, root, symlinks=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def toy_made(tmp_path_factory):
+    """The project of tests.toy, reproduced and committed, with an empty store. Copy it before changing anything."""
+    from tests import toy
+
+    return toy.made(tmp_path_factory.mktemp("toy") / "project")
+
+
+@pytest.fixture
+def toy_project(toy_made, tmp_path, monkeypatch):
+    """A copy for one test, and no other store in the environment."""
+    from tests import toy
+
+    for name in toy.STORE:
+        monkeypatch.delenv(name, raising=False)
+    return toy.copied(toy_made, tmp_path)

@@ -244,7 +244,7 @@ def test_a_quantizer_is_asked_whether_it_can_be_compiled():
     "transformers",
     "GgufConfig(dequantize=True)",
     "a GGUF file is loaded as a plain model with it",
-    "project/sources.py",
+    "project/models.py",
 )
 def test_a_gguf_file_is_loaded_as_a_plain_model(tmp_path):
     stored = write_gguf(tmp_path / "m.gguf", tiny_llama())
@@ -305,7 +305,6 @@ def test_a_base_model_has_the_names_behind_the_prefix():
         ("MLFLOW_RUN_NOTE", "mlflow.note.content"),
         ("MLFLOW_SOURCE_NAME", "mlflow.source.name"),
         ("MLFLOW_GIT_COMMIT", "mlflow.source.git.commit"),
-        ("MLFLOW_DATASET_CONTEXT", "mlflow.data.context"),
         ("MLFLOW_MODEL_IS_EXTERNAL", "mlflow.model.isExternal"),
         ("MLFLOW_MODEL_VERSIONS", "mlflow.modelVersions"),
     ],

@@ -237,8 +237,8 @@ def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that
     stage = STAGES[name].get("do", STAGES[name])
     script = REPOSITORY / "stages" / f"{name}.py"
     needed = {script, *imports(script)}
-    if name == "raw":  # it decides how weights and texts are read
-        needed.add(REPOSITORY / "src/drank/project/sources.py")
+    if name == "raw":  # they decide how weights and texts are read
+        needed |= {REPOSITORY / f"src/drank/project/{name}.py" for name in ("models", "texts")}
     declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
     assert declared == {file.relative_to(REPOSITORY).as_posix() for file in needed}
     assert stage["cmd"].startswith(f"python -m stages.{script.stem}")
@@ -253,9 +253,10 @@ LAYERS = {
     "steps": {"method", "model", "project"},  # of the project its parameters and processes alone
     "views": {"views", "project"},
     "planning": {"planning", "project", "model", "steps", "method"},
+    "preflight": {"preflight", "planning", "project"},
     "tracking": {"tracking", "project", "views"},
     "audit": {"audit", "project", "model", "steps", "tracking"},
-    "cli": {"cli", "audit", "tracking", "planning", "project", "model", "steps", "views"},
+    "cli": {"cli", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
 }
 
 

@@ -35,10 +35,9 @@ from transformers import AutoModelForCausalLM
 from drank.audit import audit
 from drank.project.damage import find_damage
 from drank.project.files import file_sha256
-from drank.project.sources import fetch_text
 from drank.project.state import read_state
 from tests.conftest import reproduce
-from tests.test_sources import TEXTS, write_wheel
+from tests.test_sources import TEXTS, fetch_text, write_wheel
 
 VARIANT = "kfac-80"
 MODEL = f"data/models/{VARIANT}"
@@ -78,7 +77,7 @@ class FoundError(ValueError):
 
 def checked(root: Path) -> None:
     """What ``drank check`` reads."""
-    if found := list(find_damage(root)):
+    if found := find_damage(root).damages:
         raise FoundError(", ".join(str(damage.path) for damage in found))
 
 

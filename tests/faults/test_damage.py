@@ -54,7 +54,7 @@ def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_check(damager, kind):
     flipped = bytearray(file.read_bytes())
     flipped[-1] ^= 1
     with holding(file, bytes(flipped), at_rest=True):
-        assert [damage.path for damage in find_damage(damager.watched)] == [file]
+        assert [damage.path for damage in find_damage(damager.watched).damages] == [file]
 
 
 def test_a_damaged_lock_is_refused_or_changes_no_figure(damager):

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 from drank.project.dvc import LockError, parse_lock
 from drank.project.files import FileError, JsonLinesFolder, read_json, read_tensors
 from drank.project.params import read_params
-from drank.project.sources import SourceError, fetch_model, fetch_text
+from drank.project.sources import SourceError
 from drank.steps.evaluation import run_tasks
 from tests.conftest import REPOSITORY
+from tests.test_sources import fetch_model, fetch_text
 from tests.tiny import PARAMS, llama, tokenizer
 
 FOLDERS = ("src", "stages", "benchmarks", "docs", "tests")
