@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -51,6 +53,7 @@ class Inputs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._cache = cache_folder(root)
+        self._known: dict[Path, str] = {}
         self._listings: dict[str, dict[str, str] | None] = {}
         self._outs = outs_by_path(root) if (root / "dvc.lock").is_file() else {}
 
@@ -61,11 +64,22 @@ class Inputs:
             self._check(name, max(within, key=len))
         return path
 
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a checked file; one pass over its bytes gives this hash and the md5 that is compared."""
+        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        with (self.root / name).open("rb") as stream:
+            while part := stream.read(2**18):
+                md5.update(part)
+                sha256.update(part)
+        self._known[self.root / name] = md5.hexdigest()
+        self / name
+        return sha256.hexdigest()
+
     def _check(self, name: str, out: str) -> None:
         recorded = self._listed(name, out)
         path = self.root / (out if recorded is None else name)
         recorded = recorded or self._outs[out]
-        found = dvc_md5(path)
+        found = dvc_md5(path, self._known)
         if found not in recorded:
             md5, stage = next(iter(recorded.items()))
             raise DamageError(
@@ -171,18 +185,23 @@ def outs_by_path(root: Path) -> dict[str, dict[str, str]]:
     return outs
 
 
-def dvc_md5(path: Path) -> str:
-    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths."""
+def dvc_md5(path: Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
+    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths.
+
+    Files whose md5 is ``known`` are not read.
+    """
     if path.is_dir():
-        return hashlib.md5(json.dumps(listing(path)).encode(), usedforsecurity=False).hexdigest() + ".dir"
+        return hashlib.md5(json.dumps(listing(path, known)).encode(), usedforsecurity=False).hexdigest() + ".dir"
+    if path in known:
+        return known[path]
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def listing(folder: Path) -> list[dict[str, str]]:
+def listing(folder: Path, known: Mapping[Path, str] = MappingProxyType({})) -> list[dict[str, str]]:
     """A folder as DVC's cache lists it: every file's md5 and path, sorted."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [{"md5": dvc_md5(file), "relpath": file.relative_to(folder).as_posix()} for file in files]
+    return [{"md5": dvc_md5(file, known), "relpath": file.relative_to(folder).as_posix()} for file in files]
 
 
 def cache_folder(root: Path) -> Path | None:
