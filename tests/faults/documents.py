@@ -32,7 +32,8 @@ from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.views.compared import compare_targets
 from tests import compressed
 from tests.conftest import REPOSITORY, reproduce
-from tests.faults.damage import MODEL, VARIANT, quieten
+from tests.faults.campaign import quieten
+from tests.faults.damage import MODEL, VARIANT
 from tests.test_sources import fetch_model, fetch_text, tiny_llama, write_gguf
 from tests.tiny import PARAMS, llama
 
