@@ -14,7 +14,7 @@ from rich.console import Console
 from drank.cli.pipeline import table_of_variants
 from drank.planning.plan import TIMELESS
 from drank.project.tolerance import DTYPE_TOLERANCE
-from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
+from tests.toy import VARIANTS, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

@@ -18,7 +18,7 @@ from drank.planning.plan import Plan, duration, planned, speeds
 from drank.project.params import read_params
 from tests import tiny
 from tests.conftest import REPOSITORY
-from tests.test_tracking import VARIANTS, edit_params, executed, repro, write_project
+from tests.toy import VARIANTS, edit_params, executed, repro, write_project
 
 
 @pytest.fixture(scope="module")

@@ -132,11 +132,9 @@ def passing_on(command: list[str], root: Path, environment: dict[str, str], foll
 
 def report(tracked: "Tracked") -> None:
     """Say on standard output what was logged and where to look at it."""
-    from drank.tracking import where_to_look
-
     typer.echo(f"MLflow runs created: {', '.join(tracked.created) or 'none'}")
     typer.echo(f"already there: {', '.join(tracked.existing) or 'none'}")
-    typer.echo(where_to_look(tracked))
+    typer.echo(tracked.where)
 
 
 def table_of_variants(summary: Path) -> "Table":

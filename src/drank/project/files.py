@@ -34,7 +34,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         FileError: the system refuses to write them.
     """
-    with _replacing_file(path, len(content)) as partial:
+    with replacing_file(path, len(content)) as partial:
         partial.write_bytes(content)
 
 
@@ -100,7 +100,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with _replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
+    with replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
         save_file(contiguous, partial)
 
 
@@ -305,7 +305,7 @@ def _partial(destination: Path) -> Path:
 
 
 @contextmanager
-def _replacing_file(path: Path, needed: int) -> Iterator[Path]:
+def replacing_file(path: Path, needed: int | None = None) -> Iterator[Path]:
     partial = _partial(path)
     with refusals(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
