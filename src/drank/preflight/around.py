@@ -1,6 +1,7 @@
 """What is around the project: its sources, git, and MLflow's store."""
 
 import os
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -58,10 +59,10 @@ def begins(file: Path, content: bytes) -> bool:
 
 def git(root: Path) -> Iterator[Finding]:
     """Whether git will commit and tag what comes out."""
-    inside = asked_git(root, "rev-parse", "--is-inside-work-tree")
-    if inside is None:
+    if shutil.which("git") is None:
         yield Finding("warning", "git is not installed: no commit can say where a model came from")
         return
+    inside = asked_git(root, "rev-parse", "--is-inside-work-tree")
     if "dubious ownership" in inside.stderr or "unsafe repository" in inside.stderr:
         place = root.resolve()
         yield Finding(
@@ -73,8 +74,7 @@ def git(root: Path) -> Iterator[Finding]:
     if inside.returncode:
         yield Finding("remark", f"{root.resolve()} is in no git repository: `git init` keeps what made a model")
         return
-    identity = asked_git(root, "var", "GIT_COMMITTER_IDENT")
-    if identity is None or identity.returncode:
+    if asked_git(root, "var", "GIT_COMMITTER_IDENT").returncode:
         yield Finding(
             "warning", "git does not know who commits: `git config user.name ...`, `git config user.email ...`"
         )
@@ -85,32 +85,27 @@ def git(root: Path) -> Iterator[Finding]:
             )
 
 
-def asked_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str] | None":
-    try:
-        english = os.environ | {"LC_ALL": "C"}
-        return subprocess.run(["git", *arguments], cwd=root, env=english, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
+def asked_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    english = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(["git", *arguments], cwd=root, env=english, capture_output=True, text=True)
 
 
 def config(root: Path, key: str, *options: str) -> str:
-    found = asked_git(root, "config", "--get", *options, key)
-    return found.stdout.strip() if found else ""
+    return asked_git(root, "config", "--get", *options, key).stdout.strip()
 
 
 def can_sign(root: Path) -> bool:
     """Whether the key that git signs with is here; nothing is signed."""
-    key, form = config(root, "user.signingKey"), config(root, "gpg.format")
+    key, form = config(root, "user.signingKey"), config(root, "gpg.format") or "openpgp"
     if form == "ssh":
-        given = key.startswith("key::") or (not key and config(root, "gpg.ssh.defaultKeyCommand"))
-        return bool(given) or Path(key).expanduser().is_file()
-    program = config(root, f"gpg.{form or 'openpgp'}.program") or config(root, "gpg.program")
+        return (
+            bool(config(root, "gpg.ssh.defaultKeyCommand"))
+            or key.startswith("key::")
+            or Path(key).expanduser().is_file()
+        )
+    program = config(root, f"gpg.{form}.program") or config(root, "gpg.program")
     command = [program or ("gpgsm" if form == "x509" else "gpg"), "--list-secret-keys", *([key] if key else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return False
-    return done.returncode == 0 and bool(done.stdout.strip())
+    return shutil.which(command[0]) is not None and bool(subprocess.run(command, capture_output=True).stdout.strip())
 
 
 def store(root: Path) -> Iterator[Finding]:

@@ -2,31 +2,25 @@
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-from drank.planning.estimate import Cost
 from drank.preflight.facts import Facts, Finding
-from drank.project.params import Healing
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
 # What makes a stage smaller, on the disk and in memory.
-SMALLER = {
-    "raw": "a smaller model",
-    "covariance": "fewer sampling.calibration_seeds or covariance.targets",
-    "spectrum": "fewer keys in section spectrum, or fewer cuts in units block",
-    "compression": "fewer variants",
-    "release": "fewer variants",
-}
-LIGHTER = {
-    "raw": "a machine with more memory",
-    "covariance": "smaller covariance.batch_windows, covariance.offload: true, fewer covariance.processes",
-    "spectrum": "fewer covariance.processes, units matrix in the place of block",
-    "compression": "smaller healing.batch_windows where a variant is healed",
-    "evaluation": "smaller evaluation.batch_windows, fewer evaluation.processes",
+FIXES = {
+    "raw": ("a smaller model", "a machine with more memory"),
+    "covariance": (
+        "fewer sampling.calibration_seeds or covariance.targets",
+        "smaller covariance.batch_windows, covariance.offload: true, fewer covariance.processes",
+    ),
+    "spectrum": ("fewer keys in section spectrum, or fewer cuts", "units matrix, or fewer covariance.processes"),
+    "compression": ("fewer variants", "smaller healing.batch_windows where a variant is healed"),
+    "evaluation": ("", "smaller evaluation.batch_windows, fewer evaluation.processes"),
+    "release": ("fewer variants", ""),
 }
 
 
@@ -42,7 +36,7 @@ def disk(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "error" if total > 1.5 * free else "warning",
             f"disk: about {gb(total)} will be written{copies}, and {gb(free)} are free in {facts.root.resolve()}; most "
-            f"is {largest}: {SMALLER[largest.partition('@')[0]]}",
+            f"is {largest}: {FIXES[largest.partition('@')[0]][0]}",
         )
 
 
@@ -55,40 +49,20 @@ def has_links(root: Path) -> bool:
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
-    """Whether what the largest stage of each kind holds fits into the memory of its device."""
-    costs = facts.costs
-    passes = ("covariance", "spectrum", "evaluation")
-    cuda = {name: cost.on for name, cost in costs.items() if cost.on.device == "cuda"}
-    on_gpu = {name for name, on in cuda.items() if name.startswith(passes) or isinstance(on, Healing)}
-    gpu = gpu_memory() if on_gpu else None
-    if on_gpu and gpu is None:
-        yield Finding("cannot say", "memory of the GPU: nvidia-smi does not tell it")
-    host = min(float(psutil.virtual_memory().total), memory_limit())
-    for step, fix in LIGHTER.items():
-        held = {name: held_by(cost) for name, cost in costs.items() if name.partition("@")[0] == step}
-        if not held or not max(held.values()):
-            continue
-        name = max(held, key=lambda name: held[name])
-        total = host if name not in on_gpu else gpu
-        if total and held[name] > 0.9 * total:
+    """Whether what the largest stage of each kind holds fits into this machine's memory."""
+    total = min(float(psutil.virtual_memory().total), memory_limit())
+    held = {name: getattr(cost.on, "processes", 1) * (cost.memory + PROCESS) for name, cost in facts.costs.items()}
+    on_gpu = {name for name, cost in facts.costs.items() if cost.on.device == "cuda" and not name.startswith("raw")}
+    if on_gpu:
+        yield Finding("cannot say", "memory of the GPU: compare it with `nvidia-smi`")
+    for step, (_, fix) in FIXES.items():
+        names = [name for name in held.keys() - on_gpu if name.partition("@")[0] == step]
+        name = max(names, key=lambda name: held[name], default=None)
+        if name and held[name] > 0.9 * total:
             yield Finding(
                 "error" if held[name] > 1.5 * total else "warning",
                 f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {fix}",
             )
-
-
-def held_by(cost: Cost) -> float:
-    return getattr(cost.on, "processes", 1) * (cost.memory + PROCESS) if cost.memory else 0.0
-
-
-def gpu_memory() -> float | None:
-    """Bytes of the smallest GPU here; None where nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=1).stdout
-        return min(float(line) for line in told.split()) * 2**20
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
 
 
 def memory_limit() -> float:
