@@ -6,13 +6,12 @@ from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
 from drank.project.params import read_params
-from drank.project.resolved import resolved
 from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums, inputs_of, materials, statement
 
 
 def main(variant: str, root: Path = Path()) -> None:
     params, inputs = read_params(root / "params.yaml"), Inputs(root)
-    parameters, allocation = resolved(params, variant), read_json(inputs / f"data/allocation/{variant}.json")
+    parameters, allocation = params.parameters_of(variant), read_json(inputs / f"data/allocation/{variant}.json")
     results, source = read_json(inputs / f"results/{variant}.json"), inputs / f"data/compression/{variant}"
     provenance = read_json(source / "config.json").get("quantization_config", {}).get("provenance", {})
     healed_in = {"healing": provenance["healed_in"]} if "healed_in" in provenance else {}

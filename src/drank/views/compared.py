@@ -17,12 +17,11 @@ from drank.project.documents import (
     Read,
     Results,
     StatementDocument,
-    parameters_of,
     parse_document,
     read_document,
 )
 from drank.project.git import file_at, has_history, resolve
-from drank.project.params import ParamsError
+from drank.project.params import Params, ParamsError, parse_as
 from drank.project.state import flat
 from drank.views.difference import Side, compare
 
@@ -98,7 +97,8 @@ class Tree:
             remarks.append(f"{label}: no results/{variant}.json, so no metrics to compare")
         parameters = None
         try:
-            parameters = _parameters(parameters_of(self.read("params.yaml") or b"", variant))
+            params = parse_as(self.read("params.yaml") or b"", self.name("params.yaml"), Params)
+            parameters = _parameters(params.parameters_of(variant))
         except ParamsError:
             remarks.append(
                 f"{label}: params.yaml is not of this version of drank, so its parameters are not compared; "
