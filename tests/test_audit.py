@@ -1,6 +1,8 @@
 """drank audit: an untouched folder passes wherever it lies; every change tried breaks a link, which is named."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import sys
@@ -16,7 +18,7 @@ from drank.project.dvc import dvc_md5
 from drank.project.files import FileError, file_sha256, read_json
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.tracking import track
-from tests.conftest import run
+from tests.conftest import REPOSITORY, run
 
 VARIANT, OTHER = "kfac-80", "svd-llm-80"
 FILES = (
@@ -30,7 +32,7 @@ def findings(found):
 
 
 def broken(folder, root):
-    return {link.name: link.detail for link in audit(folder, root).links if link.finding == "does not hold"}
+    return {link.name: link.detail for link in audit(folder, root).broken}
 
 
 @pytest.fixture
@@ -90,9 +92,10 @@ def test_every_variant_holds_as_a_copy_under_another_name(project, tmp_path, var
     assert audit(copy, project).holds
 
 
-def test_a_copy_without_a_repository_holds_as_far_as_it_goes(folder):
+def test_a_copy_without_a_repository_holds_where_that_may_be_missing(folder):
     found = audit(folder, None)
-    assert found.holds
+    assert not found.holds
+    assert audit(folder, None, without=("git",)).holds
     states = findings(found)
     assert states.pop("dvc.lock") == "cannot be checked here"
     assert set(states.values()) == {"holds"}
@@ -101,7 +104,9 @@ def test_a_copy_without_a_repository_holds_as_far_as_it_goes(folder):
 
 def test_a_fresh_clone_has_the_commit_the_allocation_and_the_results_and_says_what_it_lacks(clone, folder):
     found = audit(folder, clone)
-    assert found.holds
+    assert not found.holds
+    assert {link.source for link in found.unchecked} == {"artefacts"}
+    assert audit(folder, clone, without=("artefacts",)).holds
     states = findings(found)
     for held in ("dvc.lock", "chain", f"data/allocation/{VARIANT}.json", f"results/{VARIANT}.json", "results"):
         assert states[held] == "holds"
@@ -160,6 +165,135 @@ def test_the_run_in_mlflow_is_found_and_belied_by_another_allocation(project, fo
     assert run["run_id"] in broken(folder, root)["MLflow"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/at/all.db")
     assert findings(audit(folder, root))["MLflow"] == "cannot be checked here"
+
+
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.autocrlf=input", "core.eol=crlf"])
+def test_a_clone_whose_git_turns_line_ends_has_the_same_bytes(project, folder, tmp_path, setting):
+    root = Path(shutil.copytree(project, tmp_path / "root", symlinks=True))
+    shutil.copy(REPOSITORY / ".gitattributes", root)
+    (root / "windows.csv").write_bytes(b"text\r\none\r\n")
+    run(root, "git", "-c", setting, "add", ".")
+    run(root, "git", "commit", "-q", "-m", "A file of another system")
+    run(root, "git", "clone", "-q", "-c", setting, str(root), str(tmp_path / "clone"))
+    kept = run(root, "git", "ls-files").stdout.split()
+    assert [name for name in kept if (root / name).read_bytes() != (tmp_path / "clone" / name).read_bytes()] == []
+    assert audit(folder, tmp_path / "clone", without=("artefacts",)).holds
+
+
+# Nobody can say.
+
+
+def no_git(root, monkeypatch):
+    monkeypatch.setenv("PATH", str(root))
+
+
+def another_owner(root, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
+
+def moved(root, monkeypatch):
+    (root / ".git").rename(root / "elsewhere")
+    (root / ".git").write_text(f"gitdir: {root}/gone")
+
+
+def out_of_reach(root, monkeypatch):
+    """A clone that fetches what it is asked for, from a remote that is gone."""
+    run(root, "git", "config", "uploadpack.allowFilter", "true")
+    partial = root.with_name("partial")
+    run(root.parent, "git", "clone", "-q", "--no-checkout", "--filter=blob:none", f"file://{root}", str(partial))
+    run(partial, "git", "remote", "set-url", "origin", "file:///nowhere")
+    shutil.rmtree(root / ".git")
+    (partial / ".git").rename(root / ".git")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (no_git, "git is not installed"),
+        (another_owner, "safe.directory"),
+        (moved, "not a git repository"),
+        (out_of_reach, "says: "),
+        (lambda root, _: (root / ".git/HEAD").unlink(), "not a git repository"),
+        (lambda root, _: shutil.rmtree(root / ".git"), "no git history here"),
+    ],
+)
+def test_what_git_cannot_say_neither_holds_nor_breaks(project, folder, tmp_path, monkeypatch, fault, told):
+    root = Path(shutil.copytree(project, tmp_path / "root", symlinks=True))
+    fault(root, monkeypatch)
+    found = audit(folder, root)
+    link = next(link for link in found.links if link.name == "dvc.lock")
+    assert (link.finding, link.source) == ("cannot be checked here", "git")
+    assert told in link.detail
+    assert not found.holds
+    assert found.broken == ()
+    assert audit(folder, root, without=("git",)).holds
+    assert findings(found)["chain"] == findings(found)["loss"] == "holds"
+
+
+def test_a_shallow_clone_cannot_say_what_was_before_it(project, folder, tmp_path):
+    root = Path(shutil.copytree(project, tmp_path / "root", symlinks=True))
+    lock = (root / "dvc.lock").read_text()
+    (root / "dvc.lock").write_text(lock.replace(dvc_md5(folder), "0" * 32 + ".dir"))
+    run(root, "git", "commit", "-q", "-a", "-m", "A later state")
+    run(root, "git", "clone", "-q", "--depth", "1", f"file://{root}", str(tmp_path / "shallow"))
+    found = audit(folder, tmp_path / "shallow")
+    assert ([link.name for link in found.unchecked], found.broken) == (["dvc.lock"], ())
+    assert "git fetch --unshallow" in found.unchecked[0].detail
+
+
+def test_a_disk_that_fails_says_nothing_of_the_artefact(project, folder, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("drank.audit.artefacts.dvc_md5", fail)
+    found = audit(folder, project)
+    assert found.broken == ()
+    assert {link.source for link in found.unchecked} == {"artefacts"}
+    assert "data/raw/model: the disk fails to read or write" in found.unchecked[0].detail
+
+
+def test_a_lock_that_a_merge_has_made_is_found(project, tmp_path):
+    """It is in neither parent; a lock with a conflict in it is passed over."""
+    root = Path(shutil.copytree(project, tmp_path / "root", symlinks=True))
+    folder, lock = root / "data/models" / VARIANT, (root / "dvc.lock").read_text()
+
+    def commit(text, *arguments):
+        (root / "dvc.lock").write_text(text)
+        run(root, "git", "commit", "-q", "-a", "-m", "A lock", *arguments)
+
+    commit(lock.replace(dvc_md5(folder), "0" * 32 + ".dir"), "--amend")
+    run(root, "git", "checkout", "-q", "-b", "side")
+    commit(f"<<<<<<<\n{lock}")
+    run(root, "git", "checkout", "-q", "main")
+    run(root, "git", "merge", "-q", "--no-ff", "--no-commit", "side")
+    commit(lock)
+    found = audit(folder, root)
+    assert findings(found)["dvc.lock"] == "holds"
+    assert found.chain["commit"]["sha"] == run(root, "git", "rev-parse", "HEAD").stdout.strip()
+
+
+def test_a_folder_of_a_newer_drank_cannot_be_checked_by_this_one(project, folder):
+    edit(folder / "allocation.json", "format_version", 9)
+    reseal(folder)
+    found = audit(folder, None, without=("git", "card"))
+    assert (found.broken, found.unchecked[0].name) == ((), "allocation")
+    assert "another version of drank wrote it" in found.unchecked[0].detail
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://me:secret@example.org/a.git", "git clone https://example.org/a.git rebuild"),
+        ("https://token@example.org/a.git", "git clone https://example.org/a.git rebuild"),
+        ("ssh://git@example.org/a.git", "git clone ssh://git@example.org/a.git rebuild"),
+        ("../c# work", "git clone '../c# work' rebuild"),
+    ],
+)
+def test_the_commands_to_rebuild_are_a_shells_and_tell_no_password(project, folder, tmp_path, url, told):
+    root = Path(shutil.copytree(project, tmp_path / "root", symlinks=True))
+    run(root, "git", "remote", "add", "origin", url)
+    assert audit(folder, root).chain["rebuild"][0] == told
 
 
 # Tampering with the folder: at every file, bytes, presence and name.
@@ -409,6 +543,12 @@ def test_the_command_prints_the_chain_and_its_status_tells(project, folder):
     assert as_json["holds"]
     assert as_json["chain"]["variant"] == VARIANT
     assert as_json["chain"]["computed_in"] == {"covariance": used, "evaluation": used}
+    alone = run(folder.parent, "drank", "audit", str(folder), check=False)
+    assert alone.returncode == 2
+    assert alone.stderr.endswith(
+        "1 of 8 links were not checked: dvc.lock. Mend what they lack, or leave them out: --without git\n"
+    )
+    assert run(folder.parent, "drank", "audit", str(folder), "--without", "git").stderr == ""
     (folder / "extra").write_text("")
     failed = run(project, "drank", "audit", str(folder), check=False)
     assert failed.returncode == 1
@@ -447,7 +587,8 @@ def test_a_rebuilt_folder_of_other_bytes_is_compared_by_its_predictions(project,
     assert link.finding == finding
     assert "not the same bytes (model.safetensors differ); 0 of 14 ranks differ" in link.detail
     assert "divergence on commons" in link.detail
-    assert "cannot be compared" in next(k for k in audit(folder, None, other).links if k.name == "rebuilt").detail
+    alone = next(k for k in audit(folder, None, other).links if k.name == "rebuilt")
+    assert (alone.finding, "not at hand" in alone.detail) == ("cannot be checked here", True)
 
 
 def test_a_rebuilt_folder_of_another_variant_is_refused(project, folder):

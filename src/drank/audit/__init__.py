@@ -4,12 +4,13 @@
 ``rebuilt`` compares it with one that was built again. Each link holds, does not hold, or cannot be checked here.
 """
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drank.audit.folder import Folder, check_folder
-from drank.audit.ledger import BrokenLinkError, Ledger, Link, UncheckableError
+from drank.audit.ledger import BrokenLinkError, Ledger, Link, Source, UncheckableError
 from drank.audit.repository import Record, check_repository
 from drank.project.files import FileError, check_plain
 from drank.project.git import origin
@@ -28,25 +29,38 @@ class Audit:
         folder: the folder as it was named.
         links: every claim that was looked at, in order.
         chain: what made the model, as far as it is known: a JSON document.
+        without: sources whose links may stay unchecked.
     """
 
     folder: str
     links: tuple[Link, ...]
     chain: dict[str, Any]
+    without: tuple[Source, ...] = ()
+
+    @property
+    def broken(self) -> tuple[Link, ...]:
+        return tuple(link for link in self.links if link.finding == "does not hold")
+
+    @property
+    def unchecked(self) -> tuple[Link, ...]:
+        """Links that nobody looked at and nobody gave up. MLflow's is none of them: runs are made from dvc.lock."""
+        free = (*self.without, "mlflow")
+        return tuple(x for x in self.links if x.finding == "cannot be checked here" and x.source not in free)
 
     @property
     def holds(self) -> bool:
-        """Whether nothing that could be checked is broken."""
-        return all(link.finding != "does not hold" for link in self.links)
+        """Whether every link was checked and holds, but for those that may stay unchecked."""
+        return not self.broken and not self.unchecked
 
 
-def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
+def audit(path: Path, root: Path | None, rebuilt: Path | None = None, without: tuple[Source, ...] = ()) -> Audit:
     """Check a model folder against itself and, where ``root`` is a drank repository, against what that knows.
 
     Args:
         path: the folder, at any place.
         root: the folder of dvc.lock; None where there is none.
         rebuilt: a folder that was built again, to compare with.
+        without: sources whose links may stay unchecked; MLflow is then not asked at all.
 
     Raises:
         FileError: ``path`` is no folder with files, or holds what is no file.
@@ -59,21 +73,22 @@ def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
     record = None
     runs: list[VariantRun] = []
     if root is None:
-        ledger.check("dvc.lock", _no_repository)
+        ledger.check("dvc.lock", _no_repository, source="git")
     else:
         record = check_repository(ledger, folder, root)
-        ledger.check("MLflow", lambda: _mlflow(folder, root, runs), needs=("allocation",))
+        if "mlflow" not in without:
+            ledger.check("MLflow", lambda: _mlflow(folder, root, runs), needs=("allocation",), source="mlflow")
     if rebuilt is not None:
         from drank.audit.rebuilt import check_rebuilt
 
         windows = root / "data/sampling/test.safetensors" if root else None
-        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt), windows), needs=("allocation",))
+        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt), windows), ("allocation",), "rebuilt")
     chain = _chain(folder) if ledger.holds("allocation") else {}
     if chain and record and root:
         chain |= _made_by(record, root)
     if runs:
         chain["mlflow"] = [asdict(run) for run in runs]
-    return Audit(str(path), tuple(ledger), chain)
+    return Audit(str(path), tuple(ledger), chain, without)
 
 
 def find_root(near: Path) -> Path | None:
@@ -139,7 +154,7 @@ def _made_by(record: Record, root: Path) -> dict[str, Any]:
         "stages": list(record.stages),
         "commit": {"sha": commit.sha, "date": commit.date, "subject": commit.subject},
         "rebuild": [
-            f"git clone {origin(root)} rebuild",
+            f"git clone {shlex.quote(origin(root))} rebuild",
             "cd rebuild",
             *fetch,
             f"git checkout {commit.sha}",

@@ -89,7 +89,7 @@ def check_folder(ledger: Ledger, folder: Folder) -> None:
     ledger.check("parameters", lambda: _parameters(folder), needs=("allocation",))
     ledger.check("ranks", lambda: _ranks(folder), needs=("allocation",))
     ledger.check("sizes", lambda: _sizes(folder), needs=("allocation",))
-    ledger.check("model card", lambda: _card(folder), needs=("allocation",))
+    ledger.check("model card", lambda: _card(folder), needs=("allocation",), source="card")
 
 
 def _files(folder: Folder) -> str:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from drank.audit.folder import Folder
-from drank.audit.ledger import BrokenLinkError
-from drank.project.files import FileError, read_tensors
+from drank.audit.ledger import BrokenLinkError, UncheckableError
+from drank.project.files import read_tensors
 from drank.project.tolerance import other_dtypes
 from drank.steps.release import STATEMENT
 
@@ -21,7 +21,7 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
     compared one by one, since one removed channel more or less shifts all that follow: predictions can.
     """
     if not other.path.is_dir():
-        raise FileError(f"{other.path}: no folder; build it with the command that audit prints")
+        raise UncheckableError(f"{other.path}: no folder; build it with the commands that audit prints")
     names = folder.digests.keys() | other.digests.keys()
     differing = sorted(name for name in names if folder.digests.get(name) != other.digests.get(name))
     if not differing:
@@ -40,7 +40,7 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
         *([types.rstrip(".")] if types else []),
     ]
     if test_windows is None or not test_windows.exists():
-        raise BrokenLinkError(f"{'; '.join(told)}; without data/sampling their predictions cannot be compared")
+        raise UncheckableError(f"{'; '.join(told)}; predictions are compared by data/sampling, which is not at hand")
     divergences = _divergences(folder, other, test_windows)
     told += [f"divergence on {text} {value:.2g} nats per token" for text, value in divergences.items()]
     if max(divergences.values()) > TOLERANCE:

@@ -4,16 +4,17 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from drank.audit.artefacts import Artefact, Store
 from drank.audit.folder import Folder
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.project.documents import AllocationDocument
+from drank.project.documents import AllocationDocument, SpectrumSummary, read_document
 from drank.project.dvc import LockError, Stages, parse_lock, read_lock
-from drank.project.files import file_sha256, read_json, read_tensors
-from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
+from drank.project.files import FileError, file_sha256, read_tensors
+from drank.project.git import Commit, GitError, file_at, find_commits, has_history, is_shallow
 from drank.project.params import Params, ParamsError, parse_as
 from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
@@ -34,42 +35,59 @@ class Record:
 def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | None:
     """Every link from the folder into a repository; what was found of it in the history."""
     found: list[Record] = []
-    ledger.check("dvc.lock", lambda: _find(folder, root, found), needs=("files",))
+    ledger.check("dvc.lock", lambda: _find(folder, root, found), ("files",), "git")
     if not found:
         return None
     (record,) = found
-    ledger.check("chain", lambda: _chain(record))
-    ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), needs=("parameters",))
+    ledger.check("chain", lambda: _chain(record), (), "git")
+    ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), ("parameters",), "git")
     store = Store(root, _present(root), record.commit.sha if record.commit else None)
     located: dict[str, Artefact] = {}
     for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
         if path != record.path:
-            ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
-    ledger.check("loss", lambda: _loss(folder.allocation, located), needs=("ranks",))
-    ledger.check("results", lambda: _results(folder, located), needs=("allocation",))
+            check = partial(_artefact, folder, store, located, path, md5)
+            ledger.check(path, check, (), "artefacts")
+    ledger.check("loss", lambda: _loss(folder.allocation, located), ("ranks",), "artefacts")
+    ledger.check("results", lambda: _results(folder, located), ("allocation",), "artefacts")
     return record
 
 
 def _find(folder: Folder, root: Path, found: list[Record]) -> str:
-    in_git = has_history(root)
-    for commit in find_commits(root, folder.md5, "dvc.lock") if in_git else ():
-        text = file_at(root, commit.sha, "dvc.lock")
-        stages = parse_lock(text.decode(), f"dvc.lock at {commit.sha[:10]}") if text else {}
-        if folder.md5 in outs_of(stages).values():
-            found.append(_record(stages, folder.md5, commit))
-            return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
-    if in_git and is_shallow(root):
-        raise UncheckableError(f"this clone is shallow and has no dvc.lock with {folder.md5}; `git fetch --unshallow`")
-    stages = read_lock(root / "dvc.lock")
-    if folder.md5 not in outs_of(stages).values():
+    """The commit whose dvc.lock has the folder; without git's answer, dvc.lock of the workspace is gone by."""
+    try:
+        if in_git := has_history(root):
+            for commit in find_commits(root, folder.md5, "dvc.lock"):
+                if stages := _stages_at(root, commit.sha, folder.md5):
+                    found.append(_record(stages, folder.md5, commit))
+                    return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
+            if is_shallow(root):
+                raise UncheckableError(f"no dvc.lock of this shallow clone has {folder.md5}; `git fetch --unshallow`")
+    except GitError:
+        if folder.md5 in _present(root).values():
+            found.append(_record(read_lock(root / "dvc.lock"), folder.md5, None))
+        raise
+    if not (present := _present(root)) and not in_git:
+        raise UncheckableError("neither a git history nor a dvc.lock here; audit in a clone")
+    if folder.md5 not in present.values():
         raise BrokenLinkError(
             f"no dvc.lock in the history has a folder of md5 {folder.md5}: edited since, or made elsewhere; a commit "
             f"that was not fetched?"
         )
     if in_git:
         raise BrokenLinkError("dvc.lock of the working tree has it, and no commit does: commit dvc.lock first")
-    found.append(_record(stages, folder.md5, None))
-    return f"{found[0].stage}; there is no git history here, so no commit"
+    found.append(_record(read_lock(root / "dvc.lock"), folder.md5, None))
+    raise UncheckableError(
+        f"{found[0].stage} by dvc.lock of the workspace, but no git history here says which commit; audit in a clone"
+    )
+
+
+def _stages_at(root: Path, commit: str, md5: str) -> Stages:
+    """The stages of a commit's dvc.lock, if it has this hash and can be read: one with a conflict in it has no say."""
+    try:
+        stages = parse_lock((file_at(root, commit, "dvc.lock") or b"").decode(errors="replace"), commit)
+    except LockError:
+        return {}
+    return stages if md5 in outs_of(stages).values() else {}
 
 
 def _record(stages: Stages, md5: str, commit: Commit | None) -> Record:
@@ -99,7 +117,11 @@ def _chain(record: Record) -> str:
 def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     """The values in dvc.lock against params.yaml of that commit, and that against the folder's statement."""
     where = f"params.yaml at {record.commit.sha[:10]}" if record.commit else "params.yaml"
-    text = file_at(root, record.commit.sha, "params.yaml") if record.commit else (root / "params.yaml").read_bytes()
+    here = root / "params.yaml"
+    if record.commit:
+        text = file_at(root, record.commit.sha, "params.yaml")
+    else:
+        text = here.read_bytes() if here.is_file() else None
     if text is None:
         raise BrokenLinkError(f"{where}: not found")
     try:
@@ -131,17 +153,19 @@ def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> st
     spectrum = located.get(f"data/spectrum/{allocation.spectrum}")
     if spectrum is None:
         raise UncheckableError(f"data/spectrum/{allocation.spectrum} is not at hand")
-    summary = read_json(spectrum.file("summary.json"))
+    try:
+        summary = read_document(spectrum.file("summary.json"), SpectrumSummary)
+    except FileError as error:  # its bytes are those of the stage
+        raise UncheckableError(f"the spectrum is not of this version of drank: {error}") from None
     values = read_tensors(spectrum.file("singular_values.safetensors"))
-    rows = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
-    described = {(row["name"], row["out_features"], row["in_features"]): row for row in rows}
+    described = {(row.name, row.out_features, row.in_features): row for row in summary.matrices}
     for unit in allocation.units:
         row = described.get((unit.name, unit.out_features, unit.in_features))
         if row is None:
             raise BrokenLinkError(f"{unit.name}: {unit.out_features} x {unit.in_features} is not in the spectrum")
-        energies = (values[row["factors"]] ** 2).numpy()
-        lost = row["base_loss"] + (0.0 if unit.form == "dense" else float(energies[unit.rank :].sum()))
-        whole = float(energies.sum()) + row["base_loss"]
+        energies = (values[row.factors] ** 2).numpy()
+        lost = row.base_loss + (0.0 if unit.form == "dense" else float(energies[unit.rank :].sum()))
+        whole = float(energies.sum()) + row.base_loss
         _close(f"relative_loss of {unit.name}", unit.relative_loss, lost / whole if whole else 0.0)
         # Rules whose objective is one of loss or effective rank; of the others, the share is no function of these.
         shares = {"least_loss": lost, "effective_rank": unit.effective_rank / (unit.rank or 1)}

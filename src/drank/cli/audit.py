@@ -1,8 +1,9 @@
 """``drank audit``: which allocation produced this model, and does every link of the answer hold?"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from drank.cli.options import CommandError
 
 if TYPE_CHECKING:
-    from drank.audit import Audit
+    from drank.audit import Audit, Link
 
 MARKS = {
     "holds": ("holds", "green"),
@@ -34,6 +35,15 @@ seed {seed}
 """
 
 
+class Missing(StrEnum):
+    """What links may be checked against, and what need not be at hand."""
+
+    CARD = "card"
+    GIT = "git"
+    ARTEFACTS = "artefacts"
+    MLFLOW = "mlflow"
+
+
 def audit(
     model_dir: Annotated[
         Path, typer.Argument(help="A folder of weights, such as data/models/kfac-80 or a copy of it.")
@@ -46,20 +56,38 @@ def audit(
         Path | None,
         typer.Option(help="The same variant built again: are the bytes the same, or how far apart are they?"),
     ] = None,
+    without: Annotated[
+        list[Missing] | None, typer.Option(help="What need not be at hand, so that its links may stay unchecked.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
-    """Say what made a model, and verify every link; exit status 0 only if all that could be checked holds."""
+    """Say what made a model, and verify every link.
+
+    Exit status: 0 if every link holds, 1 if one does not, 2 if one was not checked and --without does not allow that.
+    """
     from drank.audit import audit as run
     from drank.audit import find_root
 
-    found = run(model_dir, root or find_root(Path()) or find_root(model_dir), rebuilt)
+    root = root or find_root(Path()) or find_root(model_dir)
+    found = run(model_dir, root, rebuilt, tuple(source.value for source in without or ()))
     if as_json:
         typer.echo(json.dumps({"holds": found.holds, **asdict(found)}, indent=2, sort_keys=True, ensure_ascii=False))
     else:
         show(found)
-    if not found.holds:
-        broken = [link.name for link in found.links if link.finding == "does not hold"]
-        raise CommandError(f"{model_dir}: {len(broken)} broken: {', '.join(broken)}")
+    if found.broken:
+        raise CommandError(f"{model_dir}: {len(found.broken)} broken: {_names(found.broken)}")
+    if found.unchecked:
+        options = " ".join(f"--without {source}" for source in dict.fromkeys(link.source for link in found.unchecked))
+        typer.echo(
+            f"{model_dir}: nothing is broken, but {len(found.unchecked)} of {len(found.links)} links were not checked: "
+            f"{_names(found.unchecked)}. Mend what they lack, or leave them out: {options}",
+            err=True,
+        )
+        raise typer.Exit(2)
+
+
+def _names(links: "Iterable[Link]") -> str:
+    return ", ".join(link.name for link in links)
 
 
 def show(found: "Audit") -> None:
@@ -96,7 +124,10 @@ def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield label, f"{material['uri']}{digest}"
     if "commit" in chain:
         commit = chain["commit"]
-        yield "commit", f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "no git here"
+        yield (
+            "commit",
+            f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "none that is known here",
+        )
     yield "results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))})
     if types := chain["computed_in"]:
         others = ", ".join(f"{passes} in {dtype}" for passes, dtype in types.items() if passes != "evaluation")

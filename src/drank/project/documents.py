@@ -75,6 +75,34 @@ class AllocationDocument(Document):
     inputs: dict[str, Sha256]
 
 
+class SpectrumRow(Document):
+    name: str
+    factors: str
+    out_features: Count
+    in_features: Count
+    base_loss: float
+
+
+class Cut(Document):
+    matrices: tuple[SpectrumRow, ...]
+
+
+class SpectrumBlock(Document):
+    cuts: tuple[Cut, ...]
+
+
+class SpectrumSummary(Document):
+    """What summary.json of a spectrum has of the matrices that a rank may be chosen for."""
+
+    units: tuple[SpectrumRow, ...]
+    blocks: tuple[SpectrumBlock, ...]
+
+    @property
+    def matrices(self) -> list[SpectrumRow]:
+        """All of them, those that a removed channel has left smaller too."""
+        return [*self.units, *(row for block in self.blocks for cut in block.cuts for row in cut.matrices)]
+
+
 class Results(Document):
     """What results/<variant>.json has: figures by name, and how they were measured."""
 
@@ -168,6 +196,10 @@ class StatementDocument(Document):
         return {material.name: material.digest.sha256 for material in self.materials if material.digest}
 
 
+class VersionError(FileError):
+    """A document of another version of drank: it may be whole, but cannot be read here."""
+
+
 Read = TypeVar("Read", bound=Document)
 
 
@@ -194,6 +226,7 @@ def parse_document(content: bytes | str, where: str, kind: type[Read]) -> Read:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the document"
-        versioned = key.endswith("format_version")
-        hint = "; another version of drank wrote it: audit it with that one, or build it again" if versioned else ""
-        raise FileError(f"{where}: {key}: {first['msg']}{hint}") from None
+        told = f"{where}: {key}: {first['msg']}"
+        if key.endswith("format_version") and isinstance(first["input"], int):
+            raise VersionError(f"{told}; another version of drank wrote it: audit it with that one") from None
+        raise FileError(told) from None
