@@ -139,6 +139,42 @@ def test_what_dvc_writes_for_a_small_number_is_read_as_that_number(tmp_path):
         check_params(stages, written, "params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("svd-llm-0.8", "DVC reads a dot as the way to a key; write 'svd-llm-0-8' in its place"),
+        ("kfac/80", "letters, digits.*; write 'kfac-80'"),
+        ("k" * 65, "1 to 64 letters"),
+        ("größe", "letters, digits.*; write 'gr-e'"),
+        ("AUX", "Windows keeps this name for a device; write 'my-AUX'"),
+        ("lpt1", "Windows keeps this name for a device"),
+        ("80", "YAML reads this as int; write 'my-80'"),
+        (80, "YAML reads this name as int; begin it with a letter"),
+        ("1e5", "YAML reads this name as float"),
+        ("2026-11-30", "YAML reads this as date"),
+        ("null", "YAML reads this as NoneType"),
+        (
+            "SVD-LLM-80",
+            "(?i:svd-llm-80 beside .*svd-llm-80); the rule: Names of a section differ in more",
+        ),
+        ("135m_dense-2", None),
+    ],
+)
+@pytest.mark.parametrize("section", ["text", "spectrum", "presets", "variants"])
+def test_a_name_that_another_program_or_a_file_system_would_refuse_is_refused_at_once(tmp_path, section, name, message):
+    document = yaml.safe_load(SHIPPED.read_text())
+    first = "svd-llm-80" if name == "SVD-LLM-80" else next(iter(document[section]))
+    entry = next(iter(document[section].values()))
+    document[section] |= {first: document[section].get(first, entry), name: entry}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document))
+    if message is None:
+        assert str(name) in getattr(read_params(path), section)
+    else:
+        with pytest.raises(ParamsError, match=f"(?s){section}.*{message}"):
+            read_params(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ParamsError, match="not found; run from the folder"):
         read_params(tmp_path / "params.yaml")

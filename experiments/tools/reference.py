@@ -12,12 +12,13 @@ import typer
 
 from drank.cli.params import json_schema
 from drank.project import params
-from drank.project.params import Name, Section, Sha256, SourceName, readers_of
+from drank.project.params import Section, readers_of
 
 Schema = Mapping[str, Any]
 PATTERNS = {
-    get_args(kind)[1].pattern: words
-    for kind, words in ((Name, "name"), (Sha256, "64 hexadecimal digits"), (SourceName, "source"))
+    params.PATTERN: "name",
+    get_args(params.Sha256)[1].pattern: "64 hexadecimal digits",
+    get_args(params.SourceName)[1].pattern: "source",
 }
 
 HEAD = """# params.yaml: every key
@@ -27,8 +28,9 @@ also check the file; do not edit it. `docs/params.schema.json` (`drank params`) 
 line of `params.yaml`, those that speak to a YAML language server complete keys, show these sentences, and underline
 mistakes.
 
-A key without a default has to be there; an unknown one is refused. A name is one of your own: letters, digits, `.`, `_`
-and `-`, with a letter or digit first. The file is YAML 1.2: `1e-4` is a number, `yes` and `on` are texts.
+A key without a default has to be there; an unknown one is refused. A name is one of your own, of at most 64 letters,
+digits, `_` and `-`, with a letter or digit first; none that YAML reads as a number or a date (`80`, `1e5`), and none of
+Windows' devices (`con`, `aux`). The file is YAML 1.2: `1e-4` is a number, `yes` and `on` are texts.
 [choices.md](choices.md) explains the four choices of a method.
 """
 

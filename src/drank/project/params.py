@@ -5,12 +5,22 @@ this module reaches a numerical function.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from drank.method.allocation.choices import RULES
@@ -18,7 +28,28 @@ from drank.method.allocation.units import PRICES, Menu
 from drank.method.metrics import METRICS, UNITS
 from drank.project import plain_yaml
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# Names are parts of names of files, which have 255 bytes at most, and of MLflow's keys, which have 250 characters.
+PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+# Names that Windows, where a clone may be read, keeps for devices.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+
+
+def _check_name(name: str) -> str:
+    """Refuse what DVC, MLflow, YAML or a file system would refuse later, or take for something else."""
+    if not re.fullmatch(PATTERN[1:-1], name):
+        why = "1 to 64 letters, digits, '_' and '-' make a name, the first of them a letter or digit"
+        why += "; DVC reads a dot as the way to a key" if "." in name else ""
+    elif name.lower() in DEVICES:
+        why = "Windows keeps this name for a device"
+    elif not isinstance(value := plain_yaml.load(name), str):
+        why = f"YAML reads this as {type(value).__name__}"
+    else:
+        return name
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:60] or "name"
+    raise ValueError(f"{name!r}: {why}; write {plain if plain != name else f'my-{name}'!r} in its place")
+
+
+Name = Annotated[str, AfterValidator(_check_name), WithJsonSchema({"type": "string", "pattern": PATTERN})]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SourceName = Annotated[str, StringConstraints(pattern=r"^(pypi|hub|local):.+$")]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -377,6 +408,9 @@ class Params(Section):
 
     rules = {  # the first has checked the names that the others look up
         "Sections `text`, `presets` and `spectrum` have the names that other keys hold.": lambda p: p._dangling(),
+        "Names of a section differ in more than upper and lower case, which some file systems do not tell apart.": (
+            lambda p: p._alike()
+        ),
         "A variant's `spectrum` is that of its preset.": _each(
             "variants", lambda p, v: v.spectrum == p.presets[v.preset].spectrum, "spectrum", "preset"
         ),
@@ -414,6 +448,13 @@ class Params(Section):
         for key, name, section in names:
             if name not in (known := getattr(self, section)):
                 yield f"{key} = {name!r} is not in section '{section}', which has {', '.join(known) or 'nothing'}"
+
+    def _alike(self) -> Iterator[str]:
+        for section in ("text", "spectrum", "presets", "variants"):
+            seen: dict[str, str] = {}
+            for name in getattr(self, section):
+                if (other := seen.setdefault(name.lower(), name)) != name:
+                    yield f"{section}.{name} beside {section}.{other}"
 
     def _has_blocks(self, preset: Preset) -> bool:
         return preset.spectrum in self.spectrum and UNITS[self.spectrum[preset.spectrum].units].loses_channels
@@ -520,6 +561,11 @@ def parse_as(content: bytes, where: str, kind: type[Kind]) -> Kind:
         raise ParamsError(f"{where}: {error}; keys are names") from None
     if not isinstance(document, dict):
         raise ParamsError(f"{where}: expected one section per step, found {type(document).__name__}")
+    for section, entries in document.items():
+        for name in entries if isinstance(entries, dict) else ():
+            if not isinstance(name, str):
+                found = type(name).__name__
+                raise ParamsError(f"{where}: {section}.{name}: YAML reads this name as {found}; begin it with a letter")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -533,5 +579,5 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"'{key}' is missing"
     if detail["type"] == "value_error":
-        return f"{key}{': ' if key else ''}{detail['msg'].removeprefix('Value error, ')}"
+        return f"{key.removesuffix('.[key]')}: {detail['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     return f"'{key}' = {value!r}: {detail['msg']}"
