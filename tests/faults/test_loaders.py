@@ -204,7 +204,7 @@ def test_code_of_a_tokenizer_does_not_run(tmp_path, declared):
 
 
 def test_a_chat_template_reaches_nothing_of_python(tmp_path):
-    """drank applies none; it carries them along, so that what would run is transformers' sandbox of Jinja."""
+    """What runs, where a text asks for it, is transformers' sandbox of Jinja."""
     folder, witness = tmp_path / "model", tmp_path / "ran"
     llama().save_pretrained(folder)
     evil = tokenizer()
