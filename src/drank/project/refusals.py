@@ -19,6 +19,7 @@ REFUSALS = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ("a file is where a folder should be", "move it out of the way")),
     errno.EIO: ("the disk fails to read or write", "look into the system's log, and use another disk"),
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # SQLite has numbers of its own, and names no file.
 SQLITE = "mlflow.db, or the database of MLFLOW_TRACKING_URI"
 IN_WORDS = {
@@ -70,11 +71,12 @@ def check_access(path: Path, mode: str = "rb") -> None:
     """Open and close a file, for libraries that call a folder or a forbidden file damaged, or try again for minutes.
 
     Raises:
-        FileError: the system refuses to open it so.
+        FileError: the system refuses to open it so, or it is a pointer of Git LFS.
         FileNotFoundError: there is none.
     """
-    with refusals(path):
-        path.open(mode).close()
+    with refusals(path), path.open(mode) as stream:
+        if stream.readable() and stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise FileError(f"{path}: a pointer of Git LFS in the place of the file; `git lfs pull` fetches it")
 
 
 @contextmanager
