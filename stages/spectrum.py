@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from drank.model.linears import find_linears
 from drank.model.precision import agreed_dtype, name_of
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows
 from drank.project.command import run_stage
 from drank.project.files import TensorFolder, read_json, read_tensors, write_json
 from drank.project.params import read_params
@@ -42,7 +42,7 @@ def main(key: str, root: Path = Path()) -> None:
         if measured:
             file = f"data/sampling/calibration/{asked.calibration_seed}.safetensors"
             windows = read_tensors(root / file)["windows"][:measured]
-            check_ids(model, windows, file)
+            check_windows(model, windows, file)
             found = sensitivity(
                 model.eval(), linears[group.share], writer.singular_values,
                 lambda name, k: store.rows(f"factors/{name}", k), windows,

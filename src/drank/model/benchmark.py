@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from drank.model.vocabulary import n_positions
+
 FIGURES = {"prefill": "tokens/s", "decode": "tokens/s", "first_token": "s", "forward_only": "tokens/s"}
 PARTS = ("prefill", "generation", "forward")  # what is timed at once; generation gives two figures
 
@@ -217,7 +219,7 @@ def _check_length(model: Any, prompt_length: int, new_tokens: int, window_length
         raise BenchmarkError(
             f"{new_tokens} new tokens: decoding is timed from the first to the last; ask for 2 or more"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = n_positions(model.config)
     if positions is not None and max(prompt_length + new_tokens, window_length) > positions:
         raise BenchmarkError(
             f"a prompt of {prompt_length} tokens and {new_tokens} new ones, and windows of {window_length}, "

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from drank.model.perplexity import perplexity, window_nats
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows, n_positions
 from drank.project.params import Evaluation
 from drank.project.processes import Group
 
@@ -87,7 +87,9 @@ def evaluate(
     figures: dict[str, float] = {}
     nats: dict[str, list[float]] = {}
     for name, windows in sorted(tests.items()):
-        check_ids(model, windows, f"data/sampling/test.safetensors, {name}")
+        check_windows(model, windows, f"data/sampling/test.safetensors, {name}")
+        if name in last:
+            check_windows(model, last[name][None], f"data/sampling/last.safetensors, {name}")
         bar = partial(progress, desc=name, unit="batches")
         mine = windows[group.share]
         parts = group.gather(window_nats(model, mine, asked.batch_windows, bar) if len(mine) else [])
@@ -149,7 +151,7 @@ def run_tasks(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        max_length=min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)),
+        max_length=min(MAX_LENGTH, n_positions(model.config) or MAX_LENGTH),
         logits_cache=False,
     )
     if distributed.is_initialized():
