@@ -10,12 +10,14 @@ each into its place costs, where 1 is nothing.
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import truediv
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drank.model.benchmark import Quartiles, round_robin
+from drank.model.benchmark import round_robin
 from drank.model.layers import FactorLinear, PivotLinear
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in, out: queries, gate and up, down of a Llama of 7B
@@ -91,7 +93,7 @@ def main() -> None:
                     numbers = sum(parameter.numel() for parameter in pivot.parameters())
                     limit = (numbers + places_in_weights) / dense.weight.numel()
                     factors, whole, order = (
-                        Quartiles.of_ratios(times[size, name], times[reference]).median
+                        median(map(truediv, times[size, name], times[reference]))
                         for name, reference in (
                             ("factors", (1.0, "dense")),
                             ("pivot", (1.0, "dense")),
@@ -101,7 +103,7 @@ def main() -> None:
                     print(
                         f"{n_in:5} x {n_out:5}, {str(dtype)[6:]:8}, {n_tokens:3}, {size}    {limit:.3f}   "
                         f"{factors:7.2f}   {whole:5.2f}   {order:5.2f}    "
-                        f"({1000 * Quartiles.of(times[1.0, 'dense']).median:.1f})"
+                        f"({1000 * median(times[1.0, 'dense']):.1f})"
                     )
 
 

@@ -15,16 +15,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from stages.compression import save_healed
 
 from drank.audit import audit
 from drank.model.divergence import divergence
 from drank.model.layers import FactorLinear, PivotLinear
 from drank.model.lora import CURVE, Healing, Plan, matrices
 from drank.project.files import file_sha256, read_json, write_json, write_text
-from drank.project.params import Healing as HealingSection
 from drank.project.params import ParamsError, read_params
-from drank.project.processes import ProcessError
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.tracking import track
 from tests import tiny
@@ -271,13 +268,6 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed):
 def test_what_cannot_be_healed_is_refused(tmp_path, change, message):
     with pytest.raises(ParamsError, match=message):
         read(tmp_path, "kfac-80", HEALED | change)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_device_that_is_not_there_is_told_before_anything_is_computed(tmp_path):
-    asked = HealingSection(**HEALED | {"device": "cuda"})
-    with pytest.raises(ProcessError, match="device is cuda, but torch .* finds no GPU"):
-        save_healed(tmp_path, tmp_path, tmp_path / "text", asked, "auto", tmp_path / ".checkpoint")
 
 
 def test_the_dense_model_is_not_healed(tmp_path):

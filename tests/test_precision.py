@@ -45,7 +45,7 @@ def processor(monkeypatch, machine="x86_64", vendor="", onednn=False, amx=False,
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", told(amx), raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", told(avx512_bf16), raising=False)
     monkeypatch.setattr(precision.platform, "machine", told(machine))
-    monkeypatch.setattr(precision, "_vendor", told(vendor))
+    monkeypatch.setattr(precision, "cpu_fact", lambda _: vendor)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_the_vendor_is_the_one_of_the_system(monkeypatch, tmp_path):
     facts = tmp_path / "cpuinfo"
     facts.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n")
     monkeypatch.setattr(precision, "CPU_FACTS", facts)
-    assert precision._vendor() == "AuthenticAMD"
+    assert precision.cpu_fact("vendor_id") == "AuthenticAMD"
     monkeypatch.setattr(precision, "CPU_FACTS", tmp_path / "none")
     monkeypatch.setattr(precision.platform, "processor", lambda: "Intel64 Family 6 Model 207, GenuineIntel")
-    assert "Intel" in precision._vendor()
+    assert "Intel" in precision.cpu_fact("vendor_id")
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -121,12 +121,12 @@ def test_processes_on_unlike_processors_compute_in_float32():
 def test_a_bench_times_the_type_of_the_device(monkeypatch):
     processor(monkeypatch)
     timed = []
-    monkeypatch.setattr(bench, "find_targets", lambda root, names: ())
-    monkeypatch.setattr(bench, "run", lambda targets, conditions: timed.append(conditions.dtype))
+    monkeypatch.setattr(bench, "find_models", lambda root, names: ({}, ""))
+    monkeypatch.setattr(bench, "run", lambda folders, reference, conditions: timed.append(conditions.dtype))
     monkeypatch.setattr("drank.views.speed.table", str)
     monkeypatch.setattr("drank.views.speed.caption", str)
-    bench.bench(device="cpu")
-    bench.bench(device="cpu", dtype=bench.Dtype.bfloat16)
+    bench.bench(device=bench.Device.cpu)
+    bench.bench(device=bench.Device.cpu, dtype=bench.Dtype.bfloat16)
     assert timed == ["float32", "bfloat16"]
 
 

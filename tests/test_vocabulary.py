@@ -43,8 +43,8 @@ def test_a_config_without_a_vocabulary_size_says_nothing_of_ids_above():
         check_windows(config, torch.tensor([[-1]]), "windows")
 
 
-# Learned positions, which a longer window would run out of, under two names; a table of slopes; rotary positions.
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "mpt", "biogpt", "llama"])
+# Learned positions, which a longer window would run out of, under two names; a table of slopes.
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "mpt", "biogpt"])
 def test_a_window_longer_than_the_positions_is_refused_by_its_parameter(architecture):
     changes = {"max_seq_len": 256} if architecture == "mpt" else {}
     model = tiny.decoder(architecture, **changes)
@@ -54,7 +54,9 @@ def test_a_window_longer_than_the_positions_is_refused_by_its_parameter(architec
             check_windows(known, torch.zeros(1, 257, dtype=torch.int64), "windows")
 
 
-def test_a_model_without_a_limit_takes_any_window():
+def test_a_model_without_a_limit_and_one_that_turns_take_any_window():
+    for architecture in ("llama", "gptj", "falcon"):
+        check_windows(tiny.decoder(architecture), torch.zeros(1, 9999, dtype=torch.int64), "windows")
     assert n_positions(tiny.decoder("bloom").config) is None
     check_windows(tiny.decoder("mamba"), torch.zeros(1, 9999, dtype=torch.int64), "windows")
 
@@ -72,7 +74,13 @@ def test_sampling_refuses_windows_that_no_later_stage_could_run(tmp_path):
     assert not (tmp_path / "data/sampling").exists()
 
 
-def test_healing_refuses_its_own_window_length(tmp_path):
-    text, asked = {"tokens": torch.zeros(900, dtype=torch.int)}, Healing(**HEALING)
+def test_healing_refuses_its_own_window_length_and_ids_of_another_vocabulary(tmp_path):
+    def healed(asked, token):
+        text, load = {"tokens": torch.full((900,), token)}, lambda name, dtype: tiny.gpt2().to(dtype)
+        heal(load, text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
+
+    asked = Healing(**HEALING)
     with pytest.raises(TokenError, match="healing.window_length is 300, but the model has 256 positions"):
-        heal(tiny.gpt2(), None, text, asked, Checkpoint(tmp_path, {}), progress)
+        healed(asked, 0)
+    with pytest.raises(TokenError, match="calibration_text.safetensors: holds token id 999"):
+        healed(asked.model_copy(update={"window_length": 16}), 999)

@@ -19,11 +19,12 @@ def check_windows(model: Any, windows: Tensor, where: str, key: str = "sampling.
 
     Raises:
         TokenError: an id is negative, or not below the number of embeddings; or a window has more tokens than the model
-            has positions, which is an error in models with learned positions and out of training in others.
+            has learned positions. Rotary positions and ALiBi go on where training ended.
     """
-    n, most = n_embeddings(model), n_positions(getattr(model, "config", model))
-    length = windows.shape[-1]
-    if most is not None and length > most:
+    config, length = getattr(model, "config", model), windows.shape[-1]
+    n, most = n_embeddings(model), n_positions(config)
+    learned = not any(key.startswith(("rope", "rotary", "alibi")) for key in vars(config.get_text_config()))
+    if learned and most is not None and length > most:
         raise TokenError(
             f"{key} is {length}, but the model has {most} positions (config.json): set {key} to at most {most}"
         )

@@ -32,6 +32,7 @@ class UnitRow(Document):
     members: tuple[str, ...] = Field(min_length=1)
     factors: str
     kind: str
+    role: str | None
     layer: Count
     form: FormName
     rank: Count

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from drank.project.documents import AllocationDocument, Results, read_document
 from drank.project.dvc import LockError, Stages, dvc_md5, read_lock
 from drank.project.files import read_json
 from drank.project.params import Params, read_params
@@ -28,8 +29,8 @@ class Variant:
     name: str
     stages: Stages
     params: dict[str, str]
-    results: dict[str, Any]
-    allocation: dict[str, Any]
+    results: Results
+    allocation: AllocationDocument
     loss_curve: tuple[dict[str, Any], ...] = ()
 
 
@@ -40,8 +41,6 @@ class State:
     root: Path
     sha256: str
     variants: tuple[Variant, ...]
-    texts: dict[str, dict[str, Any]]
-    calibration_text: str
 
 
 def read_state(root: Path) -> State:
@@ -59,8 +58,6 @@ def read_state(root: Path) -> State:
         root=root,
         sha256=sha256_of(lock),
         variants=tuple(_read_variant(root, lock, params, name) for name in params.variants),
-        texts=read_json(root / "data/sampling/summary.json")["texts"],
-        calibration_text=params.sampling.calibration_text,
     )
 
 
@@ -80,7 +77,8 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
         check_written(root, lock, f"data/evaluation/{name}.json")
         curve = tuple(read_json(root / f"data/evaluation/{name}.json")["loss_curve"])
     made_of = flat(resolved(params, name))
-    return Variant(name, stages, made_of, read_json(root / results), read_json(root / allocation), curve)
+    figures, ranks = read_document(root / results, Results), read_document(root / allocation, AllocationDocument)
+    return Variant(name, stages, made_of, figures, ranks, curve)
 
 
 def writer(stages: Stages, path: str) -> str | None:
@@ -188,12 +186,3 @@ def flat(value: Any, key: str = "") -> dict[str, str]:
 
 def sha256_of(stages: Stages) -> str:
     return hashlib.sha256(json.dumps(stages, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_md5(stages: Stages, path: str) -> str:
-    """DVC's hash of a path as a stage read it, or of the closest folder around it."""
-    read = {dependency["path"]: dependency["md5"] for row in stages.values() for dependency in row.get("deps", ())}
-    for candidate in (PurePosixPath(path), *PurePosixPath(path).parents):
-        if candidate.as_posix() in read:
-            return read[candidate.as_posix()]
-    raise LockError(f"dvc.lock: no stage of {', '.join(stages)} reads {path}; has dvc.yaml changed?")
