@@ -260,9 +260,10 @@ def test_compressed_folder_by_modules():
     whole = footprint.compressed_folder(SHAPE, 1.0, pivot=False)
     assert whole == n_bytes(llama(SHAPE).parameters())
     ranks = {"q": 20, "k": 9, "v": 9, "o": 20, "gate": 25, "up": 25, "down": 25}
-    layers = [PivotLinear(n, out, ranks[name], bias=False) for name, (out, n) in SHAPE.linears.items()]
-    size = sum(layer.n_parameters for layer in layers) / SHAPE.n_parameters
-    kept = SHAPE.n_layers * sum(2 * layer.n_parameters + layer.index_bytes for layer in layers)
+    made = [PivotLinear(n, out, ranks[name], False, in_order=False) for name, (out, n) in SHAPE.linears.items()]
+    layers = [(sum(p.numel() for p in layer.parameters()), layer.places.nbytes) for layer in made]
+    size = sum(parameters for parameters, _ in layers) / SHAPE.n_parameters
+    kept = SHAPE.n_layers * sum(2 * parameters + index for parameters, index in layers)
     dense = SHAPE.n_layers * 2 * SHAPE.n_parameters
     assert footprint.compressed_folder(SHAPE, size, pivot=True) == whole - dense + kept
 

@@ -22,7 +22,7 @@ from experiments.tools.published import read_published
 from transformers import AutoModelForCausalLM
 
 from drank.audit import audit
-from drank.model.quantizer import DrankConfig, swap_modules
+from drank.model.quantizer import DrankConfig, DrankQuantizer
 from drank.project.damage import find_damage
 from drank.project.files import file_sha256, read_json, read_rows, read_tensors
 from drank.project.params import read_params
@@ -205,7 +205,7 @@ class Tries:
     def config(self, draw: random.Random) -> None:
         """``quantization_config`` with every form, and its modules put into a model."""
         written = self.written["quantization_config"]
-        swap_modules(llama(), DrankConfig(**mutated(written, draw)).modules)
+        DrankQuantizer(DrankConfig(**mutated(written, draw)))._process_model_before_weight_loading(llama())
 
     def config_file(self, draw: random.Random) -> None:
         """The section in config.json of a folder, which is then loaded."""

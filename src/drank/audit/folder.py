@@ -9,10 +9,10 @@ from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.model.format import Spec
 from drank.project.documents import (
     AllocationDocument,
     Config,
-    ModuleSpec,
     Quantization,
     StatementDocument,
     UnitRow,
@@ -173,23 +173,15 @@ def _ranks(folder: Folder) -> str:
     return f"{len(allocation.units)} units: shapes of the weights, config.json and allocation.json agree"
 
 
-def _expected(unit: UnitRow, modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each tensor that a unit is stored in."""
-    owner, n_out = unit.members[0], unit.out_features // len(unit.members)
-    shared, specs = len(unit.members) > 1, {name: modules.get(name, UNKNOWN) for name in unit.members}
-    if unit.form == "dense":
-        yield from ((f"{member}.weight", (n_out, unit.in_features)) for member in unit.members)
-    elif unit.form == "factors":
-        yield f"{owner}.basis", (unit.rank, unit.in_features)
-        yield from ((f"{member}.weight", (n_out, unit.rank)) for member in unit.members)
-    elif shared:
-        yield f"{owner}.basis.weight", (unit.rank, unit.in_features)
-        yield from ((f"{member}.weight", (n_out - spec.kept, unit.rank)) for member, spec in specs.items())
-    else:
-        yield f"{owner}.weight", (unit.rank, unit.in_features)
-        yield f"{owner}.coefficients", (n_out - unit.rank, unit.rank)
-        if not specs[owner].in_order:
-            yield f"{owner}.places", (n_out,)
+    from drank.model.forms import stored_shapes
+
+    n_out = unit.out_features // len(unit.members)
+    told = Spec(form=unit.form, rank=unit.rank, out_features=n_out, in_features=unit.in_features)
+    sizes = told.model_dump(include=told.model_fields_set)
+    specs = {member: modules.get(member, told).model_copy(update=sizes) for member in unit.members}
+    yield from stored_shapes(specs).items()
 
 
 def _sizes(folder: Folder) -> str:

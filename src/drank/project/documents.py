@@ -4,13 +4,18 @@ The one description of them in code; docs/data.md has it in words.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from drank.method.allocation.units import PRICES
+from drank.model import format
 from drank.project.files import FileError
 
+if TYPE_CHECKING:
+    FormName = str
+else:  # rows of the table of storages
+    FormName = Literal["dense", *PRICES]
 Sha256 = str
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact up to here
 
@@ -26,7 +31,7 @@ class UnitRow(Document):
     kind: str
     role: str | None
     layer: Count
-    form: Literal["dense", "factors", "pivot"]
+    form: FormName
     rank: Count
     full_rank: Annotated[Count, Field(ge=1)]
     out_features: Count
@@ -116,15 +121,6 @@ class Results(Document):
         return {name: value for name, value in values if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
-class ModuleSpec(Document):
-    form: str
-    out_features: int
-    in_features: int
-    rank: int | None = None
-    kept: int = 0
-    in_order: bool = False
-
-
 class Provenance(Document):
     variant: str
     allocation_sha256: Sha256
@@ -133,11 +129,10 @@ class Provenance(Document):
     healed_in: str | None = None
 
 
-class Quantization(Document):
-    quant_method: Literal["drank"]
-    format_version: Literal[2]
-    modules: dict[str, ModuleSpec]
-    provenance: Provenance
+class Quantization(format.Quantization):
+    """The loader takes any provenance, an audit this."""
+
+    provenance: Provenance  # type: ignore[assignment]
 
 
 class Config(Document):
