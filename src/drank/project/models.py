@@ -167,12 +167,13 @@ def _load(source: str, folder: Path, options: dict[str, Any], common: dict[str, 
 
 def _load_tokenizer(source: str, folder: Path, common: dict[str, Any]) -> Any:
     """The tokenizer; one that is only ``tokenizer.model`` is converted, and compared with sentencepiece itself."""
-    from sentencepiece import SentencePieceProcessor
     from transformers import AutoTokenizer, LlamaTokenizer
 
     model = folder / "tokenizer.model"
     if "gguf_file" in common or not model.is_file() or (folder / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(folder, **common)
+    from sentencepiece import SentencePieceProcessor
+
     real = SentencePieceProcessor(model_file=str(model))
     pieces = [real.id_to_piece(number).lstrip("▁") for number in range(0, len(real), len(real) // 1000 + 1)]
     probe = "Two words, 2 numbers: 34. " + " ".join(piece for piece in pieces if piece.isascii() and piece.isalpha())
