@@ -1,5 +1,6 @@
 """Asking git: which commit's dvc.lock has a hash, and what a file was at a revision. Nothing is checked out."""
 
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -57,9 +58,9 @@ def resolve(root: Path, revision: str) -> str | None:
 
 
 def origin(root: Path) -> str:
-    """Where to clone from: the remote `origin`, or else the repository's own folder."""
+    """Where to clone from: the remote `origin`, without a password, or else the repository's own folder."""
     url = _git(root, "config", "--get", "remote.origin.url") or _git(root, "rev-parse", "--show-toplevel") or b"."
-    return url.decode().strip()
+    return re.sub(r"^(https?://)[^/]*@", r"\1", url.decode().strip())
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:
