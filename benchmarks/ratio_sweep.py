@@ -41,7 +41,7 @@ PARTS = {
     "pivot form": "pivot.py:pivot_rows",
     "of it, pivoted QR": "_decomp_qr.py:qr",
     "of it, solve": "~:linalg_solve",
-    "of it, finite?": "pivot.py:_finite",
+    "of it, finite?": "covariance.py:finite",
     "save": "modeling_utils.py:save_pretrained",
 }
 

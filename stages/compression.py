@@ -4,7 +4,6 @@ A variant that is to be healed is trained here. A killed run goes on from data/c
 """
 
 from pathlib import Path
-from typing import Any
 
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
@@ -13,46 +12,29 @@ from drank.project.params import Healing, read_params
 
 
 def main(variant: str, root: Path = Path()) -> None:
-    params = read_params(root / "params.yaml")
-    (asked, _), inputs = params.variant(variant), Inputs(root)
-    source, base = inputs / f"data/allocation/{variant}.json", root / "data/raw/model"
+    params, inputs, base = read_params(root / "params.yaml"), Inputs(root), root / "data/raw/model"
+    asked, source = params.variant(variant)[0], inputs / f"data/allocation/{variant}.json"
     allocation = read_json(source)
     with replacing_folder(root / "data/compression" / variant) as folder:
         if allocation["allocation"] == "dense":
             copy_files(base, folder)
-        else:
-            spectrum = TensorFolder(root / f"data/spectrum/{allocation['spectrum']}")
-            save_compressed(base, spectrum, allocation, file_sha256(source), folder)
+        else:  # imports torch, which takes seconds
+            from transformers import AutoModelForCausalLM
+
+            from drank.steps.compression import compress
+
+            origin = {"variant": variant, "allocation_sha256": file_sha256(source), "base_model_sha256": hashed(base)}
+            spectrum = TensorFolder(root / f"data/spectrum/{asked.spectrum}")
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16")
+            compress(model, allocation["units"], spectrum, origin).save_pretrained(folder)
+            for file in base.iterdir():  # the tokenizer's, as `raw` saved them
+                if ".safetensors" not in file.name and not (folder / file.name).exists():
+                    copy_files(file, folder)
         if asked.healing:
             text = inputs / "data/sampling/calibration_text.safetensors"
             checkpoint = root / f"data/compression/.{variant}.checkpoint"
             save_healed(folder, base, text, asked.healing, params.compute.dtype, checkpoint)
         copy_files(source, folder / "allocation.json")
-
-
-def save_compressed(base: Path, spectrum: TensorFolder, allocation: dict[str, Any], sha256: str, folder: Path) -> None:
-    import torch  # the dense variant does without, which saves seconds
-    from transformers import AutoModelForCausalLM
-
-    from drank.steps.compression import compress
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    provenance = {
-        "variant": allocation["variant"],
-        "allocation_sha256": sha256,
-        "base_model_sha256": hashed(base),
-    }
-    compress(
-        model,
-        allocation["units"],
-        lambda file, rank: spectrum.rows(f"factors/{file}", rank),
-        lambda mlp, channels: spectrum[f"cuts/{mlp}.{channels}"],
-        provenance,
-    )
-    model.save_pretrained(folder)
-    for file in base.iterdir():  # the tokenizer's, as `raw` saved them
-        if ".safetensors" not in file.name and not (folder / file.name).exists():
-            copy_files(file, folder)
 
 
 def save_healed(folder: Path, base: Path, text: Path, asked: Healing, dtype: str, checkpoint: Path) -> None:
@@ -63,25 +45,19 @@ def save_healed(folder: Path, base: Path, text: Path, asked: Healing, dtype: str
     from drank.model.precision import compute_dtype, name_of
     from drank.project.checkpoint import Checkpoint
     from drank.project.files import read_tensors, write_json
-    from drank.project.processes import check_device
+    from drank.project.processes import process_group
     from drank.project.progress import progress
     from drank.steps.healing import heal
 
-    check_device(asked.device)
-    torch.set_num_threads(asked.threads)
-    torch.use_deterministic_algorithms(True)
-    passes, before = compute_dtype(dtype, asked.device), hashed(folder)
-    model, teacher = (
-        AutoModelForCausalLM.from_pretrained(source, dtype=passes).eval().to(asked.device) if source else None
-        for source in (folder, base if asked.objective == "distillation" else None)
-    )
-    read = [before, hashed(base), file_sha256(text)]
-    kept = Checkpoint(checkpoint, {"inputs": read, "healing": asked.model_dump(mode="json"), "dtype": name_of(passes)})
-    trained, curve = heal(model, teacher, read_tensors(text), asked, kept, progress)
-    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    stored.load_state_dict(trained.state_dict())  # rounds every tensor to its stored type
-    section = stored.config.quantization_config
-    section.provenance = section.provenance | {"healed_from_sha256": before, "healed_in": name_of(passes)}
+    with process_group(asked.threads, asked.device):
+        torch.use_deterministic_algorithms(True)
+        passes, inputs = compute_dtype(dtype, asked.device), [hashed(folder), hashed(base), file_sha256(text)]
+        identity = {"inputs": inputs, "healing": asked.model_dump(mode="json"), "dtype": name_of(passes)}
+        kept, sources = Checkpoint(checkpoint, identity), {"compressed": folder, "dense": base}
+        stored, curve = heal(
+            lambda name, dtype: AutoModelForCausalLM.from_pretrained(sources[name], dtype=dtype),
+            read_tensors(text), asked, passes, inputs[0], kept, progress,
+        )  # fmt: skip
     stored.save_pretrained(folder)
     write_json(folder / CURVE, curve)
     kept.remove()

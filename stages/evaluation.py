@@ -7,14 +7,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.model.quantizer  # noqa: F401  the format of data/compression, seen by DVC's dependencies
 from drank.model.lora import CURVE
-from drank.model.precision import agreed_dtype, name_of
+from drank.model.precision import agreed_dtype
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import JsonLinesFolder, read_json, read_tensors, write_json
 from drank.project.params import read_params
 from drank.project.processes import launch, must_launch, process_group
 from drank.project.progress import progress
-from drank.steps.evaluation import count_parameters, evaluate, protocol
+from drank.steps.evaluation import evaluate
 
 
 def main(variant: str, root: Path = Path()) -> None:
@@ -26,27 +26,21 @@ def main(variant: str, root: Path = Path()) -> None:
     with process_group(asked.threads, asked.device) as group:
         tests, short = (inputs / f"data/sampling/{name}.safetensors" for name in ("test", "last"))
         windows, last = read_tensors(tests), read_tensors(short) if short.is_file() else {}
-        folder = inputs / f"data/compression/{variant}"
+        folder, tasks = inputs / f"data/compression/{variant}", JsonLinesFolder(inputs / "data/sampling/tasks")
         dtype = agreed_dtype(params.compute.dtype, asked.device, group.gather)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(asked.device)
-        tokenizer, items = AutoTokenizer.from_pretrained(folder), JsonLinesFolder(inputs / "data/sampling/tasks")
         bar = partial(progress, quiet=not group.is_first)
-        figures, nats = evaluate(model, tokenizer, windows, last, items, asked, group, bar)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        figures, nats = evaluate(model, tokenizer, windows, last, tasks, asked, group, bar)
         if not group.is_first:
             return
         allocation = read_json(inputs / f"data/allocation/{variant}.json")
-        results = figures | {
-            "variant": variant, "preset": chosen.preset, "size_ratio": chosen.size_ratio,
-            "kept_ratio": allocation["kept_ratio"], "targeted_parameters": allocation["targeted_parameters"],
-            "parameters": count_parameters(model),
-            "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-            "protocol": protocol(windows, last, asked.tasks, name_of(dtype)),
-        }  # fmt: skip
+        results = figures | {key: allocation[key] for key in ("kept_ratio", "targeted_parameters")}
+        results |= {"variant": variant, "preset": chosen.preset, "size_ratio": chosen.size_ratio}
+        results["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         write_json(root / "results" / f"{variant}.json", results)
-        told = {"results": results, "nats_by_window": nats}
-        if chosen.healing:
-            told["loss_curve"] = read_json(folder / CURVE)
-        write_json(root / "data/evaluation" / f"{variant}.json", told)
+        curve = {"loss_curve": read_json(folder / CURVE)} if chosen.healing else {}
+        write_json(root / f"data/evaluation/{variant}.json", {"results": results, "nats_by_window": nats} | curve)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ranks: the paper's arithmetic, Eq. 7 against its closed form and scipy.optimize, brute force, invariants, errors."""
+"""Ranks: the paper's arithmetic, Eq. 7 against its closed form, brute force, invariants, errors."""
 
 from dataclasses import replace
 from itertools import pairwise, product
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError
 from drank.method.allocation.rules import dense, effective_rank, least_loss, uniform
@@ -16,32 +15,41 @@ from drank.method.allocation.units import Block, Menu, Unit, loss
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "up_proj": "up"}
 
 
-def unit(name, R, shape=(8, 8), kind="up_proj", layer=0):
-    energies = np.linspace(2, 1, min(shape))
+def unit(name, R=1.0, shape=(8, 8), kind="up_proj", layer=0, energies=None):
+    energies = np.linspace(2, 1, min(shape)) if energies is None else np.sort(np.array(energies))[::-1]
     return Unit(name, kind, ROLES[kind], layer, *shape, energies=energies, effective_rank=R)
 
 
+def spectrum_unit(name, energies, shape):
+    return unit(name, shape=shape, energies=energies)
+
+
 def attention(R, shapes):
-    """One unit a (layer, kind): R[kind] is a list over layers."""
+    """One unit per layer and kind: R[kind] is a list over layers."""
     return [
         unit(f"layers.{i}.{kind}", r, shapes[kind], kind, i) for kind, values in R.items() for i, r in enumerate(values)
     ]
 
 
 @pytest.mark.parametrize(
-    ("shape", "size_ratio", "rank"),
+    ("storage", "shape", "size_ratio", "rank"),
     [
-        ((4096, 4096), 0.8, 1638),  # LLaMA-7B attention at 20 % (field: 1638)
-        ((4096, 4096), 0.5, 1024),
-        ((11008, 4096), 0.8, 2388),
-        ((11008, 4096), 0.5, 1492),  # 1492.77: the published table rounds
-        ((1024, 4096), 0.8, 655),  # grouped key/value heads at 20 % (paper, section on GQA)
+        ("factors", (4096, 4096), 0.8, 1638),  # LLaMA-7B attention at 20 % (field: 1638)
+        ("factors", (4096, 4096), 0.5, 1024),
+        ("factors", (11008, 4096), 0.8, 2388),
+        ("factors", (11008, 4096), 0.5, 1492),  # 1492.77: the published table rounds
+        ("factors", (1024, 4096), 0.8, 655),  # grouped key/value heads at 20 % (paper, section on GQA)
+        ("pivot", (4096, 4096), 0.8, 2264),  # 38 % more than two factors
+        ("pivot", (4096, 4096), 0.5, 1199),
+        ("pivot", (11008, 4096), 0.8, 2973),
+        ("pivot", (1024, 4096), 0.8, 771),
     ],
 )
-def test_uniform_ranks_are_those_of_the_literature(shape, size_ratio, rank):
-    u = Unit("u", "up_proj", None, 0, *shape, energies=np.ones(min(shape)), effective_rank=1.0)
-    choice = uniform([u], size_ratio).choices["u"]
-    assert (choice.rank, choice.form, choice.price) == (rank, "factors", rank * sum(shape))
+def test_uniform_ranks_are_those_of_the_literature(storage, shape, size_ratio, rank):
+    u = unit("u", shape=shape)
+    choice = uniform([u], size_ratio, Menu(storage)).choices["u"]
+    price = rank * (sum(shape) - (rank if storage == "pivot" else 0))
+    assert (choice.rank, choice.form, choice.price) == (rank, storage, price)
 
 
 def test_uniform_at_one_is_dense_and_dense_costs_everything():
@@ -70,23 +78,6 @@ def test_eq_7_is_the_optimum_unless_a_dense_matrix_beats_it(effective_ranks):
     assert got.objective <= (R / np.floor(expected)).sum() * (1 + 1e-4)
     if all(choice.form == "factors" for choice in got.choices.values()):
         assert got.objective >= (R / expected).sum() * (1 - 1e-9)
-
-
-def test_the_continuous_optimum_of_a_general_solver_agrees():
-    units = [unit("a", 5.0, (60, 100)), unit("b", 20.0, (60, 100)), unit("c", 11.0, (60, 100))]
-    budget = 0.5 * 18_000
-    R, price = np.array([5.0, 20.0, 11.0]), 160.0
-    result = minimize(
-        lambda k: (R / k).sum(),
-        x0=np.full(3, budget / price / 3),
-        constraints={"type": "eq", "fun": lambda k: price * k.sum() - budget},
-        bounds=[(1, 60)] * 3,
-        method="SLSQP",
-    )
-    got = effective_rank(units, 0.5, 0.0)
-    assert [got.choices[u.name].rank for u in units] == pytest.approx(result.x, abs=1)
-    assert got.objective >= result.fun - 1e-9
-    assert got.objective == pytest.approx(result.fun, rel=1e-2)
 
 
 @given(st.lists(st.floats(1, 6), min_size=1, max_size=3), st.floats(0.3, 0.99))
@@ -149,16 +140,6 @@ def test_a_larger_budget_never_costs_more(R):
     assert objectives == sorted(objectives, reverse=True)
 
 
-@given(effective_ranks, st.floats(0.1, 10))
-@settings(deadline=None, max_examples=40)
-def test_the_scale_of_effective_ranks_does_not_matter(R, scale):
-    # One type, since what rounding leaves in one is handed to the next, and would mix two solutions' gaps.
-    units = attention({"up_proj": R["up_proj"]}, GROUPED)
-    scaled = attention({"up_proj": [r * scale for r in R["up_proj"]]}, GROUPED)
-    first, second = effective_rank(units, 0.5, 0.0), effective_rank(scaled, 0.5, 0.0)
-    assert second.objective == pytest.approx(first.objective * scale, rel=2e-4)
-
-
 def parameters_by_kind(allocation, kind):
     return sum(c.price for name, c in allocation.choices.items() if name.endswith(kind))
 
@@ -202,26 +183,6 @@ def test_a_budget_below_rank_one_is_refused(rule):
         rule([unit("a", 2.0), unit("b", 3.0)], 0.1)
 
 
-def spectrum_unit(name, energies, shape):
-    return Unit(name, "up_proj", "up", 0, *shape, energies=np.sort(np.array(energies))[::-1], effective_rank=1.0)
-
-
-@pytest.mark.parametrize(
-    ("shape", "size_ratio", "rank"),
-    [((4096, 4096), 0.8, 2264), ((4096, 4096), 0.5, 1199), ((11008, 4096), 0.8, 2973), ((1024, 4096), 0.8, 771)],
-)
-def test_pivot_ranks_at_equal_size_are_those_of_the_literature(shape, size_ratio, rank):
-    u = spectrum_unit("u", np.ones(min(shape)), shape)
-    choice = uniform([u], size_ratio, Menu("pivot")).choices["u"]
-    assert (choice.rank, choice.form, choice.price) == (rank, "pivot", rank * (sum(shape) - rank))
-
-
-def test_a_square_pivot_unit_has_38_percent_more_rank_at_08():
-    u = spectrum_unit("u", np.ones(4096), (4096, 4096))
-    pivot, factors = (uniform([u], 0.8, Menu(storage)).choices["u"].rank for storage in ("pivot", "factors"))
-    assert pivot / factors == pytest.approx(1.38, abs=0.005)
-
-
 spectra = st.lists(st.lists(st.floats(0.01, 100), min_size=4, max_size=4), min_size=1, max_size=3)
 
 
@@ -263,18 +224,11 @@ def test_least_loss_ranks_do_not_depend_on_a_common_scale(rows, scale):
 
 @pytest.mark.parametrize("storage", ["factors", "pivot"])
 @pytest.mark.parametrize("rule", [uniform, lambda u, r, m: effective_rank(u, r, 0.2, m), least_loss])
-def test_floors_and_multiples_are_obeyed_by_every_rule(rule, storage):
+def test_the_menu_is_obeyed_by_every_rule(rule, storage):
     units = [spectrum_unit(f"u{i}", np.geomspace(1, 1e-6, 64), (64, 96)) for i in range(4)]
     got = rule(units, 0.7, Menu(storage, floor=0.2, multiple_of=8))
-    for choice in got.choices.values():
-        assert choice.form == "dense" or (choice.rank % 8 == 0 and choice.rank >= 0.2 * 64)
     assert got.price <= got.budget
-
-
-@pytest.mark.parametrize("storage", ["factors", "pivot"])
-@pytest.mark.parametrize("rule", [uniform, lambda u, r, m: effective_rank(u, r, 0.2, m), least_loss])
-def test_caps_and_a_forbidden_dense_matrix_are_obeyed_by_every_rule(rule, storage):
-    units = [spectrum_unit(f"u{i}", np.geomspace(1, 1e-6, 64), (64, 96)) for i in range(4)]
+    assert all(c.form == "dense" or (c.rank % 8 == 0 and c.rank >= 0.2 * 64) for c in got.choices.values())
     got = rule(units, 0.9, Menu(storage, cap=0.5, dense=False))
     assert all(choice.form == storage and choice.rank <= 32 for choice in got.choices.values())
     thin = [spectrum_unit("thin", np.ones(1), (1, 96))]
@@ -342,11 +296,3 @@ def test_the_bound_on_the_loss_falls_with_the_budget(seed, ratios):
     found = [least_loss(units, ratio) for ratio in sorted(ratios)]
     bounds = [allocation.bound for allocation in found]
     assert all(first >= second - 1e-9 for first, second in pairwise(bounds))
-
-
-@given(st.integers(0, 1000), st.floats(0.3, 1))
-@settings(max_examples=40)
-def test_the_order_of_units_does_not_matter(seed, size_ratio):
-    units = [mlp("a", seed), mlp("b", seed + 1), spectrum_unit("c", np.geomspace(9, 0.1, 4), (4, 7))]
-    forth, back = least_loss(units, size_ratio), least_loss(units[::-1], size_ratio)
-    assert forth.objective == pytest.approx(back.objective)

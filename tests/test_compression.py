@@ -39,17 +39,19 @@ def slices_of(groups):
     return lambda name, k: factors(weights[name], **whitened_spectrum(weights[name]).rows(k))
 
 
+class Spectra(dict):
+    """What the step ``spectrum`` stores, in memory."""
+
+    def rows(self, name, k):
+        return self[name].rows(k)
+
+
 def vectors_of(groups):
-    spectra = {group[0].name: whitened_spectrum(weight_of(group)) for group in groups}
-    return lambda name, k: spectra[name].rows(k)
+    return Spectra({f"factors/{group[0].name}": whitened_spectrum(weight_of(group)) for group in groups})
 
 
 def singles(model):
     return [(x,) for x in find_linears(model, ["re:.*"])]
-
-
-def no_cut(mlp, channels):
-    raise AssertionError(f"{mlp} has lost no channels")
 
 
 def renumber(mlps, weights, read, k, biases=()):
@@ -80,7 +82,7 @@ def test_full_rank_but_one_stays_close_and_the_reloaded_model_has_the_same_logit
     expected = {unit["name"]: torch.mm(*sliced(unit["name"], 15)) for unit in rows}
     if form == "pivot":
         renumber(find_mlps(model, find_linears(model, ["re:.*"])), expected, sliced, 15)
-    compress(model, rows, vectors_of(singles(model)), no_cut, {"variant": "test"})
+    compress(model, rows, vectors_of(singles(model)), {"variant": "test"})
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
     loaded = reloaded(model, tmp_path)
@@ -97,7 +99,7 @@ def test_a_group_stores_its_basis_once_and_is_the_slice_of_the_stack(form, tmp_p
         left, right = sliced(group[0].name, 9)
         parts = (left @ right).split(group[0].out_features)
         expected |= {member.name: part for member, part in zip(group, parts, strict=True)}
-    compress(model, [row(group, form, 9) for group in groups], vectors_of(groups), no_cut, {})
+    compress(model, [row(group, form, 9) for group in groups], vectors_of(groups), {})
     for name, weight in expected.items():
         torch.testing.assert_close(model.get_submodule(name).dense_weight(), weight, rtol=1e-4, atol=1e-5)
     loaded = reloaded(model, tmp_path)
@@ -130,17 +132,10 @@ def test_an_mlp_that_lost_channels_is_really_smaller_and_keeps_its_biases(build,
         sizes = {"out_features": out_features, "in_features": in_features}
         rows.append(row((linear,), form, 12) | sizes)
 
-    def sliced(name, k):
-        return factors(weights[name], **spectra[name].rows(k))
-
-    slices = {name: sliced(name, 12) for name in weights}
-    compress(
-        model,
-        rows,
-        lambda name, k: spectra[name].rows(k),
-        lambda name, channels: {"alive": cut.alive, "down": cut.down.float()},
-        {},
-    )
+    slices = {name: factors(weight, **spectra[name].rows(12)) for name, weight in weights.items()}
+    stored = Spectra({f"factors/{name}": spectrum for name, spectrum in spectra.items()})
+    stored[f"cuts/{mlp.name}.{n - 20}"] = {"alive": cut.alive, "down": cut.down.float()}
+    compress(model, rows, stored, {})
     loaded = reloaded(model, tmp_path)
     if form != "dense":
         weights = {name: left @ right for name, (left, right) in slices.items()}
@@ -160,7 +155,7 @@ def test_an_mlp_that_lost_channels_is_really_smaller_and_keeps_its_biases(build,
 def test_nothing_to_compress_leaves_a_plain_model():
     model = tiny.llama()
     before = model(IDS).logits
-    assert compress(model, units(model, "dense", 16), vectors_of(singles(model)), no_cut, {}) is model
+    assert compress(model, units(model, "dense", 16), vectors_of(singles(model)), {}) is model
     assert torch.equal(model(IDS).logits, before)
     assert not hasattr(model.config, "quantization_config")
 
@@ -171,7 +166,7 @@ def test_a_unit_whose_pivot_coefficients_pass_the_limit_is_refused_by_name(monke
     model = tiny.llama()
     linear = find_linears(model, ["layers.0.self_attn.q_proj"])[0]
     with pytest.raises(UnsafePivotError, match=f"{linear.name}: pivot coefficients reach .* use storage 'factors'"):
-        compress(model, [row((linear,), "pivot", 2)], vectors_of([(linear,)]), no_cut, {})
+        compress(model, [row((linear,), "pivot", 2)], vectors_of([(linear,)]), {})
 
 
 def test_a_matrix_of_zeros_is_stored_as_one_row_of_zeros(tmp_path):
@@ -179,5 +174,5 @@ def test_a_matrix_of_zeros_is_stored_as_one_row_of_zeros(tmp_path):
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.zero_()
     zero = find_linears(model, ["layers.0.self_attn.q_proj"])
-    compress(model, [row(zero, "pivot", 1)], vectors_of([tuple(zero)]), no_cut, {})
+    compress(model, [row(zero, "pivot", 1)], vectors_of([tuple(zero)]), {})
     assert not reloaded(model, tmp_path).model.layers[0].self_attn.q_proj.dense_weight().any()

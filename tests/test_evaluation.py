@@ -1,3 +1,5 @@
+"""Token perplexity and lm-eval's figures, each against a direct computation, and the stage that writes them."""
+
 import json
 import math
 from pathlib import Path
@@ -22,21 +24,9 @@ LAST_WORD = [
 ]
 NEXT_SENTENCE = [
     {"context": "It rained.", "choices": ["We got wet.", "Two is even.", "Cows moo.", "No."], "label": 0},
-    {
-        "context": "He sang.",
-        "choices": ["A tax rose by a tenth.", "They clapped.", "Red.", "Ice melts."],
-        "label": 1,
-    },
-    {
-        "context": "I fell.",
-        "choices": ["Bees fly.", "The sum is nine.", "It hurt.", "Paint dries slowly."],
-        "label": 2,
-    },
-    {
-        "context": "She won.",
-        "choices": ["Salt.", "Rocks sink in water.", "Up.", "The crowd cheered."],
-        "label": 3,
-    },
+    {"context": "He sang.", "choices": ["A tax rose by a tenth.", "They clapped.", "Red.", "Ice melts."], "label": 1},
+    {"context": "I fell.", "choices": ["Bees fly.", "The sum is nine.", "It hurt.", "Paint dries slowly."], "label": 2},
+    {"context": "She won.", "choices": ["Salt.", "Rocks sink in water.", "Up.", "The crowd cheered."], "label": 3},
 ]
 
 
@@ -78,9 +68,6 @@ def write_tasks(folder: Path, **tasks: list[dict]) -> JsonLinesFolder:
     return written
 
 
-# --- token perplexity -----------------------------------------------------------------------------------------
-
-
 def test_perplexity_of_a_unigram_model_by_hand():
     perplexity, nats = token_perplexity(Unigram(3 / 4, 1 / 4), torch.tensor([[0, 0, 1], [1, 0, 0]]), 2)
     assert nats == pytest.approx([math.log(4 / 3) + math.log(4), 2 * math.log(4 / 3)])
@@ -119,36 +106,12 @@ def test_a_model_in_bfloat16_is_summed_in_float32():
     assert sum(token_perplexity(model, windows, 2)[1]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_progress_wrapper_sees_every_batch():
-    seen = []
-
-    def bar(batches):
-        for batch in batches:
-            seen.append(len(batch))
-            yield batch
-
-    token_perplexity(Unigram(0.5, 0.5), torch.zeros(5, 4, dtype=torch.int64), 2, bar)
-    assert seen == [2, 2, 1]
-
-
 def test_a_loss_that_is_not_finite_is_refused_with_its_window():
     model, windows = tiny_llama(), torch.arange(4).repeat_interleave(6).view(4, 6)
     with torch.no_grad():
         model.model.embed_tokens.weight[2] = math.nan
     with pytest.raises(NotFiniteLossError, match=r"^window 2: the loss is nan"):
         token_perplexity(model, windows, 3)
-
-
-def test_a_perplexity_beyond_float64_is_refused():
-    with pytest.raises(NotFiniteLossError, match=r"^1000 nats per token: the perplexity is beyond float64"):
-        token_perplexity(certain(1000.0), torch.ones(1, 3, dtype=torch.int64), 1)
-
-
-def certain(nats: float) -> Unigram:
-    model = Unigram(0.5, 0.5)
-    with torch.no_grad():
-        model.logits.copy_(torch.tensor([0.0, -nats]))
-    return model
 
 
 def test_buffers_of_floating_point_count_where_they_are_stored():
@@ -164,9 +127,6 @@ def test_tied_embeddings_count_once(tied):
     model = tiny_llama(tie_word_embeddings=tied)
     attention, mlp, norms = 16 * 16 * 2 + 16 * 8 * 2, 3 * 16 * 24, 2 * 16
     assert count_parameters(model) == 2 * (attention + mlp + norms) + 16 + 258 * 16 * (1 if tied else 2)
-
-
-# --- lm-eval's tasks ------------------------------------------------------------------------------------------
 
 
 def rolling_nats(model, tokenizer, text: str) -> float:
@@ -243,14 +203,6 @@ def test_choices_and_last_words_are_scored_as_by_hand(tmp_path, tokenizer):
     assert all(type(value) is float for value in figures.values())
 
 
-def test_a_model_that_knows_nothing_pays_the_same_for_every_letter_of_a_last_word(tmp_path, tokenizer):
-    model = tiny_llama()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    figures = run_tasks(model, tokenizer, write_tasks(tmp_path, last_word=LAST_WORD), ["last_word"], 2)
-    letters = sum(len(f" {row['target']}") for row in LAST_WORD)
-    assert figures["perplexity/last_word"] == pytest.approx(258 ** (letters / 3))
-
-
 def test_a_group_of_tasks_has_its_accuracy_and_no_error_of_its_own():
     """As lm-eval reports mmlu: the group has no items, its tasks have."""
     results = {"mmlu": {"acc,none": 0.5, "alias": "mmlu"}, "mmlu_law": {"acc,none": 0.25}}
@@ -274,9 +226,6 @@ def test_a_broken_model_has_no_figures(tmp_path, tokenizer):
     folder = write_tasks(tmp_path, tale_rolling=[{"text": "Once upon a time."}])
     with pytest.raises(EvaluationError, match=r"tale_rolling: bits_per_byte is nan; look at"):
         run_tasks(model, tokenizer, folder, ["tale_rolling"], 2)
-
-
-# --- the stage ------------------------------------------------------------------------------------------------
 
 
 def test_the_stage_writes_one_flat_record_and_the_same_bytes_again(tmp_path, tokenizer):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drank.audit import audit
 from drank.cli.export import ExportError, export
-from drank.project.files import FileError, file_sha256, folder_sha256, read_json, weights_sha256
+from drank.project.files import FileError, file_sha256, read_json, weights_sha256
 from drank.steps.release import CHECKSUMS
 from tests import compressed, tiny
 from tests.conftest import run
@@ -90,7 +90,7 @@ def test_a_released_folder_becomes_a_plain_one_with_the_same_bytes_each_time(pro
     model = project / "data/models" / VARIANT
     for name in ("first", "second"):
         export(model, tmp_path / name, dense=True)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "second")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "second")
     base = project / "data/raw/model"
     size = (base / "model.safetensors").stat().st_size / 1e6
     assert f"{tmp_path / 'first'}: {size:.1f} MB, plain; nothing is saved in size" in capsys.readouterr().out
@@ -117,9 +117,9 @@ def test_a_base_model_in_shards_is_named_by_one_hash_that_the_audit_finds_again(
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     shards = {file.name: file_sha256(file) for file in (tmp_path / "shards").glob("*.safetensors")}
     assert len(shards) > 1
-    before = folder_sha256(root / "data/compression" / VARIANT)
+    before = tiny.folder_sha256(root / "data/compression" / VARIANT)
     compression.main(VARIANT, root)
-    assert folder_sha256(root / "data/compression" / VARIANT) == before
+    assert tiny.folder_sha256(root / "data/compression" / VARIANT) == before
     (base / "model.safetensors").unlink()
     for file in (tmp_path / "shards").glob("model*"):
         shutil.copy(file, base)

@@ -12,7 +12,7 @@ from drank.model.layers import PivotLinear
 from drank.model.linears import find_linears
 from drank.steps.compression import compress
 from tests import tiny
-from tests.test_compression import IDS, no_cut, row, singles, vectors_of
+from tests.test_compression import IDS, row, singles, vectors_of
 
 
 def biased(build):
@@ -29,7 +29,7 @@ def compressed(build, forms, rank=9):
     model = biased(build)
     mlp = find_mlps(model, find_linears(model, ["re:.*"]))[0]
     rows = [row((x,), form, rank) for x, form in zip((*mlp.before, mlp.down), forms, strict=True)]
-    return compress(model, rows, vectors_of(singles(model)), no_cut, {}), mlp
+    return compress(model, rows, vectors_of(singles(model)), {}), mlp
 
 
 FORMS = ("dense", "factors", "pivot")
@@ -64,7 +64,7 @@ def test_an_mlp_with_parameters_of_its_own_is_left_alone():
     mlp = find_mlps(model, find_linears(model, ["re:.*"]))[0]
     model.get_submodule(mlp.name).register_parameter("scale", torch.nn.Parameter(torch.ones(mlp.n_channels)))
     rows = [row((x,), "pivot", 9) for x in (*mlp.before, mlp.down)]
-    compress(model, rows, vectors_of(singles(model)), no_cut, {})
+    compress(model, rows, vectors_of(singles(model)), {})
     assert not any(isinstance(m, PivotLinear) and m.in_order for m in model.modules())
 
 

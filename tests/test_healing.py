@@ -15,7 +15,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from stages.compression import save_healed
 
 from drank.audit import audit
 from drank.model.layers import FactorLinear, PivotLinear
@@ -25,7 +24,6 @@ from drank.project.checkpoint import Checkpoint
 from drank.project.files import file_sha256, read_json, write_json, write_text
 from drank.project.params import Healing as HealingSection
 from drank.project.params import ParamsError, read_params
-from drank.project.processes import ProcessError
 from drank.project.progress import progress
 from drank.steps.healing import heal
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
@@ -273,18 +271,11 @@ def test_what_cannot_be_healed_is_refused(tmp_path, change, message):
         read(tmp_path, "kfac-80", HEALED | change)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_device_that_is_not_there_is_told_before_anything_is_computed(tmp_path):
-    asked = HealingSection(**HEALED | {"device": "cuda"})
-    with pytest.raises(ProcessError, match="device is cuda, but torch .* finds no GPU"):
-        save_healed(tmp_path, tmp_path, tmp_path / "text", asked, "auto", tmp_path / ".checkpoint")
-
-
 def test_token_ids_beyond_the_vocabulary_are_told(tmp_path):
-    text = {"tokens": torch.full((64,), 999)}
+    text, kept = {"tokens": torch.full((64,), 999)}, Checkpoint(tmp_path, {})
     asked = HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
     with pytest.raises(TokenError, match="calibration_text.safetensors: holds token id 999"):
-        heal(compressed(), None, text, asked, Checkpoint(tmp_path, {}), progress)
+        heal(lambda name, dtype: compressed().to(dtype), text, asked, torch.float32, "0" * 64, kept, progress)
 
 
 def test_the_dense_model_is_not_healed(tmp_path):

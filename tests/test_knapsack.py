@@ -62,31 +62,6 @@ def test_bound_is_at_least_the_linear_relaxation_and_never_above_the_cost(units,
     assert solution.bound <= solution.cost + 1e-12
 
 
-def test_by_hand():
-    units = [
-        Options(np.array([1, 2, 3]), np.array([9.0, 4.0, 3.0])),
-        Options(np.array([1, 5]), np.array([6.0, 0.0])),
-    ]
-    solution = solve(units, 7)
-    assert (solution.choices, solution.weight, solution.cost) == ([1, 1], 7, 4.0)
-
-
-def test_a_dominated_option_is_never_taken():
-    unit = Options(np.array([4, 2, 3]), np.array([1.0, 1.0, 5.0]))
-    assert solve([unit], 10).choices == [1]
-
-
-def test_large_instances_close_the_gap():
-    rng = np.random.default_rng(0)
-    units = []
-    for _ in range(60):
-        ranks = np.arange(1, 400)
-        units.append(Options(ranks * int(rng.integers(700, 2100)), rng.uniform(1, 300) / ranks))
-    solution = solve(units, 8_000_000)
-    assert solution.gap <= 1e-4
-    assert 8_000_000 - solution.weight < 2100
-
-
 def test_a_budget_below_the_lightest_options_names_the_nearest():
     with pytest.raises(InfeasibleBudgetError, match="least possible 7"):
         solve([Options(np.array([3]), np.zeros(1)), Options(np.array([4]), np.zeros(1))], 6)

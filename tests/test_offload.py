@@ -17,7 +17,7 @@ from drank.model.capture import (
 )
 from drank.model.linears import find_linears
 from drank.model.offload import OffloadError, disk_map, find_blocks, offloaded_sweeps
-from drank.project.files import folder_sha256, write_tensors
+from drank.project.files import write_tensors
 from tests import tiny
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -192,6 +192,6 @@ def test_the_stage_writes_the_same_files_and_clears_up(tmp_path, fisher):
     for offload in ("false", "true"):
         (tmp_path / "params.yaml").write_text(params.replace("  threads", f"  offload: {offload}\n  threads", 1))
         stage("0", tmp_path)
-        digests.append(folder_sha256(tmp_path / "data/covariance/0"))
+        digests.append(tiny.folder_sha256(tmp_path / "data/covariance/0"))
         assert [file.name for file in (tmp_path / "data/covariance").iterdir()] == ["0"]
     assert digests[0] == digests[1]

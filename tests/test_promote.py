@@ -147,7 +147,7 @@ BAD = {
         PromotionError,
         r"data/models/dense: edited or stale: its md5 is \w+\.dir, but dvc\.lock has \w+\.dir; run `dvc checkout",
     ),
-    "no user": ("dense", without_user, TagError, "git tag --annotate .*: .*user"),
+    "no user": ("dense", without_user, TagError, "git var GIT_COMMITTER_IDENT: .*; nothing was promoted"),
 }
 
 

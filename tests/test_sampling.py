@@ -27,7 +27,6 @@ from drank.model.text import (
     next_sentence_items,
     rolling_items,
     short_last_window,
-    shuffled,
     split_documents,
     token_stream,
 )
@@ -46,6 +45,7 @@ def document(index: int, n_sentences: int = 6) -> str:
 
 
 DOCUMENTS = [document(index) for index in range(30)]
+BEGINS = st.sampled_from([None, 777])
 
 
 def byte_tokenizer(uses_begin: bool) -> PreTrainedTokenizerFast:
@@ -85,12 +85,6 @@ def test_empty_documents_are_dropped_and_of_equal_ones_the_first_is_kept():
     assert clean(["b", " ", "a", "b\u00a0", "", "\ufffd"]) == ["b", "a"]
 
 
-@given(st.lists(st.text(alphabet=st.characters(max_codepoint=127), max_size=30), max_size=8))
-def test_cleaning_ascii_twice_changes_nothing_more(documents):
-    once = clean(documents)
-    assert clean(once) == once
-
-
 @given(st.text(alphabet=st.characters(min_codepoint=0xA1, max_codepoint=0x2FFF, exclude_categories=["Cs"]), min_size=1))
 def test_text_read_once_with_the_wrong_encoding_is_read_back(text):
     wrong = "".join(
@@ -113,10 +107,6 @@ def test_a_split_is_a_partition_of_the_asked_size(n, share, seed):
     assert split_documents(documents, share, seed) == (calibrated, held_out)
 
 
-def test_another_seed_gives_another_order():
-    assert shuffled(DOCUMENTS, 0) != shuffled(DOCUMENTS, 1)
-
-
 # --- token windows --------------------------------------------------------------------------------------------
 
 
@@ -135,12 +125,7 @@ def test_the_token_stream_decodes_to_the_joined_documents_without_special_tokens
     assert tokenizer.decode(stream) == "\n\n".join(DOCUMENTS[:3])
 
 
-@given(
-    n_tokens=st.integers(8, 60),
-    n_windows=st.integers(1, 9),
-    seed=st.integers(0, 2**32),
-    begin=st.sampled_from([None, 777]),
-)
+@given(n_tokens=st.integers(8, 60), n_windows=st.integers(1, 9), seed=st.integers(0, 2**32), begin=BEGINS)
 def test_drawn_windows_are_pieces_of_the_stream_and_exactly_as_many_as_asked(n_tokens, n_windows, seed, begin):
     windows = draw_windows(torch.arange(n_tokens), n_windows, 8, seed, begin)
     assert windows.shape == (n_windows, 8)
@@ -157,19 +142,13 @@ def test_every_offset_can_be_drawn_the_first_and_the_last_included():
     assert set(starts.tolist()) == {0, 1, 2}
 
 
-def test_a_stream_of_exactly_one_window_gives_that_window():
-    assert draw_windows(torch.arange(7), 2, 8, 0, begin_token=9).tolist() == [[9, 0, 1, 2, 3, 4, 5, 6]] * 2
-
-
 def test_consecutive_windows_lie_side_by_side():
     stream = torch.arange(10)
     assert consecutive_windows(stream, 3, 3, None).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert consecutive_windows(stream, 2, 3, 99).tolist() == [[99, 0, 1], [99, 2, 3]]
 
 
-@given(
-    n_tokens=st.integers(3, 80), length=st.integers(3, 12), begin=st.sampled_from([None, 777]), share=st.floats(0, 1)
-)
+@given(n_tokens=st.integers(3, 80), length=st.integers(3, 12), begin=BEGINS, share=st.floats(0, 1))
 def test_whole_windows_and_the_short_one_are_the_stream_again(n_tokens, length, begin, share):
     stream, n_read = torch.arange(n_tokens), length - (begin is not None)
     if n_tokens < n_read:
@@ -228,11 +207,8 @@ def test_the_next_sentence_follows_in_its_document_and_the_others_come_from_thre
         assert f"{item['context']} {item['choices'][item['label']]}" in home[0]
         sources = [next(text for text in DOCUMENTS if choice in text) for choice in item["choices"]]
         assert len(set(sources)) == len(item["choices"]) == N_CHOICES
+    assert {item["label"] for item in items} == set(range(N_CHOICES))
     assert items == next_sentence_items(DOCUMENTS, 50, seed=0)
-
-
-def test_the_true_sentence_is_found_in_every_place():
-    assert {item["label"] for item in next_sentence_items(DOCUMENTS, 50, seed=0)} == set(range(N_CHOICES))
 
 
 @settings(max_examples=30)
@@ -258,21 +234,14 @@ def test_a_document_that_is_one_long_word_is_cut_inside_it():
     ("call", "message"),
     [
         (lambda: split_documents(["a", "b"], 0.1, 0), r"held_out_share = 0.1 holds out 0 of 2 documents"),
-        (lambda: split_documents(["a", "b"], 0.9, 0), r"holds out 2 of 2 documents"),
         (lambda: draw_windows(torch.arange(7), 1, 8, 0, None), r"has 7 tokens and one window takes 8"),
         (lambda: draw_windows(torch.arange(6), 1, 8, 0, 1), r"has 6 tokens and one window takes 7"),
         (lambda: consecutive_windows(torch.arange(15), 2, 8, None), r"has 15 tokens and 2 windows take 16"),
         (lambda: consecutive_windows(torch.arange(7), None, 8, None), r"has 7 tokens and 1 windows take 8"),
-        (
-            lambda: draw_consecutive_windows(torch.arange(15), 3, 8, 0, 1),
-            r"has 15 tokens, so 2 windows of 7 side by side, and 3 are asked for",
-        ),
+        (lambda: draw_consecutive_windows(torch.arange(15), 3, 8, 0, 1), r"has 15 tokens and 3 windows side by side"),
         (lambda: last_word_items(["Too short."], 1, 0), r"have 0 passages .* and 1 are asked for"),
         (lambda: next_sentence_items(DOCUMENTS[:3], 1, 0), r"^3 held-out documents .* and 4 are needed"),
-        (
-            lambda: next_sentence_items(DOCUMENTS, 10_000, 0),
-            r"pairs of consecutive sentences and 10000 are asked",
-        ),
+        (lambda: next_sentence_items(DOCUMENTS, 10_000, 0), r"pairs of consecutive sentences and 10000 are asked"),
     ],
 )
 def test_too_little_text_is_refused_with_both_numbers(call, message):

@@ -42,42 +42,14 @@ def test_diagonal_case_by_hand():
     torch.testing.assert_close(rebuilt(W, spectrum, 1), torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_without_covariance_it_is_the_plain_svd(shape):
-    W = torch.randn(shape)
-    spectrum = whitened_spectrum(W)
-    torch.testing.assert_close(spectrum.singular_values, torch.linalg.svdvals(W.double()), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(rebuilt(W, spectrum), W.double(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_are_those_of_the_whitened_matrix(shape):
-    W, H = torch.randn(shape), covariance(shape[1], 50)
-    expected = torch.linalg.svdvals(W.double() @ torch.linalg.cholesky(H))
-    torch.testing.assert_close(whitened_spectrum(W, H).singular_values, expected, rtol=1e-6, atol=1e-9)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.data())
-def test_dropped_energy_is_the_error_in_the_metric_and_svd_cannot_do_better(n_out, n_in, rank, data):
-    seed = data.draw(st.integers(0, 999))
-    W = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
-    H = covariance(n_in, rank, seed)
-    spectrum = whitened_spectrum(W, H)
-    k = data.draw(st.integers(0, len(spectrum.singular_values)))
-    D = W.double() - rebuilt(W, spectrum, k)
-    scale = float(torch.trace(W.double() @ H @ W.double().T))
-    measured = float(torch.trace(D @ H @ D.T))
-    assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
-
-
+@pytest.mark.parametrize("both", [False, True])
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 10), st.data())
-def test_with_an_output_metric_dropped_energy_is_the_two_sided_error(n_out, n_in, rank, data):
+def test_dropped_energy_is_the_error_in_the_metric_and_svd_cannot_do_better(both, n_out, n_in, rank, data):
     seed = data.draw(st.integers(0, 999))
     W = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
-    H, G = covariance(n_in, rank, seed), covariance(n_out, rank + 1, seed + 1)
-    spectrum = whitened_spectrum(W, H, G)
+    H, G = covariance(n_in, rank, seed), covariance(n_out, rank + 1, seed + 1) if both else torch.eye(n_out).double()
+    spectrum = whitened_spectrum(W, H, G if both else None)
     expected = torch.linalg.svdvals(square_root(G) @ W.double() @ square_root(H))
     found = torch.zeros_like(expected)
     found[: len(spectrum.singular_values)] = spectrum.singular_values
@@ -89,11 +61,19 @@ def test_with_an_output_metric_dropped_energy_is_the_two_sided_error(n_out, n_in
     assert measured == pytest.approx(float((spectrum.singular_values[k:] ** 2).sum()), abs=1e-6 * scale)
 
 
-def test_an_identity_output_metric_changes_nothing():
-    W, H = torch.randn(5, 9), covariance(9, 30)
-    plain, weighted = whitened_spectrum(W, H), whitened_spectrum(W, H, torch.eye(5))
-    torch.testing.assert_close(plain.singular_values, weighted.singular_values)
-    torch.testing.assert_close(rebuilt(W, plain, 3), rebuilt(W, weighted, 3))
+def test_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(NotFiniteError, match="1 of 2 entries of the weight"):
+        whitened_spectrum(torch.tensor([[float("nan"), 1.0]]), torch.eye(2))
+    with pytest.raises(NotFiniteError, match="4 of 4 entries of the input metric"):
+        whitened_spectrum(torch.ones(1, 2), torch.full((2, 2), float("inf")))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_covariance_it_is_the_plain_svd(shape):
+    W = torch.randn(shape)
+    spectrum = whitened_spectrum(W)
+    torch.testing.assert_close(spectrum.singular_values, torch.linalg.svdvals(W.double()), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rebuilt(W, spectrum), W.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal():
@@ -148,33 +128,6 @@ def test_only_the_smaller_side_is_stored_and_duals_only_where_they_differ(shape,
     assert (spectrum.duals is None) == (near is None)
     duals = spectrum.vectors if spectrum.duals is None else spectrum.duals
     torch.testing.assert_close(spectrum.vectors @ duals.T, torch.eye(len(duals)), rtol=0, atol=1e-4)
-
-
-def test_square_root_squares_back():
-    H = covariance(6, 3)
-    torch.testing.assert_close(square_root(H) @ square_root(H), H)
-
-
-@pytest.mark.parametrize(
-    ("weight", "H", "message"),
-    [
-        (torch.tensor([[float("nan"), 1.0]]), torch.eye(2), "1 of 2 entries of the weight"),
-        (torch.ones(1, 2), torch.full((2, 2), float("inf")), "4 of 4 entries of the input metric"),
-    ],
-)
-def test_numbers_that_are_not_finite_are_refused(weight, H, message):
-    with pytest.raises(NotFiniteError, match=message):
-        whitened_spectrum(weight, H)
-
-
-@pytest.mark.parametrize("k", [1, 2, 7])
-def test_flat_spectrum_uses_every_direction(k):
-    assert effective_rank(torch.full((k,), 3.0)) == pytest.approx(k)
-
-
-def test_two_values_by_hand():
-    # energies 3/4 and 1/4: exp(H) with H = 2 log 2 - 3/4 log 3
-    assert effective_rank(torch.tensor([3.0**0.5, 1.0])) == pytest.approx(4 / 3**0.75)
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(1e-6, 1e6))

@@ -21,6 +21,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from drank.cli.promote import TagError
 from drank.cli.promote import promote as command
+from drank.preflight import preflight
 from drank.project.git import origin
 from drank.project.redaction import redact, redact_logs
 from drank.tracking import TrackingError, open_store, projection, track
@@ -163,6 +164,7 @@ SECRETS = (
 @pytest.mark.parametrize("address", SECRETS)
 def test_no_secret_of_an_address_is_said(toy_project, monkeypatch, unwell, address):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(unwell))
+    assert WORD not in "".join(finding.text for finding in preflight(toy_project))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for asked in ("track", "promote"):
         program = ("drank", asked, *(["dense"] if asked == "promote" else []))

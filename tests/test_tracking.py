@@ -334,6 +334,10 @@ def add_variant(root):
 BAD_STATES = {
     "no lock": (lambda root: (root / "dvc.lock").unlink(), r"dvc\.lock: not found; run `dvc repro`"),
     "conflict": (lambda root: (root / "dvc.lock").write_text("<<<<<<<\n a: [\n"), r"dvc\.lock: not YAML"),
+    "empty lock": (
+        lambda root: (root / "dvc.lock").write_text("schema: '2.0'\n"),
+        r"dvc\.lock: damaged or empty: stages: ",
+    ),
     "new variant": (add_variant, r"no stage has written results/new\.json yet; run `dvc repro`"),
     "edited results": (
         edit("results/dense.json"),

@@ -1,5 +1,6 @@
 """Small real things to test with: random models, a tokenizer trained on the spot, made-up texts, a whole project."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -53,6 +54,12 @@ def gpt2():
 
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)).eval()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hexadecimal SHA-256 of a folder's files by their paths; times and modes do not count."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(repr([(str(f.relative_to(folder)), f.read_bytes()) for f in files]).encode()).hexdigest()
 
 
 SIZES = {

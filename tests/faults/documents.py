@@ -27,14 +27,14 @@ from drank.project.damage import find_damage
 from drank.project.files import file_sha256, read_json, read_rows, read_tensors
 from drank.project.params import read_params
 from drank.project.resolved import resolved
-from drank.project.sources import fetch_model, fetch_text
 from drank.project.state import read_state
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.views.compared import compare_targets
 from tests import compressed
 from tests.conftest import REPOSITORY, reproduce
-from tests.faults.damage import MODEL, VARIANT, quieten
-from tests.test_sources import tiny_llama, write_gguf
+from tests.faults.campaign import quieten
+from tests.faults.damage import MODEL, VARIANT
+from tests.test_sources import fetch_model, fetch_text, tiny_llama, write_gguf
 from tests.tiny import PARAMS, llama
 
 VALUES: list[Any] = [
@@ -246,7 +246,7 @@ class Tries:
             path.write_bytes(garbled(written, draw))
         else:
             path.write_text(yaml.safe_dump(mutated(yaml.load(written, yaml.CSafeLoader), draw), allow_unicode=True))
-        for damage in find_damage(self.copy):  # what --mend takes away
+        for damage in find_damage(self.copy).damages:  # what --mend takes away
             assert damage.path.resolve().is_relative_to(self.copy.resolve()), damage
         read_state(self.copy)
 

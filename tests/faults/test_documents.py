@@ -15,9 +15,10 @@ from drank.audit import audit
 from drank.project.dvc import LockError, parse_lock
 from drank.project.files import FileError, read_rows
 from drank.project.params import ParamsError, read_params
-from drank.project.sources import SourceError, fetch_model, fetch_text
+from drank.project.sources import SourceError
 from drank.views.compared import compare_targets
 from tests.faults.documents import FRAGMENTS, Tries, outcome
+from tests.test_sources import fetch_model, fetch_text
 from tests.tiny import PARAMS
 
 

@@ -90,11 +90,12 @@ def check_committed(root: Path, variant: str) -> None:
 
 
 def check_tag(root: Path) -> None:
-    """Refuse to move a tag that somebody else made.
+    """Refuse to move a tag that somebody else made, or to make one in nobody's name.
 
     Raises:
         TagError: such a tag.
     """
+    git(root, "var", "GIT_COMMITTER_IDENT")
     if (said := git(root, "tag", "-l", "--format=%(contents)", TAG)) and not said.startswith("variant: "):
         raise TagError(
             f"git has a tag {TAG} that drank did not make ({said.splitlines()[0]}); rename or delete it "

@@ -1,4 +1,4 @@
-r"""Removing channels of an MLP, with the closed-form correction of the matrix that reads them. Knows tensors only.
+r"""Channels of an MLP removed, and the matrix that reads them corrected in closed form. Knows tensors only.
 
 Channel j of an MLP is row j of the matrices before its nonlinearity and column j of the one behind it, W = ``down`` of
 shape (out, n). In the metric tr(G D H Dᵀ), removing the columns R of W, with the best correction of the others, costs
@@ -27,8 +27,8 @@ class Cut(NamedTuple):
     Attributes:
         alive: (m,) channels kept, ascending.
         down: (out, m) float64, the columns kept of W, corrected for those removed.
-        loss: what the removal costs in the metric, before any rank is reduced.
-        gram: (out, out) float64, W H Wᵀ of that ``down`` and the rows and columns of H that are kept.
+        loss: cost of the removal in the metric, before any rank is reduced.
+        gram: (out, out) float64, W H Wᵀ with ``down`` as W and the rows and columns of H that are kept.
     """
 
     alive: Int64[Tensor, " m"]
@@ -44,10 +44,10 @@ def remove_channels(
     kept: Sequence[int],
     at_once: int = 48,
 ) -> list[Cut]:
-    """The MLP with so many channels kept, for each number in ``kept``, which falls.
+    """The MLP with each number of channels in ``kept``, which falls.
 
-    Channels go greedily, those of least single cost (WᵀGW)_jj / (H⁻¹)_jj first, ``at_once`` of them between two
-    downdates. The loss of a cut is exact for the channels removed; that no others would cost less is not claimed.
+    Channels go greedily, least single cost (WᵀGW)_jj / (H⁻¹)_jj first, ``at_once`` of them between two downdates. The
+    loss of a cut is exact for the channels removed; others might cost less.
 
     Raises:
         ValueError: ``kept`` does not fall, or leaves 1 ... n.
@@ -57,7 +57,7 @@ def remove_channels(
     if any(not 1 <= m <= n for m in kept) or any(a <= b for a, b in pairwise(kept)):
         raise ValueError(f"channels kept must fall from at most {n} to at least 1; got {list(kept)}")
     G = output_metric if isinstance(output_metric, Metric) else Metric(output_metric, "output metric")
-    # The correction acts from the right, so W and G^½ W (some root of G) take it together; the second has the costs.
+    # The correction acts from the right, so W and G^½ W (any root) take it together; the second has the costs.
     W = torch.cat([down.double(), G.root.T @ down.double()])
     gram = W[:out] @ input_metric.double() @ W[:out].T
     inverse = torch.linalg.inv(input_metric.double())
@@ -84,15 +84,15 @@ def remove_channels(
 def row_grams(
     weight: Float[Tensor, "n in"], output_metric: Float[Tensor, "n n"], kept: Sequence[Int64[Tensor, " _"]]
 ) -> Iterator[Float[Tensor, "in in"]]:
-    r"""Wᵀ G W, float64, of the rows of a weight that are kept, for sets of rows that shrink.
+    r"""Wᵀ G W, float64, over the kept rows of a weight, for sets of rows that shrink.
 
-    Each follows from the one before: with L the rows until then and R those removed now,
+    Each follows from the one before: with L its rows and R the rows removed now,
 
     .. math:: W_{L \setminus R}^\top G W_{L \setminus R} = W_L^\top G W_L - W_R^\top G W_L - W_L^\top G W_R
               + W_R^\top G_{RR} W_R
 
     Args:
-        kept: ascending indices; each a part of the one before.
+        kept: ascending indices, each a subset of the one before.
     """
     W, G = weight.double(), output_metric.double()
     alive = torch.ones(len(W), dtype=torch.bool, device=W.device)

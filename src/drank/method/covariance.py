@@ -2,13 +2,11 @@
 
 Precision: activations are bfloat16, float16 or float32; products and sums are float32. Products of bfloat16 numbers are
 exact in float32, so where a processor has bfloat16 units the multiplication itself runs in them. The sum has a
-*componentwise* bound,
-|ΔH_ij| <= (n + b) ε Σ|x_i||x_j| / N with n the tokens of a batch, b the batches and N = n b, ε = 6e-8, so a channel of
-huge activations cannot drown the others. The bound is loose: measured against float64 on the default model, the largest
-error is 4e-6 of √(H_ii H_jj) (docs/log.md).
+*componentwise* bound, |ΔH_ij| <= (n + b) ε Σ|x_i||x_j| / N with n the tokens per batch, b the batches, N = n b and
+ε = 6e-8: a channel of huge activations cannot drown the others. The bound is loose. Measured against float64 on the
+default model, the largest error is 4e-6 of √(H_ii H_jj) (docs/log.md).
 
-A covariance is symmetric: only panels of rows from the diagonal on are multiplied, half of the work where the matrix is
-wide.
+A covariance is symmetric: only panels of rows from the diagonal on are multiplied, half of the work where it is wide.
 """
 
 from collections.abc import Iterator
@@ -23,6 +21,17 @@ class NotFiniteError(ValueError):
     """A NaN or an infinity where numbers were expected; the message says where and how many."""
 
 
+def finite(matrix: Tensor, what: str) -> Tensor:
+    """The matrix itself; ``what`` names it in the error.
+
+    Raises:
+        NotFiniteError: an entry is NaN or infinite.
+    """
+    if not torch.isfinite(matrix.sum()) and (bad := int((~torch.isfinite(matrix)).sum())):  # a sum may also overflow
+        raise NotFiniteError(f"{bad} of {matrix.numel()} entries of the {what} are NaN or infinite")
+    return matrix
+
+
 PANEL = 128  # rows; narrower ones save little more, and their products are too small to run fast
 
 
@@ -31,18 +40,18 @@ class SecondMoment:
 
     .. math:: H = \frac{1}{n} \sum_{t=1}^{n} x_t x_t^\top
 
-    x_t of shape (d,), H (d, d), symmetric, positive semidefinite up to rounding, and the same up to rounding
-    whatever the batching.
+    x_t has shape (d,). H (d, d) is symmetric and, up to rounding, positive semidefinite and independent of the
+    batching.
 
     Args:
         size: d.
         device: of the sums.
-        bfloat16_units: whether rows in bfloat16 are multiplied in bfloat16 units, which gives the same products.
-            Without units, or with slow ones, a float32 product of the converted rows is faster.
+        bfloat16_units: True multiplies rows in bfloat16 by bfloat16 units, which gives the same products. Without
+            units, or with slow ones, a float32 product of the converted rows is faster.
 
     Attributes:
-        total: (d, d) float32, Σ x xᵀ on and above the diagonal; below it there is nothing to rely on.
-        magnitude: (d,) float64, Σ |x|; None where nobody asked for it.
+        total: (d, d) float32, Σ x xᵀ on and above the diagonal, undefined below it.
+        magnitude: (d,) float64, Σ |x|; None without ``magnitudes``.
         n_tokens: n.
     """
 
@@ -84,28 +93,20 @@ class SecondMoment:
             block = H[i : i + PANEL, i : i + PANEL]
             block.triu_().add_(block.triu(1).T)
             H[i : i + PANEL, :i] = H[:i, i : i + PANEL].T
-        if not torch.isfinite(H.sum()):
-            bad = int((~torch.isfinite(H)).any(0).sum())
-            if bad:  # a sum may also overflow
-                raise NotFiniteError(
-                    f"{bad} of {len(H)} channels hold NaN or infinity; does the model overflow in this dtype?"
-                )
+        if not torch.isfinite(H.sum()) and (bad := int((~torch.isfinite(H)).any(0).sum())):  # a sum may also overflow
+            raise NotFiniteError(
+                f"{bad} of {len(H)} channels hold NaN or infinity; does the model overflow in this dtype?"
+            )
         return H
 
-    def mean_magnitude(self) -> Float[Tensor, " size"]:
-        """E|x_i|, float64: the activation magnitude by which ASVD scales channels.
-
-        Raises:
-            ValueError: magnitudes were not asked for.
-        """
-        if self.magnitude is None:
-            raise ValueError("magnitudes were not collected: ask for them when the sum is made")
-        return self.magnitude / self.n_tokens
+    def mean_magnitude(self) -> Float[Tensor, " size"] | None:
+        """E|x_i|, float64, the activation magnitude by which ASVD scales channels; None without ``magnitudes``."""
+        return None if self.magnitude is None else self.magnitude / self.n_tokens
 
 
 @contextmanager
 def _products_in_bfloat16() -> Iterator[None]:
-    """Float32 matrix products may round operands to bfloat16 inside: twice as fast, exact for such operands."""
+    """Float32 matrix products may round operands to bfloat16: twice as fast, and exact for operands of that type."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -1,7 +1,7 @@
-"""What error is measured in, and what is factored together: two tables, whose rows are names that params.yaml may have.
+"""Two tables whose rows params.yaml may name: metrics, in which error is measured, and units, factored together.
 
-``accepts`` names the parameters that a row reads. params.yaml is checked against it, so a parameter that
-would be ignored is refused when it is read. docs/extending.md adds a row. Importing this module needs no torch.
+``accepts`` names the parameters that a row reads. params.yaml is checked against it, so that no parameter is ignored.
+docs/extending.md adds a row. Importing this module needs no torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ Given = Mapping[str, Any]  # parameters by name, at least those that a row accep
 
 @dataclass(frozen=True)
 class Metric:
-    """What error is measured in, tr(G D H Dᵀ). None stands for the identity.
+    """The error tr(G D H Dᵀ) of replacing W by W - D. None stands for the identity.
 
     Attributes:
         inputs: (tensors of inputs, given) -> H, (in, in) float64. The tensors are ``covariance`` and ``magnitude``.
         gradients: (tensors of output gradients, given) -> G, (out, out) float64. The tensor is ``covariance``.
         accepts: parameters of section ``spectrum`` that the two read.
-        needs: those of them that have to be given.
+        needs: accepted parameters that params.yaml must give.
     """
 
     inputs: "Callable[[Tensors, Given], Tensor] | None" = None
@@ -34,7 +34,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Units:
-    """What is factored together.
+    """Matrices that are factored together.
 
     Attributes:
         shares_basis: consecutive layers may share a basis.

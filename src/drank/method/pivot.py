@@ -1,9 +1,8 @@
-r"""Pivot form of a low-rank matrix: some of its own rows, and the others as combinations of them. Knows tensors
-only.
+r"""Pivot form of a low-rank matrix: some of its own rows, and the others as combinations of them. Knows tensors only.
 
 A matrix of rank k has k rows that span the rest, W[rest] = C W[kept], so k (out + in - k) numbers say what two
-factors say with k (out + in). Everything is computed in float64: C is the solution of a linear system, and the
-caller rounds once, to the dtype of the model.
+factors say with k (out + in). C is the solution of a linear system: everything is computed in float64, and the caller
+rounds once, to the dtype of the model.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from drank.method.covariance import NotFiniteError
+from drank.method.covariance import finite
 
 
 class RankDeficientError(ValueError):
@@ -67,13 +66,15 @@ def pivot_rows(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Pi
 
     Raises:
         NotFiniteError: a factor holds NaN or infinity.
-        RankDeficientError: the columns of `left` are linearly dependent up to rounding (always so where k >
-        out).
+        RankDeficientError: the columns of `left` are linearly dependent up to rounding, as always where k > out.
     """
-    L, R = _finite(left, "left").double(), _finite(right, "right").double()
+    L, R = finite(left, "left factor").double(), finite(right, "right factor").double()
     n_out, k = L.shape
     factors, swaps, _ = torch.linalg.lu_factor_ex(L)
-    rank = _numerical_rank(factors.diagonal(), L.abs().amax(0), max(n_out, k))
+    # A pivot counts if it is more than the rounding error of its column.
+    least = max(n_out, k) * torch.finfo(torch.float64).eps * L.abs().amax(0)
+    pivots = factors.diagonal().abs()
+    rank = int((pivots > least[: len(pivots)]).sum())
     if rank < k:
         raise RankDeficientError(
             f"the left factor ({n_out}, {k}) has only {rank} independent columns: keep rank {rank} or fewer"
@@ -127,16 +128,3 @@ def _permutation(swaps: Tensor, n_rows: int) -> Tensor:
     for i, j in enumerate(swaps.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]
     return torch.tensor(order, device=swaps.device)
-
-
-def _numerical_rank(pivots: Tensor, columns: Tensor, size: int) -> int:
-    """Pivots that are more than rounding errors of the columns they are left of."""
-    return int((pivots.abs() > size * torch.finfo(torch.float64).eps * columns[: len(pivots)]).sum())
-
-
-def _finite(matrix: Tensor, side: str) -> Tensor:
-    if not torch.isfinite(matrix.sum()):  # one pass where all is well; a sum may also overflow
-        bad = int((~torch.isfinite(matrix)).sum())
-        if bad:
-            raise NotFiniteError(f"{bad} of {matrix.numel()} entries of the {side} factor are NaN or infinite")
-    return matrix

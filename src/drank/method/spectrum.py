@@ -1,8 +1,8 @@
 r"""Whitened spectra and the vectors that slicing needs. Knows tensors only: no files, no models.
 
-With y = W x, H = E[x xᵀ] and G = E[g gᵀ], the loss of replacing W by W - D is \|G^½ D H^½\|_F^2 (half of it in nats per
-token, where g is the gradient of the summed token loss). Hence
-Z = G^½ W H^½ = U S Vᵀ, and keeping k components costs Σ_{i>k} s_i² (Eckart-Young). See docs/method.md.
+With y = W x, H = E[x xᵀ] and G = E[g gᵀ], replacing W by W - D costs \|G^½ D H^½\|_F^2 (half of it in nats per token,
+where g is the gradient of the summed token loss). Hence Z = G^½ W H^½ = U S Vᵀ, and keeping k components costs
+Σ_{i>k} s_i² (Eckart-Young). See docs/method.md.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from drank.method.covariance import NotFiniteError
+from drank.method.covariance import finite
 
 # Eigenvalues of Z Zᵀ below this share of the largest one are rounding noise of a float64 eigendecomposition.
 NOISE = 1e-13
@@ -25,14 +25,14 @@ class Spectrum:
     """Singular values of Z, and vectors on the smaller side of W that turn W into its best rank-k approximation.
 
     W_k = duals[:k].T @ vectors[:k] @ W where out <= in, and W @ vectors[:k].T @ duals[:k] elsewhere: a projection on k
-    dimensions, oblique unless the metric of that side is the identity. The factor of the larger side is one product
-    with W away (:func:`factors`), so nobody stores it.
+    dimensions, oblique unless the metric of that side is the identity. One product with W gives the factor of the
+    larger side (:func:`factors`), so nobody stores it.
 
     Attributes:
         singular_values: (r,) float64, descending, r <= min(out, in); the unit is that of the metric.
         vectors: (r, d) float32 with d = min(out, in); G^½ u_i where out <= in, elsewhere H^½ v_i, with any root.
         duals: (r, d) float32, G^-½ u_i or H^-½ v_i on their range, so vectors @ duals.T is the identity. None where
-            the metric of that side is the identity: they are the vectors.
+            they are the vectors, since the metric of that side is the identity.
         n_discarded: directions of Z dropped as numerically zero; min(out, in) - r.
     """
 
@@ -66,13 +66,13 @@ def factors(
 
 
 def square_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Symmetric square root of a positive semidefinite matrix (float64); negative rounding is read as zero."""
+    """Symmetric square root of a positive semidefinite matrix (float64); negative eigenvalues, rounding, read as 0."""
     eigenvalues, vectors = torch.linalg.eigh(covariance.double())
     return (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
 
 
 def root_of(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Some R with R Rᵀ = covariance (float64): its Cholesky factor, or where it is nearly singular its symmetric root.
+    """Some R with R Rᵀ = covariance (float64): its Cholesky factor or, if nearly singular, its symmetric root.
 
     Any such R gives the same singular values and projections, and a Cholesky factor takes a twentieth of the time.
     """
@@ -82,15 +82,14 @@ def root_of(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 class Metric:
-    """A covariance (d, d) in float64, and a root R of it, R Rᵀ = covariance, where one is asked for: computed once for
-    all weights that are measured in it.
+    """A covariance (d, d) in float64 and its root R, R Rᵀ = covariance, computed once for all weights measured in it.
 
     Raises:
         NotFiniteError: the covariance holds NaN or infinity.
     """
 
     def __init__(self, covariance: Float[Tensor, "d d"], what: str = "metric") -> None:
-        self.covariance = _finite(covariance, what).double()
+        self.covariance = finite(covariance, what).double()
 
     @cached_property
     def root(self) -> Float[Tensor, "d d"]:
@@ -102,7 +101,7 @@ def whitened_spectrum(
     input_metric: Metric | Float[Tensor, "in in"] | None = None,
     output_metric: Metric | Float[Tensor, "out out"] | None = None,
 ) -> Spectrum:
-    r"""Spectrum of Z = G^½ W H^½ and vectors of W's smaller side, without inverse or Cholesky, so any H and G will do.
+    r"""Spectrum of Z = G^½ W H^½ and vectors of W's smaller side, without an inverse, so any H and G will do.
 
     With Z Zᵀ = U S² Uᵀ (out, out) and c_i = G^½ u_i, component i of W is (W H Wᵀ c_i / s_i²) (c_iᵀ W). With
     Zᵀ Z = V S² Vᵀ (in, in) and a_i = H^½ v_i, it is (W a_i) (a_iᵀ Wᵀ G W / s_i²). The smaller of the two eigenproblems
@@ -112,20 +111,23 @@ def whitened_spectrum(
     Raises:
         NotFiniteError: W, H or G holds NaN or infinity.
     """
-    W = _finite(weight, "weight").double()
-    H, G = as_metric(input_metric, "input metric"), as_metric(output_metric, "output metric")
+    W = finite(weight, "weight").double()
+    H = Metric(input_metric, "input metric") if isinstance(input_metric, Tensor) else input_metric
+    G = Metric(output_metric, "output metric") if isinstance(output_metric, Tensor) else output_metric
     near, far, W = (G, H, W.T) if len(W) <= W.shape[1] else (H, G, W)  # columns are on the smaller side from here on
     return gram_spectrum(W.T @ (W if far is None else far.covariance @ W), near)
 
 
 def gram_spectrum(gram: Float[Tensor, "d d"], near: Metric | None) -> Spectrum:
-    """The spectrum of a matrix of which only the products on its smaller side are known.
+    """The spectrum of a matrix from the products on its smaller side alone.
 
     Args:
         gram: W H Wᵀ where out <= in, elsewhere Wᵀ G W; float64.
         near: the metric of that side, G or H; None is the identity.
     """
-    energies, V = _descending_eigh(gram if near is None else near.root.T @ gram @ near.root)
+    whitened = gram if near is None else near.root.T @ gram @ near.root
+    ascending, V = torch.linalg.eigh((whitened + whitened.T) / 2)
+    energies, V = ascending.flip(0).clamp_min(0), V.flip(1)
     kept = max(1, int((energies > NOISE * energies[0]).sum()))  # a zero matrix keeps one zero component
     energies, V = energies[:kept], V[:, :kept]
     vectors = V if near is None else near.root @ V
@@ -153,21 +155,3 @@ def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
         return 1.0
     p = energies / energies.sum()
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
-
-
-def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
-
-
-def as_metric(given: Metric | Tensor | None, what: str) -> Metric | None:
-    """A metric, made of a covariance if need be; None stays None."""
-    return Metric(given, what) if isinstance(given, Tensor) else given
-
-
-def _finite(matrix: Tensor, what: str) -> Tensor:
-    if not torch.isfinite(matrix.sum()):  # one pass where all is well; a sum may also overflow
-        bad = int((~torch.isfinite(matrix)).sum())
-        if bad:
-            raise NotFiniteError(f"{bad} of {matrix.numel()} entries of the {what} are NaN or infinite")
-    return matrix

@@ -5,9 +5,9 @@ Every draw comes from ``numpy.random.default_rng(seed)``, so equal arguments giv
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,18 +24,14 @@ SENTENCE_WORDS = range(8, 21)  # length of both sentences of a next-sentence ite
 N_CHOICES = 4
 
 Item = TypeVar("Item")
+Tokenizer = Any  # of transformers
 Begin = Literal["window", "document", "text"]  # what begin tokens are put in front of
+Stream = Int64[Tensor, "n_tokens"]
+Windows = Int64[Tensor, "n_windows window_length"]
 
 
 class SamplingError(ValueError):
     """The text is too small for what is asked of it; the message has both numbers."""
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The used part of a Hugging Face tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 # --- documents ------------------------------------------------------------------------------------------------
@@ -52,8 +48,7 @@ def clean(documents: Iterable[str]) -> list[str]:
 
     Comes before the split: a repeated document on both sides of it would be calibrated on and tested on.
     """
-    repaired = (_repair(document) for document in documents)
-    return list(dict.fromkeys(document for document in repaired if document))
+    return [document for document in dict.fromkeys(map(_repair, documents)) if document]
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
@@ -80,21 +75,18 @@ def split_documents(documents: Sequence[str], held_out_share: float, seed: int) 
 
 
 def _repair(document: str) -> str:
-    text = re.sub(r"[^\x00-\x7f]+", lambda run: _read_back(run.group()), document)
+    text = re.sub(r"[^\x00-\x7f]+", _read_back, document)
     text = text.replace("\ufffd", "").replace("\u00a0", " ")
     return re.sub(r"\r\n?", "\n", text).strip()
 
 
-def _read_back(characters: str) -> str:
-    try:
-        return b"".join(map(_windows_1252, characters)).decode("utf-8")
-    except UnicodeError:
-        return characters
-
-
-def _windows_1252(character: str) -> bytes:
+def _read_back(run: re.Match) -> str:
     # Five bytes have no character in Windows-1252 and pass through its decoders as C1 controls ("â€\x9d").
-    return character.encode("latin-1" if "\x80" <= character <= "\x9f" else "cp1252")
+    encodings = (("latin-1" if "\x80" <= character <= "\x9f" else "cp1252", character) for character in run[0])
+    try:
+        return b"".join(character.encode(encoding) for encoding, character in encodings).decode("utf-8")
+    except UnicodeError:
+        return run[0]
 
 
 # --- token windows --------------------------------------------------------------------------------------------
@@ -109,7 +101,7 @@ def begin_token(tokenizer: Tokenizer) -> int | None:
     return special[0] if special[0] != plain[0] else None
 
 
-def token_stream(documents: Sequence[str], tokenizer: Tokenizer, begin: Begin = "window") -> Int64[Tensor, "n_tokens"]:
+def token_stream(documents: Sequence[str], tokenizer: Tokenizer, begin: Begin = "window") -> Stream:
     """All documents as one sequence of token ids.
 
     ``begin`` says where special tokens go, of a tokenizer that has any: nowhere yet, each ``window`` will get its begin
@@ -122,9 +114,7 @@ def token_stream(documents: Sequence[str], tokenizer: Tokenizer, begin: Begin = 
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def draw_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int, window_length: int, seed: int, begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+def draw_windows(stream: Stream, n_windows: int, window_length: int, seed: int, begin_token: int | None) -> Windows:
     """Exactly ``n_windows`` windows at uniformly random offsets in the token stream; they may overlap.
 
     With a begin token, that is the first of a window's ``window_length`` tokens.
@@ -132,20 +122,16 @@ def draw_windows(
     Raises:
         SamplingError: the stream is shorter than one window.
     """
-    n_drawn = window_length - (begin_token is not None)
-    n_offsets = len(stream) - n_drawn + 1
-    if n_offsets < 1:
-        raise SamplingError(
-            f"the text has {len(stream)} tokens and one window takes {n_drawn} of them: "
-            f"give more text, or lower sampling.window_length"
-        )
+    n_read = window_length - (begin_token is not None)
+    n_offsets = len(stream) - n_read + 1
+    _check_length(n_offsets > 0, stream, f"one window takes {n_read} of them", "sampling.window_length")
     offsets = np.random.default_rng(seed).integers(n_offsets, size=n_windows)
-    return _with_begin(stream.unfold(0, n_drawn, 1)[torch.from_numpy(offsets)], begin_token)
+    return _with_begin(stream.unfold(0, n_read, 1)[torch.from_numpy(offsets)], begin_token)
 
 
 def draw_consecutive_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int, window_length: int, seed: int, begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+    stream: Stream, n_windows: int, window_length: int, seed: int, begin_token: int | None
+) -> Windows:
     """Exactly ``n_windows`` of the windows that lie side by side in the token stream; none twice.
 
     The draw of D-Rank's and Basis Sharing's released code: the first of ``torch.randperm`` with that seed.
@@ -153,20 +139,14 @@ def draw_consecutive_windows(
     Raises:
         SamplingError: the stream has fewer windows.
     """
-    n_read = window_length - (begin_token is not None)
-    n_whole = len(stream) // n_read
-    if n_whole < n_windows:
-        raise SamplingError(
-            f"the text has {len(stream)} tokens, so {n_whole} windows of {n_read} side by side, and {n_windows} are "
-            f"asked for: give more text, or lower sampling.n_windows or sampling.window_length"
-        )
-    order = torch.randperm(n_whole, generator=torch.Generator().manual_seed(seed))[:n_windows]
-    return _with_begin(stream[: n_whole * n_read].view(n_whole, n_read)[order], begin_token)
+    whole = consecutive_windows(stream, None, window_length, begin_token)
+    lower = "sampling.n_windows or sampling.window_length"
+    _check_length(len(whole) >= n_windows, stream, f"{n_windows} windows side by side are asked for", lower)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    return whole[order[:n_windows]]
 
 
-def consecutive_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int | None, window_length: int, begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+def consecutive_windows(stream: Stream, n_windows: int | None, window_length: int, begin_token: int | None) -> Windows:
     """The first ``n_windows`` windows of the token stream, side by side: the literature's test protocol.
 
     None asks for all that are whole.
@@ -176,27 +156,26 @@ def consecutive_windows(
     """
     n_read = window_length - (begin_token is not None)
     n_windows = n_windows or max(1, len(stream) // n_read)
-    if len(stream) < n_windows * n_read:
-        raise SamplingError(
-            f"the text has {len(stream)} tokens and {n_windows} windows take {n_windows * n_read} of them: "
-            f"give more text, or lower sampling.n_test_windows or sampling.window_length"
-        )
-    return _with_begin(stream[: n_windows * n_read].view(n_windows, n_read), begin_token)
+    n_tokens, lower = n_windows * n_read, "sampling.n_test_windows or sampling.window_length"
+    _check_length(len(stream) >= n_tokens, stream, f"{n_windows} windows take {n_tokens} of them", lower)
+    return _with_begin(stream[:n_tokens].view(n_windows, n_read), begin_token)
 
 
 def short_last_window(
-    stream: Int64[Tensor, "n_tokens"], window_length: int, begin_token: int | None
+    stream: Stream, window_length: int, begin_token: int | None
 ) -> Int64[Tensor, "last_length"] | None:
     """The rest after the whole windows of ``consecutive_windows``; None where that leaves no token to predict."""
     n_read = window_length - (begin_token is not None)
-    rest = stream[len(stream) // n_read * n_read :]
-    last = rest if begin_token is None else torch.cat([rest.new_tensor([begin_token]), rest])
+    last = _with_begin(stream[len(stream) // n_read * n_read :][None], begin_token)[0]
     return last if len(last) > 1 else None
 
 
-def _with_begin(
-    windows: Int64[Tensor, "n_windows n_read"], begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+def _check_length(enough: bool, stream: Stream, needs: str, knob: str) -> None:
+    if not enough:
+        raise SamplingError(f"the text has {len(stream)} tokens and {needs}: give more text, or lower {knob}")
+
+
+def _with_begin(windows: Int64[Tensor, "n_windows n_read"], begin_token: int | None) -> Windows:
     if begin_token is None:
         return windows.contiguous()
     return torch.cat([windows.new_full((len(windows), 1), begin_token), windows], dim=1)
@@ -205,7 +184,7 @@ def _with_begin(
 # --- task items for lm-eval -----------------------------------------------------------------------------------
 
 
-def rolling_items(documents: Sequence[str]) -> list[dict[str, str]]:
+def rolling_items(documents: Iterable[str]) -> list[dict[str, str]]:
     """Documents for rolling perplexity, ``{text}``: the first ones, up to ``ROLLING_CHARACTERS`` together.
 
     Each is cut to at most ``ROLLING_DOCUMENT`` characters, at the end of a word.
@@ -220,7 +199,7 @@ def rolling_items(documents: Sequence[str]) -> list[dict[str, str]]:
     return items
 
 
-def last_word_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, str]]:
+def last_word_items(documents: Iterable[str], n_items: int, seed: int) -> list[dict[str, str]]:
     """Passages of whole sentences, ``{context, target}``: the target is the last word, without its full stop.
 
     In the manner of LAMBADA (arXiv:1606.06031), but nobody has chosen the words that a reader can guess.
@@ -228,11 +207,11 @@ def last_word_items(documents: Sequence[str], n_items: int, seed: int) -> list[d
     Raises:
         SamplingError: the documents have fewer than ``n_items`` such passages.
     """
-    passages = [item for document in documents for item in _last_words(document)]
+    passages = [item for document in documents for item in _last_words(_sentences(document))]
     return _choose(passages, n_items, seed, "passages that end with a sentence")
 
 
-def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, str | int | list[str]]]:
+def next_sentence_items(documents: Iterable[str], n_items: int, seed: int) -> list[dict[str, Any]]:
     """A sentence and four candidates for the next one, ``{context, choices, label}``: chance is 1/4.
 
     The true one is ``choices[label]``; the others are sentences of three other documents. In the manner of
@@ -241,8 +220,13 @@ def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> li
     Raises:
         SamplingError: there are fewer than ``n_items`` pairs of sentences, or fewer than 4 documents with one.
     """
-    found = [(index, *pair) for index, document in enumerate(documents) for pair in _sentence_pairs(document)]
-    pairs = list({sentence: (index, context, sentence) for index, context, sentence in found}.values())
+    found = {
+        sentence: (index, context, sentence)
+        for index, document in enumerate(documents)
+        for context, sentence in pairwise(_sentences(document))
+        if _is_plain(context) and _is_plain(sentence)
+    }
+    pairs = list(found.values())
     n_documents = len({index for index, _, _ in pairs})
     if n_documents < N_CHOICES:
         raise SamplingError(
@@ -251,8 +235,18 @@ def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> li
             f"sampling.held_out_share"
         )
     rng = np.random.default_rng([seed, 1])  # not the stream that has chosen the pairs
-    chosen = _choose(pairs, n_items, seed, "pairs of consecutive sentences")
-    return [_with_distractors(pair, pairs, rng) for pair in chosen]
+    items = []
+    for document, context, true in _choose(pairs, n_items, seed, "pairs of consecutive sentences"):
+        others: dict[int, str] = {}  # one sentence per document
+        for index, _, sentence in (pairs[drawn] for drawn in rng.permutation(len(pairs))):
+            if index != document:
+                others.setdefault(index, sentence)
+            if len(others) == N_CHOICES - 1:
+                break
+        choices, label = [true, *others.values()], int(rng.integers(N_CHOICES))
+        choices[0], choices[label] = choices[label], choices[0]
+        items.append({"context": context, "choices": choices, "label": label})
+    return items
 
 
 def _cut(text: str, n_characters: int) -> str:
@@ -276,48 +270,18 @@ def _sentences(document: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])|\s*\n\s*", document) if s]
 
 
-def _last_words(document: str) -> list[dict[str, str]]:
-    sentences, items = _sentences(document), []
+def _last_words(sentences: list[str]) -> Iterator[dict[str, str]]:
     for end in range(1, len(sentences) + 1):
-        passage = _passage(sentences[:end])
+        passage = ""  # the fewest last sentences that hold CONTEXT_WORDS words and one more
+        for sentence in reversed(sentences[:end]):
+            passage = f"{sentence} {passage}".rstrip()
+            if len(passage.split()) > CONTEXT_WORDS:
+                break
         # Lower case only: what an abbreviation's stop ("Sen.", "Mr.") cuts off is no sentence.
         ending = re.fullmatch(r"(.+) ([a-z]{3,})[.!?]", passage)
         if ending and CONTEXT_WORDS <= len(passage.split()) - 1 < PASSAGE_WORDS:
-            items.append({"context": ending[1], "target": ending[2]})
-    return items
-
-
-def _passage(sentences: list[str]) -> str:
-    """The fewest last sentences that hold ``CONTEXT_WORDS`` words and one more."""
-    passage = ""
-    for sentence in reversed(sentences):
-        passage = f"{sentence} {passage}".rstrip()
-        if len(passage.split()) > CONTEXT_WORDS:
-            break
-    return passage
-
-
-def _sentence_pairs(document: str) -> list[tuple[str, str]]:
-    sentences = _sentences(document)
-    return [pair for pair in pairwise(sentences) if all(_is_plain(sentence) for sentence in pair)]
+            yield {"context": ending[1], "target": ending[2]}
 
 
 def _is_plain(sentence: str) -> bool:
     return len(sentence.split()) in SENTENCE_WORDS and re.search(r"[a-z]{3,}[.!?]$", sentence) is not None
-
-
-def _with_distractors(
-    pair: tuple[int, str, str], pairs: list[tuple[int, str, str]], rng: np.random.Generator
-) -> dict[str, str | int | list[str]]:
-    document, context, true = pair
-    choices, used = [true], {document}
-    for index in rng.permutation(len(pairs)):
-        other, _, sentence = pairs[index]
-        if other not in used:
-            choices.append(sentence)
-            used.add(other)
-        if len(choices) == N_CHOICES:
-            break
-    label = int(rng.integers(N_CHOICES))
-    choices[0], choices[label] = choices[label], choices[0]
-    return {"context": context, "choices": choices, "label": label}

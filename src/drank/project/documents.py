@@ -27,6 +27,7 @@ class UnitRow(Document):
     members: tuple[str, ...] = Field(min_length=1)
     factors: str
     kind: str
+    role: str | None
     layer: Count
     form: Literal["dense", "factors", "pivot"]
     rank: Count

@@ -1,4 +1,4 @@
-"""Allocation: the units of a spectrum and a rule -> rows that say what every matrix is given."""
+"""Allocation: the units of a spectrum and a rule -> a document that says what every matrix is given."""
 
 import csv
 import io
@@ -7,9 +7,30 @@ from typing import Any
 
 import numpy as np
 
+from drank.method.allocation.choices import allocate
 from drank.method.allocation.units import Allocation, Block, Choice, Unit, loss
+from drank.project.params import Preset, Variant
 
 FIELDS = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
+
+
+def allocation(
+    variant: str, asked: Variant, preset: Preset, values: Mapping[str, np.ndarray], summary: Mapping[str, Any]
+) -> dict[str, Any]:
+    """data/allocation/<variant>.json, but for the hashes of its inputs.
+
+    Args:
+        values: singular values of a spectrum by file; ``summary`` is its summary.
+
+    Raises:
+        InfeasibleBudgetError: the budget does not pay for the least that the rule may choose.
+    """
+    units = read_units(values, summary)
+    given = preset.model_dump() | {"measured": summary.get("sensitivity")}
+    header = {"format_version": 1, "variant": variant, "preset": asked.preset}
+    choices = preset.model_dump() | asked.model_dump(exclude={"healing"})
+    result = describe(units, allocate(units, asked.size_ratio, preset.menu, preset.allocation, given), summary)
+    return header | choices | result | {key: summary[key] for key in ("computed_in", "left_dense")}
 
 
 def read_units(values: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> list[Unit | Block]:
@@ -27,7 +48,9 @@ def read_units(values: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> 
 
 def describe(units: Sequence[Unit | Block], allocation: Allocation, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The allocation as a document: totals, ``units`` by layer, ``blocks`` with the channels that they keep."""
-    sources = _rows_by_shape(summary)
+    # A block has its matrices at several sizes.
+    matrices = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
+    sources = {(row["name"], row["out_features"], row["in_features"]): row for row in matrices}
     rows = [
         {
             "name": u.name, "members": source["members"], "factors": source["factors"],
@@ -41,38 +64,29 @@ def describe(units: Sequence[Unit | Block], allocation: Allocation, summary: Map
         for choice in [allocation.choices[u.name]]
         for source in [sources[u.name, u.out_features, u.in_features]]
     ]  # fmt: skip
-    totals = {
+    blocks = [
+        {
+            "name": u.name, "channels": kept.in_features, "full_channels": u.cuts[0][-1].in_features,
+            "loss": kept.base_loss,
+        }
+        for u in units if isinstance(u, Block)
+        for kept in [u.cuts[allocation.cuts[u.name]][-1]]
+    ]  # fmt: skip
+    return {
         "objective": {"value": allocation.objective, "bound": allocation.bound, "gap": allocation.gap},
         "budget": allocation.budget, "price": allocation.price, "slack": allocation.budget - allocation.price,
         "kept_ratio": allocation.kept_ratio, "targeted_parameters": allocation.targeted_parameters,
+        "units": rows, "blocks": blocks,
     }  # fmt: skip
-    blocks = [
-        {
-            "name": u.name,
-            "channels": u.cuts[cut][-1].in_features,
-            "full_channels": u.cuts[0][-1].in_features,
-            "loss": u.cuts[cut][-1].base_loss,
-        }
-        for u in units
-        if isinstance(u, Block)
-        for cut in [allocation.cuts[u.name]]
-    ]
-    return totals | {"units": rows, "blocks": blocks}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The units as CSV, for `dvc plots`; a list of members is no cell of a table."""
+    """The units as CSV, for `dvc plots`, without their members: a list is no cell of a table."""
     text, columns = io.StringIO(), [key for key in rows[0] if key != "members"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _rows_by_shape(summary: Mapping[str, Any]) -> dict[tuple[str, int, int], Mapping[str, Any]]:
-    """Rows of the spectrum by name and shape: a block has its matrices at several sizes."""
-    rows = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
-    return {(row["name"], row["out_features"], row["in_features"]): row for row in rows}
 
 
 def _relative_loss(unit: Unit, choice: Choice) -> float:

@@ -1,12 +1,12 @@
-"""Put the ranks of an allocation into a model. Knows tensors and modules; files and folders belong to the stage."""
+"""Compression: the ranks of an allocation and the vectors of a spectrum, put into a model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from drank.method.pivot import PivotForm, pivot_rows, split_group
+from drank.method.pivot import pivot_rows, split_group
 from drank.method.spectrum import factors
 from drank.model.folding import fold_channel_order
 from drank.model.layers import places
@@ -23,29 +23,28 @@ class UnsafePivotError(ValueError):
     """A unit's rows are too nearly dependent to be stored in pivot form; the message says what to do instead."""
 
 
+@runtime_checkable
+class Factors(Protocol):
+    """What the step ``spectrum`` stored: ``cuts/<MLP>.<channels>``, and the first rows of ``factors/<file>``."""
+
+    def __getitem__(self, name: str, /) -> Tensors: ...
+    def rows(self, name: str, n_rows: int, /) -> Tensors: ...
+
+
 @torch.no_grad()
-def compress(
-    model: nn.Module,
-    units: Iterable[Mapping[str, Any]],
-    read_vectors: Callable[[str, int], Tensors],
-    read_cut: Callable[[str, int], Tensors],
-    provenance: Mapping[str, Any],
-) -> nn.Module:
+def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, provenance: Mapping[str, Any]) -> Any:
     """Replace the modules of compressed units by smaller ones, in place, and make the model saveable.
 
     Args:
         units: rows of an allocation: name, members, factors, role, form, rank, out_features, in_features.
-        read_vectors: (file, k) -> the first k rows of what a :class:`drank.method.spectrum.Spectrum` has of the unit,
-            ``vectors`` and ``duals``, the latter only where they differ.
-        read_cut: (MLP, channels) -> ``alive``, the channels kept, and ``down``, the corrected matrix that reads them.
         provenance: goes to config.json under ``quantization_config.provenance``.
 
-    With nothing to replace (the dense variant) the model is returned as it is, a plain one.
+    A model with nothing to replace (the dense variant) is returned as it is, a plain one.
 
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
-    stored = [module for unit in units for module in _stored(model, unit, read_vectors, read_cut)]
+    stored = [module for unit in units for module in _stored(model, unit, spectrum)]
     if not stored:
         return model
     stored = fold_channel_order(model, stored)
@@ -59,29 +58,24 @@ def compress(
     return attach(model, specs, dict(provenance))
 
 
-def _stored(
-    model: nn.Module,
-    unit: Mapping[str, Any],
-    read_vectors: Callable[[str, int], Tensors],
-    read_cut: Callable[[str, int], Tensors],
-) -> Iterator[Stored]:
+def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors) -> Iterator[Stored]:
     members, form = unit["members"], unit["form"]
     modules = [model.get_submodule(name) for name in members]
     sizes = {"out_features": unit["out_features"] // len(members), "in_features": unit["in_features"]}
-    removed = _removed_channels(modules[0], unit, read_cut)
+    removed = _removed_channels(modules[0], unit, spectrum)
     if form == "dense":
         if removed:
             yield Stored(members[0], {"form": form, **sizes}, removed)
         return
     weight = removed["weight"] if removed else torch.cat([_weight(module) for module in modules])
-    left, right = factors(weight, **read_vectors(unit["factors"], unit["rank"]))
+    left, right = factors(weight, **spectrum.rows(f"factors/{unit['factors']}", unit["rank"]))
     spec = {"form": form, "rank": unit["rank"], **sizes}
     bias = {key: tensor for key, tensor in removed.items() if key == "bias"}
     for name, (shared, tensors) in zip(members, LAYOUTS[form](left, right, members), strict=True):
         yield Stored(name, spec | shared, tensors | bias)
 
 
-Laid = Iterator[tuple[dict[str, Any], Tensors]]  # of each member: what its spec says beside sizes, and its tensors
+Laid = Iterator[tuple[dict[str, Any], Tensors]]  # per member: additions to the sizes in its spec, and its tensors
 
 
 def _factors(left: Tensor, right: Tensor, members: Sequence[str]) -> Laid:
@@ -94,7 +88,12 @@ def _pivot(left: Tensor, right: Tensor, members: Sequence[str]) -> Laid:
     """k rows kept, coefficients (out - k, k) of the others, and the places of all; see ``method.pivot``."""
     if not left.any():
         left = torch.eye(*left.shape, dtype=left.dtype)  # a matrix of zeros: one row is as good as another
-    pivot = _safe(members[0], pivot_rows(left, right))
+    pivot = pivot_rows(left, right)
+    if pivot.max_abs_coefficient > LARGEST_COEFFICIENT:
+        raise UnsafePivotError(
+            f"{members[0]}: pivot coefficients reach {pivot.max_abs_coefficient:.3g}, above {LARGEST_COEFFICIENT:g}, "
+            f"and bfloat16 would lose the layer; use storage 'factors', or list it under covariance.ignore"
+        )
     if len(members) == 1:
         yield {}, {"weight": pivot.kept, "coefficients": pivot.coefficients, "places": places(pivot.order)}
         return
@@ -108,13 +107,13 @@ def _pivot(left: Tensor, right: Tensor, members: Sequence[str]) -> Laid:
 LAYOUTS: dict[str, Callable[[Tensor, Tensor, Sequence[str]], Laid]] = {"factors": _factors, "pivot": _pivot}
 
 
-def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[str, int], Tensors]) -> Tensors:
+def _removed_channels(module: Any, unit: Mapping[str, Any], spectrum: Factors) -> Tensors:
     """Weight, and bias if any, of an MLP's matrix after the removal of channels; nothing where none was removed."""
     weight = _weight(module)
     if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
         return {}
     down = unit["role"] == "down"
-    cut = read_cut(unit["name"].rpartition(".")[0], unit["in_features" if down else "out_features"])
+    cut = spectrum[f"cuts/{unit['name'].rpartition('.')[0]}.{unit['in_features' if down else 'out_features']}"]
     tensors = {"weight": cut["down"] if down else weight[cut["alive"]]}
     if module.bias is not None and not down:
         tensors["bias"] = module.bias[cut["alive"]]
@@ -124,12 +123,3 @@ def _removed_channels(module: Any, unit: Mapping[str, Any], read_cut: Callable[[
 def _weight(module: Any) -> Tensor:
     """(out, in); transformers' Conv1D stores the transpose."""
     return module.weight.T if is_conv1d(module) else module.weight
-
-
-def _safe(name: str, form: PivotForm) -> PivotForm:
-    if form.max_abs_coefficient > LARGEST_COEFFICIENT:
-        raise UnsafePivotError(
-            f"{name}: pivot coefficients reach {form.max_abs_coefficient:.3g}, above {LARGEST_COEFFICIENT:g}, and "
-            f"bfloat16 would lose the layer; use storage 'factors', or list it under covariance.ignore"
-        )
-    return form

@@ -1,6 +1,6 @@
-"""Covariance: second moments of what enters the linears and, for gradients, of what comes back to them."""
+"""Covariance: second moments of the linears' inputs and, if asked, of the gradients of their outputs."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from drank.model.capture import (
     watching_inputs,
     watching_output_gradients,
 )
-from drank.model.linears import LeftDense, Linear, shared_inputs, survey, unreached
+from drank.model.linears import Linear, shared_inputs, survey, unreached
 from drank.model.offload import Sweep, find_blocks, offloaded_sweeps
 from drank.model.precision import has_units, name_of
 from drank.model.vocabulary import check_ids
@@ -44,8 +44,8 @@ def collect(
     Args:
         model: on ``asked.device``, or loaded by ``offload.load_offloaded``.
         windows: (n, length) token ids, on the same device.
-        hidden_states: where an offloaded pass keeps what goes from block to block.
-        tell: takes what is compressed and what is not, once.
+        hidden_states: store of an offloaded pass for the states between blocks.
+        tell: takes the list of parameters that are left as they are, once.
         progress: makes a bar with ``update`` and ``close``.
 
     Returns:
@@ -58,7 +58,10 @@ def collect(
     check_ids(model, windows, "data/sampling/calibration")
     linears, left = survey(model, asked.targets, asked.ignore)
     if group.is_first:
-        tell(_told(linears, left))
+        parameters = sum(linear.weight.numel() for linear in linears)
+        tell(f"{len(linears)} linears with {parameters:,} parameters to compress; left as it is:")
+        for row in left:
+            tell(f"  {row.parameters:>14,}  {row.name}: {row.reason}")
     moment = partial(SecondMoment, device=asked.device, bfloat16_units=has_units(torch.bfloat16, asked.device))
     owners = shared_inputs(model, linears, windows[:1, :8])
     mine = _n_passes(model, linears, asked, len(windows)) // group.size  # about: batches are dealt out, not windows
@@ -69,8 +72,8 @@ def collect(
         inputs = {n: moment(a.in_features) for n, a in owning.items() if sweep.inputs}
         gradients = {n: moment(a.out_features, magnitudes=False) for n, a in within.items() if sweep.gradients}
         with (
-            watching_inputs({name: within[name].module for name in inputs}, _adding_to(inputs)),
-            watching_output_gradients({name: within[name].module for name in gradients}, _adding_to(gradients)),
+            watching_inputs({name: within[name].module for name in inputs}, _add_to(inputs)),
+            watching_output_gradients({name: within[name].module for name in gradients}, _add_to(gradients)),
         ):
             for n_windows in sweep.passes:
                 bar.update(n_windows)
@@ -83,25 +86,14 @@ def collect(
     return summary | {"dtype": name_of(model.dtype), "left_dense": [asdict(row) for row in left]}
 
 
-def _told(linears: Sequence[Linear], left: Sequence[LeftDense]) -> str:
-    """What is compressed, and what is not, for the log."""
-    rows = [f"  {row.parameters:>14,}  {row.name}: {row.reason}" for row in left]
-    parameters = sum(linear.weight.numel() for linear in linears)
-    return "\n".join([f"{len(linears)} linears with {parameters:,} parameters to compress; left as it is:", *rows])
-
-
-def _adding_to(moments: dict[str, SecondMoment]) -> Callback:
+def _add_to(moments: dict[str, SecondMoment]) -> Callback:
     return lambda name, rows: moments[name].add(rows)
 
 
 def _sweeps(
-    model: Any,
-    linears: list[Linear],
-    windows: Tensor,
-    asked: Covariance,
-    group: Group,
+    model: Any, linears: list[Linear], windows: Tensor, asked: Covariance, group: Group,
     hidden_states: MutableMapping[str, Tensors],
-) -> Iterator[Sweep]:
+) -> Iterator[Sweep]:  # fmt: skip
     """All passes at once, or block after block."""
     draw = (asked.fisher, asked.fisher_seed)
     if asked.offload:
@@ -124,7 +116,7 @@ def _n_passes(model: Any, linears: list[Linear], asked: Covariance, n_windows: i
 
 
 def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: MutableMapping[str, Tensors]) -> None:
-    """Means over the tokens of all processes; inputs have their magnitudes beside them."""
+    """Means over the tokens of all processes; inputs also have magnitudes."""
     missed = []
     for name, moment in moments.items():
         n_tokens = torch.tensor(moment.n_tokens)
@@ -136,12 +128,10 @@ def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: Mut
             missed.append(name)
             continue
         try:
-            tensors = {"covariance": moment.mean()}
+            tensors = {"covariance": moment.mean(), "magnitude": moment.mean_magnitude()}
         except NotFiniteError as error:
             what = {"inputs": "activations entering", "gradients": "gradients leaving"}[kind]
             raise NotFiniteError(f"{what} {name}: {error}") from None
-        if moment.magnitude is not None:
-            tensors["magnitude"] = moment.mean_magnitude()
-        store[f"{kind}/{name}"] = {key: tensor.float().cpu() for key, tensor in tensors.items()}
+        store[f"{kind}/{name}"] = {key: t.float().cpu() for key, t in tensors.items() if t is not None}
     if missed:
         raise unreached({"inputs": "nothing entered", "gradients": "no gradient came back to"}[kind], missed)

@@ -1,6 +1,6 @@
-"""Figures of a language model: its size, and lm-eval's tasks.
+"""Evaluation: a language model's size, token perplexities and lm-eval's figures, however it was compressed.
 
-Takes a loaded model; knows nothing of how it was compressed. Every function leaves the model as it was.
+Every function leaves the model as it was.
 """
 
 import math
@@ -14,40 +14,34 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from drank.model.perplexity import perplexity, window_nats
+from drank.model.precision import name_of
 from drank.model.vocabulary import check_ids
 from drank.project.params import Evaluation
 from drank.project.processes import Group
 
-MAX_LENGTH = 2048  # tokens lm-eval shows the model at once, fewer if the model has fewer positions
+MAX_LENGTH = 2048  # tokens in a window of lm-eval, fewer if the model has fewer positions
 FEWSHOT_SEED = 1234  # lm-eval's own, of tasks that show examples
 
 
-def _metric(name: str, aggregation: str, higher_is_better: bool) -> dict[str, Any]:
-    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}
+def _metrics(**aggregations: str) -> list[dict[str, Any]]:
+    return [
+        {"metric": name, "aggregation": aggregation, "higher_is_better": aggregation == "mean"}
+        for name, aggregation in aggregations.items()
+    ]
 
 
 ROLLING: dict[str, Any] = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{text}}",
-    "metric_list": [
-        _metric("bits_per_byte", "bits_per_byte", False),
-        _metric("word_perplexity", "weighted_perplexity", False),
-    ],
-}
+    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+    "metric_list": _metrics(bits_per_byte="bits_per_byte", word_perplexity="weighted_perplexity"),
+}  # fmt: skip
 LAST_WORD: dict[str, Any] = {
-    "output_type": "loglikelihood",
-    "doc_to_text": "{{context}}",
-    "doc_to_target": "{{' ' + target}}",
-    "metric_list": [_metric("acc", "mean", True), _metric("perplexity", "perplexity", False)],
-}
+    "output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": "{{' ' + target}}",
+    "metric_list": _metrics(acc="mean", perplexity="perplexity"),
+}  # fmt: skip
 NEXT_SENTENCE: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-    "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
-}
+    "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "choices",
+    "doc_to_target": "label", "metric_list": _metrics(acc="mean", acc_norm="mean"),
+}  # fmt: skip
 
 
 class EvaluationError(ValueError):
@@ -55,15 +49,15 @@ class EvaluationError(ValueError):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that a model is stored as: parameters, those that several modules share (tied embeddings) once, and the
-    few floating-point buffers that are saved with them, such as the bias of a router."""
+    """Stored numbers of a model: parameters, shared ones (tied embeddings) once, and the few floating-point buffers
+    that are saved with them, such as the bias of a router."""
     stored = model.state_dict().keys()
     buffers = [b for name, b in model.named_buffers() if name in stored and b.is_floating_point()]
     return sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
 
 
 def evaluate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     tests: Mapping[str, Tensor],
     last: Mapping[str, Tensor],
@@ -71,20 +65,26 @@ def evaluate(
     asked: Evaluation,
     group: Group,
     progress: Callable[..., Any],
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """All figures by name, and the nats of every test window by text.
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """All figures by name with ``parameters`` and ``protocol``, and the nats of every test window by text.
 
     Processes share out windows, and the items of tasks; lm-eval's figures are those of the first process.
 
     Args:
         tests: (n, length) windows by text; ``last`` has the shorter window at the end of a text, if that counts.
-        items: those of the tasks that sampling wrote.
+        items: of the tasks that sampling wrote, by task.
 
     Raises:
         NotFiniteLossError: a window's loss is not finite.
         EvaluationError: see :func:`run_tasks`.
     """
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {"parameters": count_parameters(model)}
+    figures["protocol"] = {
+        "dtype": name_of(model.dtype),
+        "lm_eval_max_length": MAX_LENGTH,
+        "tasks": list(asked.tasks),
+        "test_windows": {name: list(windows.shape) for name, windows in tests.items()},
+    } | ({"last_windows": {name: len(window) for name, window in last.items()}} if last else {})
     nats: dict[str, list[float]] = {}
     for name, windows in sorted(tests.items()):
         check_ids(model, windows, f"data/sampling/test.safetensors, {name}")
@@ -100,19 +100,6 @@ def evaluate(
     return figures | run_tasks(model, tokenizer, items, asked.tasks, asked.batch_windows, bar), nats
 
 
-def protocol(
-    tests: Mapping[str, Tensor], last: Mapping[str, Tensor], tasks: Sequence[str], dtype: str
-) -> dict[str, Any]:
-    """How figures were measured, for whoever compares them."""
-    found: dict[str, Any] = {
-        "dtype": dtype,
-        "lm_eval_max_length": MAX_LENGTH,
-        "tasks": list(tasks),
-        "test_windows": {name: list(windows.shape) for name, windows in tests.items()},
-    }
-    return found | ({"last_windows": {name: len(window) for name, window in last.items()}} if last else {})
-
-
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -124,13 +111,12 @@ def run_tasks(
     """lm-eval's figures by flat name: ``acc/last_word``, ``bits_per_byte/news``, ``acc_stderr/last_word``...
 
     A task that is in ``items`` is ours and needs no network; any other name is one of lm-eval's own. The suffix
-    ``_rolling`` is dropped, so that a text has one name in all its figures.
-    An accuracy p of n items has the standard error sqrt(p (1 - p) / n). In a group of torch.distributed, each process
-    takes its share of the items, and all figures are process 0's; the others get none.
+    ``_rolling`` is dropped, so that a text has one name in all its figures. An accuracy p of n items has the standard
+    error sqrt(p (1 - p) / n). In a group of torch.distributed, each process takes its share of the items, and process 0
+    alone gets figures.
 
     Args:
-        progress: wraps the numbers of the requests of one kind, which are the model's windows where a text is read as a
-            whole (tqdm).
+        progress: wraps the numbers of the requests of one kind, or of the windows of texts that are read as a whole.
 
     Raises:
         EvaluationError: a task is neither ours nor lm-eval's, or a figure is not finite.
@@ -143,7 +129,11 @@ def run_tasks(
         return {}
     ours = {task: items[task] for task in tasks if task in items}
     manager = TaskManager(include_defaults=not set(ours).issuperset(tasks))
-    _check_known(set(tasks) - set(ours), manager.all_tasks, items)
+    if unknown := sorted(set(tasks).difference(ours, manager.all_tasks)):
+        raise EvaluationError(
+            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one that sampling wrote "
+            f"({', '.join(sorted(items)) or 'there are none'})"
+        )
     # With its logits cache, windows of a repetitive text can be given each other's logits within a batch.
     lm = _counting(progress)(
         pretrained=model,
@@ -153,9 +143,13 @@ def run_tasks(
         logits_cache=False,
     )
     if distributed.is_initialized():
-        _check_enough_items(ours, distributed.get_world_size())
         # HFLM takes its share of the requests only of models that it loads by itself.
         lm._rank, lm._world_size = distributed.get_rank(), distributed.get_world_size()
+        few = {task: len(rows) for task, rows in sorted(ours.items()) if len(rows) < lm._world_size}
+        if few:
+            raise EvaluationError(
+                f"evaluation.processes = {lm._world_size}, but tasks have fewer items than processes: {few}"
+            )
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
     loaded = manager.load([_task(task, ours[task]) if task in ours else task for task in tasks])
     for task in loaded["tasks"].values():  # as simple_evaluate does, which also asks pip for every package installed
@@ -167,7 +161,7 @@ def run_tasks(
 
 
 def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
-    """lm-eval's class of models, which shows ``progress`` in place of a bar for every batch."""
+    """lm-eval's class of models, which shows ``progress`` in the place of its bars."""
     from lm_eval.models.huggingface import HFLM
 
     class Counting(HFLM):
@@ -197,23 +191,6 @@ def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
             return logits
 
     return Counting
-
-
-def _check_known(names: set[str], known: Iterable[str], ours: Iterable[str]) -> None:
-    if unknown := sorted(names.difference(known)):
-        raise EvaluationError(
-            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one that sampling wrote "
-            f"({', '.join(sorted(ours)) or 'there are none'})"
-        )
-
-
-def _check_enough_items(ours: Mapping[str, Sequence[Any]], n_processes: int) -> None:
-    for task, items in sorted(ours.items()):
-        if len(items) < n_processes:
-            raise EvaluationError(
-                f"evaluation.processes = {n_processes}, but task {task} has {len(items)} items, and each process needs "
-                f"one"
-            )
 
 
 def _task(name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

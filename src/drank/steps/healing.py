@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from drank.model.lora import Healing as Training
 from drank.model.lora import Plan
+from drank.model.precision import name_of
 from drank.model.text import draw_windows
 from drank.model.vocabulary import check_ids
 from drank.project.params import Healing
@@ -25,23 +27,27 @@ class Checkpoint(Protocol):
 
 
 def heal(
-    model: Any,
-    teacher: Any | None,
+    load: Callable[[str, torch.dtype], Any],
     text: Mapping[str, Tensor],
     asked: Healing,
+    passes: torch.dtype,
+    before: str,
     checkpoint: Checkpoint,
     progress: Callable[..., Any],
 ) -> tuple[Any, Curve]:
-    """The trained model, its adapters merged, and the loss curve: ``step``, ``loss``, ``learning_rate``.
+    """The trained model in its stored types, and the loss curve: ``step``, ``loss``, ``learning_rate``.
 
     Args:
-        model: compressed, in the type that passes are computed in; changed in place.
-        teacher: the dense model, to learn the predictions of; None learns the text.
+        load: (name, dtype) -> the model, on the CPU; the name is ``compressed``, or ``dense`` of the teacher.
         text: ``tokens`` and, if windows have it in front, the ``begin`` token.
+        passes: the type of passes.
+        before: SHA-256 of the compressed model's weights, which config.json then has.
     """
     begin = int(text["begin"]) if "begin" in text else None
     windows = draw_windows(text["tokens"].long(), asked.n_windows, asked.window_length, asked.seed, begin)
+    model = load("compressed", passes).eval().to(asked.device)
     check_ids(model, windows, "data/sampling/calibration_text.safetensors")
+    teacher = load("dense", passes).eval().to(asked.device) if asked.objective == "distillation" else None
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
     training = Training(model, teacher, windows.to(asked.device), plan, asked.rank, asked.alpha)
     curve: Curve = []
@@ -55,4 +61,8 @@ def heal(
             bar.update()
             if step.number % STEPS_PER_CHECKPOINT == 0:
                 checkpoint.write(curve, training.state())
-    return training.merge(), curve
+    stored = load("compressed", torch.bfloat16)
+    stored.load_state_dict(training.merge().state_dict())  # rounds every tensor to its stored type
+    section = stored.config.quantization_config
+    section.provenance = section.provenance | {"healed_from_sha256": before, "healed_in": name_of(passes)}
+    return stored, curve

@@ -1,7 +1,7 @@
-"""What travels with a compressed model: a model card, a provenance statement, and checksums of every file.
+"""Release: a model card, a provenance statement, and checksums of every file, which travel with a compressed model.
 
-Pure functions of what the pipeline knows. Nothing here says when, where or by whom a model was made, so a rebuilt
-folder is the same folder; the commit that made it is found from the folder's hash instead (``drank audit``).
+Nothing here says when, where or by whom a model was made, so a rebuilt folder is the same folder; the commit that made
+it is found from the folder's hash instead (``drank audit``).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,10 +34,10 @@ def statement(
     Args:
         subjects: SHA-256 of every file of the folder but this statement and the checksums, by name.
         parameters: everything of params.yaml that makes the variant; SLSA's ``externalParameters``.
-        dependencies: resource descriptors of what the model was made of; SLSA's ``resolvedDependencies``.
-        results: what evaluation measured, as the annotations of a by-product.
-        computed_in: the floating-point type that each kind of pass was computed in, such as {"covariance": "float32"};
-            SLSA's ``internalParameters``. ``parameters`` has what was asked, which may be left to the processor.
+        dependencies: resource descriptors of :func:`made`; SLSA's ``resolvedDependencies``.
+        results: the document of the evaluation, as the annotations of a by-product.
+        computed_in: the floating-point type of each kind of pass, such as {"covariance": "float32"}; SLSA's
+            ``internalParameters``. ``parameters`` may leave the choice to the processor.
 
     SLSA's optional invocation id and times are left out: the same inputs give the same bytes.
     """
@@ -62,7 +62,7 @@ def statement(
 
 
 def inputs_of(params: Params, variant: str, weights: Iterable[str], tasks: Iterable[str]) -> list[str]:
-    """Paths of the files that a variant was made of and measured on.
+    """Paths of the files that a variant was made from and measured on.
 
     Args:
         weights: names of the base model's files of weights.
@@ -81,29 +81,32 @@ def inputs_of(params: Params, variant: str, weights: Iterable[str], tasks: Itera
     ]
 
 
-def materials(
-    params: Params, variant: str, files: Mapping[str, str], allocation: Document, healed_from: str | None
-) -> list[dict[str, Any]]:
-    """Resource descriptors: sources with the hash that was asked for, then files as they were.
+def made(
+    params: Params, variant: str, files: Mapping[str, str], allocation: Document, config: Document, results: Document
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Dependencies and ``computed_in`` of the :func:`statement`.
+
+    Dependencies are sources with the hash that was asked for, then files as they were.
 
     Args:
         files: SHA-256 of every input by path.
-        healed_from: SHA-256 of the weights that were trained, of a healed variant.
+        config: the model's config.json, which has the hash of the weights that were healed.
     """
-    sources: list[tuple[str, ModelSource | TextSource]] = [("model", params.model)]
-    sources += [(f"text.{name}", source) for name, source in params.text.items()]
+    provenance = config.get("quantization_config", {}).get("provenance", {})
+    types, digests = dict(allocation["computed_in"]), dict(files)
+    if "healed_in" in provenance:
+        types["healing"] = provenance["healed_in"]
+        digests[f"{variant} before healing"] = provenance["healed_from_sha256"]
     spectrum = f"data/spectrum/{allocation['spectrum']}"
-    digests = dict(files)
-    if healed_from:
-        digests[f"{variant} before healing"] = healed_from
     digests |= {f"{spectrum}/{file}": digest for file, digest in sorted(allocation["inputs"].items())}
-    return [
-        *(
-            {"name": name, "uri": source.source, **({"digest": {"sha256": source.sha256}} if source.sha256 else {})}
-            for name, source in sources
-        ),
-        *({"name": file, "digest": {"sha256": digest}} for file, digest in digests.items()),
+    texts = {f"text.{name}": source for name, source in params.text.items()}
+    sources: dict[str, ModelSource | TextSource] = {"model": params.model, **texts}
+    rows: list[dict[str, Any]] = [
+        {"name": name, "uri": source.source} | ({"digest": {"sha256": source.sha256}} if source.sha256 else {})
+        for name, source in sources.items()
     ]
+    rows += [{"name": file, "digest": {"sha256": digest}} for file, digest in digests.items()]
+    return rows, types | {"evaluation": results["protocol"]["dtype"]}
 
 
 def checksums(digests: Mapping[str, str]) -> str:
@@ -113,7 +116,6 @@ def checksums(digests: Mapping[str, str]) -> str:
 
 def card(parameters: Document, allocation: Document, results: Document) -> str:
     """A Hugging Face model card: metadata, method, size, results with their protocol, limits, and how to check it."""
-    variant = parameters["variant"]["name"]
     source = parameters["model"]["source"]
     base = source.removeprefix("hub:").partition("@")[0]
     data = ModelCardData(
@@ -121,47 +123,38 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["drank", "compression", "low-rank", "svd"],
-        model_name=variant,
+        model_name=parameters["variant"]["name"],
         eval_results=[
             EvalResult("text-generation", name, name, metric, value, metric_name=f"{metric}/{name}")
             for metric, name, value in _figures(results)
         ],
     )
-    compressed = [unit for unit in allocation["units"] if unit["form"] != "dense"]
     removed = sum(block["full_channels"] - block["channels"] for block in allocation["blocks"])
-    windows = results["protocol"]["test_windows"]
-    sampling = parameters["sampling"]
+    outside = [
+        name for name in results["protocol"]["test_windows"] if name != parameters["sampling"]["calibration_text"]
+    ]
     return CARD_TEMPLATE.format(
+        parameters=parameters,
+        allocation=allocation,
+        results=results,
         metadata=data.to_yaml(),
-        variant=variant,
         base=base,
-        preset=allocation["preset"],
-        metric=parameters["spectrum"]["metric"],
-        units=parameters["spectrum"]["units"],
-        rule=allocation["allocation"],
-        storage=allocation["storage"],
-        n_compressed=len(compressed),
+        n_compressed=sum(unit["form"] != "dense" for unit in allocation["units"]),
         n_units=len(allocation["units"]),
         removed=f", {removed} channels of MLPs removed" if removed else "",
-        kept=allocation["kept_ratio"],
-        asked=allocation["size_ratio"],
-        parameters=results["parameters"],
         megabytes=results["bytes"] / 1e6,
         rows="".join(_row(results, *figure) for figure in _figures(results)),
-        protocol=_protocol(results, windows),
-        calibration=(
-            f"{sampling['n_windows']} windows of {sampling['window_length']} tokens of `{sampling['calibration_text']}`"
-        ),
+        protocol=_protocol(results["protocol"]),
         training=_training(parameters.get("healing")),
         left=_left(allocation.get("left_dense", [])),
-        outside=", ".join(f"`{name}`" for name in windows if name != sampling["calibration_text"]) or "none",
+        outside=", ".join(f"`{name}`" for name in outside) or "none",
     )
 
 
 CARD_TEMPLATE = """---
 {metadata}
 ---
-# {variant}
+# {parameters[variant][name]}
 
 `{base}`, compressed by truncated SVD with a rank chosen for every layer ([D-Rank](https://arxiv.org/abs/2509.25622)
 and what followed from it), {training}.
@@ -169,12 +162,14 @@ and what followed from it), {training}.
 | | |
 |---|---|
 | base model | `{base}` |
-| method | preset `{preset}`: metric {metric}, units {units}, allocation {rule}, storage {storage} |
+| method | preset `{allocation[preset]}`: metric {parameters[spectrum][metric]}, units {parameters[spectrum][units]}, \
+allocation {allocation[allocation]}, storage {allocation[storage]} |
 | compressed | {n_compressed} of {n_units} matrices{removed} |
-| kept of the compressed linears' parameters | {kept:.4f} ({asked} asked) |
-| parameters of the whole model | {parameters:,} |
+| kept of the compressed linears' parameters | {allocation[kept_ratio]:.4f} ({allocation[size_ratio]} asked) |
+| parameters of the whole model | {results[parameters]:,} |
 | weights on disk | {megabytes:.1f} MB |
-| calibrated on | {calibration} |
+| calibrated on | {parameters[sampling][n_windows]} windows of {parameters[sampling][window_length]} tokens of \
+`{parameters[sampling][calibration_text]}` |
 
 ## Use
 ```python
@@ -208,7 +203,7 @@ all of it, finds the commit whose `dvc.lock` made the folder, and says how to re
 
 
 def _figures(results: Document) -> list[tuple[str, str, float]]:
-    """(metric, text or task, value) of what was measured: keys with a `/`, but for standard errors."""
+    """(metric, text or task, value) of every figure: keys with a `/`, but for standard errors."""
     split = [(*key.split("/", 1), value) for key, value in sorted(results.items()) if "/" in key]
     return [(metric, name, float(value)) for metric, name, value in split if not metric.endswith("_stderr")]
 
@@ -225,7 +220,7 @@ def _training(healing: Document | None) -> str:
 
 
 def _left(rows: Sequence[Document]) -> str:
-    """What no rank was asked for; * stands for any number."""
+    """The parameters that no rank was asked for; * stands for any number."""
     if not rows:
         return ""
     lines = [f"| `{row['name']}` | {row['parameters']:,} | {row['reason']} |\n" for row in rows]
@@ -238,11 +233,11 @@ def _row(results: Document, metric: str, name: str, value: float) -> str:
     return f"| {metric}/{name} | {value:.4f} | {'' if error is None else f'{error:.4f}'} |\n"
 
 
-def _protocol(results: Document, windows: Mapping[str, Sequence[int]]) -> str:
-    counts = ", ".join(f"{n} windows of {length} tokens of `{name}`" for name, (n, length) in windows.items())
-    tasks = ", ".join(f"`{task}`" for task in results["protocol"]["tasks"])
+def _protocol(protocol: Document) -> str:
+    windows = protocol["test_windows"].items()
+    counts = ", ".join(f"{n} windows of {length} tokens of `{name}`" for name, (n, length) in windows)
+    tasks = ", ".join(f"`{task}`" for task in protocol["tasks"])
     return (
-        f"Token perplexity: {counts}, held out, in {results['protocol']['dtype']}. Everything else: lm-eval, tasks "
-        f"{tasks}, context {results['protocol']['lm_eval_max_length']}; word perplexity and bits per byte by rolling "
-        f"windows."
+        f"Token perplexity: {counts}, held out, in {protocol['dtype']}. Everything else: lm-eval, tasks {tasks}, "
+        f"context {protocol['lm_eval_max_length']}; word perplexity and bits per byte by rolling windows."
     )

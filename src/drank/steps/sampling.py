@@ -1,7 +1,6 @@
 """Sampling: what is calibrated on, what is tested on, and the items of tasks, of texts and a tokenizer."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,13 +42,15 @@ def sample(texts: Mapping[str, list[str]], tokenizer: Any, asked: Sampling) -> D
     for name, documents in texts.items():
         cleaned = documents if asked.documents == "unchanged" else text.clean(documents)
         counts[name] = {"documents": len(documents), "empty_or_repeated": len(documents) - len(cleaned)}
-        with _naming(name):
+        try:
             if name == asked.calibration_text:
                 held_out = _calibrate(cleaned, tokenizer, asked, drawn, counts[name])
             else:
                 held_out = cleaned if asked.documents == "unchanged" else text.shuffled(cleaned, asked.seed)
             if held_out:
                 _test(name, held_out, tokenizer, asked, drawn, counts[name])
+        except text.SamplingError as error:
+            raise text.SamplingError(f"text.{name}: {error}") from None
     items = {name: len(items) for name, items in drawn.tasks.items()}
     told = {"begin_token": text.begin_token(tokenizer), "texts": counts, "task_items": items}
     drawn.summary = asked.model_dump(exclude_none=True) | told
@@ -90,13 +91,4 @@ def _test(
     last = text.short_last_window(stream, asked.window_length, first) if n_windows == "all" else None
     if last is not None:
         drawn.last[name] = last
-    drawn.tasks[f"{name}_rolling"] = text.rolling_items([document for document in documents if document.strip()])
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """What is wrong with a text is told with its name."""
-    try:
-        yield
-    except text.SamplingError as error:
-        raise text.SamplingError(f"text.{name}: {error}") from None
+    drawn.tasks[f"{name}_rolling"] = text.rolling_items(document for document in documents if document.strip())

@@ -1,4 +1,4 @@
-r"""ASVD's allocation (arXiv:2312.05821): how badly does a unit bear each size, and one threshold for all. Numbers only.
+r"""ASVD's allocation (arXiv:2312.05821): a score for every unit and size, and one threshold for all. Numbers only.
 
 A score says how bad it is to keep a unit at a ratio of its parameters; higher is worse. ASVD has two: the perplexity of
 the model with that one unit truncated (``model.substitution`` measures it), and a guess from its stable rank.
@@ -7,7 +7,7 @@ the model with that one unit truncated (``model.substitution`` measures it), and
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError
 from drank.method.allocation.rules import dense
@@ -16,30 +16,23 @@ from drank.method.allocation.units import DEFAULT, Allocation, Choice, Menu, Uni
 Scores = Mapping[str, Mapping[float, float]]
 
 
-@dataclass(frozen=True)
-class _Option:
-    ratio: float
-    score: float
-    choice: Choice
-
-
 def sensitivity(units: Sequence[Unit], size_ratio: float, scores: Scores, menu: Menu = DEFAULT) -> Allocation:
     r"""Every unit at the smallest ratio that it bears, under the least threshold that meets the budget.
 
     .. math:: \rho_u(t) = \min \{ \rho : \mathrm{score}_u(\rho) \le t \} \cup \{1\}, \qquad
         t^* = \min \{ t : \sum_u \mathrm{price}_u(\rho_u(t)) \le B \}
 
-    Prices fall as t grows, so t* is found by bisection among the scores. The rank of a ratio is :func:`rank_at`, and 1
-    is the dense matrix. Unlike ASVD's own search, which sorts single (unit, ratio) pairs, scores that are equal pass
-    the threshold together, so that the order of units does not matter; and prices are those of the ranks, not ratios,
-    so that the result is never above the budget. It may be well below: a grid of ratios is coarse.
+    Prices fall as t grows, so t* is found by bisection among the scores. The rank of a ratio is ``Menu.rank_at``, and 1
+    is the dense matrix. ASVD's own search sorts single (unit, ratio) pairs; here equal scores pass the threshold
+    together, so that the order of units does not matter. Prices are those of the ranks, not ratios, so the result is
+    never above the budget. It may be well below: a grid of ratios is coarse.
 
     The objective is t*, the worst score accepted, and the bound is t* too: no choice of scored ratios within the budget
     has a better worst one (0 where all stay dense). A unit's share of the objective is its own score, 0 if dense.
 
     Args:
-        scores: by unit name and ratio kept; at least the units' names, with ratios in (0, 1). Ratios of 1 and above are
-            passed by, and so are those for which the menu has no rank.
+        scores: by unit name and ratio kept; at least the units' names, with ratios in (0, 1). Ratios of 1 and above, or
+            without a rank in the menu, are ignored.
 
     Raises:
         ValueError: a unit has no scores, a score is NaN, or the menu has no dense matrix to start from.
@@ -54,7 +47,7 @@ def sensitivity(units: Sequence[Unit], size_ratio: float, scores: Scores, menu: 
         return dense(units)
     options = {u.name: _options(u, scores, menu) for u in units}
     budget = budget_of(units, size_ratio)
-    thresholds = sorted({option.score for row in options.values() for option in row})
+    thresholds = sorted({option.objective_share for row in options.values() for option in row})
 
     def chosen(threshold: float) -> dict[str, Choice]:
         return {u.name: _smallest(u, options[u.name], threshold) for u in units}
@@ -64,8 +57,7 @@ def sensitivity(units: Sequence[Unit], size_ratio: float, scores: Scores, menu: 
 
     index = bisect_left(thresholds, True, key=lambda threshold: price(threshold) <= budget)
     if index == len(thresholds):
-        least = price(math.inf)
-        whole = sum(u.dense_price for u in units)
+        least, whole = price(math.inf), budget_of(units, 1.0)
         raise InfeasibleBudgetError(
             f"size_ratio {size_ratio}: the smallest ratios that have scores keep {least} of {whole} parameters, above "
             f"the budget of {budget}; raise size_ratio to {least / whole:.4f} or more, or score smaller ratios"
@@ -93,33 +85,24 @@ def stable_rank_scores(units: Iterable[Unit], ratios: Sequence[float]) -> dict[s
     return {u.name: {ratio: -_root_stable_rank(u) * ratio**0.1 for ratio in ratios} for u in units}
 
 
-def rank_at(unit: Unit, ratio: float, menu: Menu = DEFAULT) -> int | None:
-    """The largest rank offered whose price is at most ratio * out * in; None where there is none."""
-    ranks = menu.ranks(unit)
-    affordable = ranks[menu.price(unit, ranks) <= ratio * unit.dense_price + 1e-6]
-    return int(affordable[-1]) if len(affordable) else None
-
-
-def _options(unit: Unit, scores: Scores, menu: Menu) -> list[_Option]:
-    """By ratio, ascending."""
+def _options(unit: Unit, scores: Scores, menu: Menu) -> list[Choice]:
+    """By ratio, ascending; a choice's share of the objective is its score."""
     if unit.name not in scores:
         raise ValueError(
-            f"{unit.name}: has no scores (there are {len(scores)} units that have); measure the same targets that are "
-            f"allocated"
+            f"{unit.name}: has no scores ({len(scores)} units have); measure the same targets that are allocated"
         )
     options = []
     for ratio, score in sorted(scores[unit.name].items()):
         if math.isnan(score):
             raise ValueError(f"{unit.name}: the score at ratio {ratio} is NaN; measure it again, or leave it out")
-        rank = rank_at(unit, ratio, menu)
+        rank = menu.rank_at(unit, ratio)
         if ratio < 1 and rank is not None:
-            choice = Choice(rank, menu.storage, int(menu.price(unit, rank)), float(score))
-            options.append(_Option(ratio, float(score), choice))
+            options.append(menu.choice(unit, rank, float(score)))
     return options
 
 
-def _smallest(unit: Unit, options: Sequence[_Option], threshold: float) -> Choice:
-    return next((option.choice for option in options if option.score <= threshold), dense_choice(unit, 0.0))
+def _smallest(unit: Unit, options: Sequence[Choice], threshold: float) -> Choice:
+    return next((option for option in options if option.objective_share <= threshold), dense_choice(unit, 0.0))
 
 
 def _root_stable_rank(unit: Unit) -> float:

@@ -1,7 +1,7 @@
-"""How ranks are allocated: a table, whose rows are names that params.yaml may have.
+"""The table of allocation rules, whose rows params.yaml may name.
 
-``accepts`` names the parameters that a rule reads. params.yaml is checked against it, so a parameter that
-would be ignored is refused when it is read. docs/extending.md adds a row.
+``accepts`` names the parameters that a rule reads. params.yaml is checked against it, so that no parameter is ignored.
+docs/extending.md adds a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,8 @@ class Rule:
     Attributes:
         allocate: (units, size_ratio, menu, given) -> an allocation; ``given`` has the parameters that the rule accepts
             and, under ``measured``, perplexities by matrix and ratio, or None.
-        accepts: parameters of section ``presets`` that the rule reads, those of the menu among them.
-        blocks: MLPs that lose channels may be among the units.
+        accepts: parameters of section ``presets`` that the rule reads, the menu's among them.
+        blocks: True allows MLPs that lose channels among the units.
         storages: forms that the rule can price.
     """
 
@@ -61,14 +61,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-def allocate(
-    units: Sequence[Unit | Block],
-    size_ratio: float,
-    menu: Menu,
-    rule: str,
-    given: Given,
-) -> Allocation:
-    """Ranks by the rule of that name; without a place for blocks, a rule is shown the matrices alone.
+def allocate(units: Sequence[Unit | Block], size_ratio: float, menu: Menu, rule: str, given: Given) -> Allocation:
+    """Ranks by the rule of that name, which sees blocks only if it allows them.
 
     Raises:
         InfeasibleBudgetError: the budget does not pay for the least that the rule may choose.

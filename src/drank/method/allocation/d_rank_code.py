@@ -1,7 +1,7 @@
 r"""The ranks of D-Rank's released code, which are not those of its paper (arXiv:2509.25622). Numbers only.
 
 Written from a description of that code (github.com/Rainbow0427/D_rank at 0ef4a69), to be compared with the paper's own
-rule, ``allocation.effective_rank``. What the paper does not say:
+rule, ``allocation.effective_rank``. The paper does not say that:
 
 * A type falls back to uniform ranks unless Eq. 7 drops less energy. Gate is always uniform. Queries, keys and values
   never are; where key/value heads are grouped, queries and keys always are and values go by the test.
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from drank.method.allocation.knapsack import InfeasibleBudgetError, Options, relax
+from drank.method.allocation.knapsack import InfeasibleBudgetError, relax
+from drank.method.allocation.rules import effective_rank_options
 from drank.method.allocation.units import (
     DEFAULT,
     Allocation,
@@ -43,8 +44,7 @@ def released(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu =
 
     Read into the description, or changed:
 
-    * Ranks end at the number of components that a unit has; there, at the smaller side of one layer, and those of
-      values at 4096.
+    * Ranks end at the number of components that a unit has; there, at the smaller side of one layer, values at 4096.
     * Steps of ±1 that end above the type's budget are followed by steps down; there, the excess stays.
     * Uniform ranks take no steps. With grouped heads, values that follow Eq. 7 take a second pass after the exchange.
     * Heads are grouped where all value units together have fewer outputs than all query units.
@@ -66,25 +66,78 @@ def released(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu =
     ordered = sorted(units, key=lambda u: (u.layer, u.name))
     grouped = _has_grouped_heads(ordered)
     ranks: dict[str, int] = {}
-    stepped_again: list[list[Unit]] = []
-    for members in by_kind(ordered).values():
-        budget = budget_of(members, size_ratio)
-        eq7, uniform = _eq7(members, size_ratio), _uniform(members, size_ratio)
-        if _is_dynamic(members, eq7, uniform, grouped):
-            ranks |= _named(members, _stepped(members, eq7, budget))
-            if grouped and members[0].role == "value":
-                stepped_again.append(members)
-        else:
-            ranks |= _named(members, _lowered(members, uniform, budget))
+    stepped_again: list[_Type] = []
+    for members in by_kind(ordered):
+        kind, budget = _Type(members), budget_of(members, size_ratio)
+        eq7, uniform = kind.eq7(size_ratio), kind.uniform(size_ratio)
+        dynamic = _is_dynamic(members[0].role, grouped, kind.tail_energy(eq7) < kind.tail_energy(uniform))
+        ranks |= kind.named(kind.stepped(eq7, budget) if dynamic else kind.lowered(uniform, budget))
+        if dynamic and grouped and members[0].role == "value":
+            stepped_again.append(kind)
         _check_feasible(members, ranks, budget, size_ratio)
     exchanged = ranks | _exchanged(ordered, ranks, beta)
-    for members in stepped_again:
-        before, after = _ranks(members, ranks), _ranks(members, exchanged)
-        budget = budget_of(members, size_ratio) + int(_prices(members) @ (after - before))
-        exchanged |= _named(members, _stepped(members, after, budget))
+    for kind in stepped_again:
+        before, after = kind.ranks(ranks), kind.ranks(exchanged)
+        budget = budget_of(kind.units, size_ratio) + int(kind.prices @ (after - before))
+        exchanged |= kind.named(kind.stepped(after, budget))
     choices = {u.name: _choice(u, exchanged[u.name]) for u in units}
     total = budget_of(units, size_ratio)
-    return summed(units, choices, total, relax([_options(u) for u in units], total).bound)
+    bound = relax([effective_rank_options(u, DEFAULT) for u in units], total).bound
+    return summed(units, choices, total, bound)
+
+
+class _Type:
+    """Units as arrays in their order: ω (parameters per rank), R, R/ω, and the largest ranks."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self.prices = np.array([u.out_features + u.in_features for u in units], dtype=np.int64)
+        self.effective_ranks = np.array([u.effective_rank for u in units])
+        self.sensitivity = self.effective_ranks / self.prices
+        self.caps = np.array([min(u.full_rank, len(u.energies)) for u in units], dtype=np.int64)
+
+    def ranks(self, by_name: dict[str, int]) -> Integers:
+        return np.array([by_name[u.name] for u in self.units], dtype=np.int64)
+
+    def named(self, ranks: Integers) -> dict[str, int]:
+        return dict(zip((u.name for u in self.units), ranks.tolist(), strict=True))
+
+    def eq7(self, size_ratio: float) -> Integers:
+        R, budget = self.effective_ranks, size_ratio * sum(u.dense_price for u in self.units)
+        continuous = np.sqrt(self.sensitivity) * budget / np.sqrt(R * self.prices).sum()
+        return np.clip(np.rint(continuous).astype(np.int64), 1, self.caps)
+
+    def uniform(self, size_ratio: float) -> Integers:
+        continuous = np.array([size_ratio * u.dense_price for u in self.units]) / self.prices
+        return np.clip((continuous + 1e-9).astype(np.int64), 1, self.caps)
+
+    def tail_energy(self, ranks: Integers) -> float:
+        return float(sum(u.energies[k:].sum() for u, k in zip(self.units, ranks, strict=True)))
+
+    def stepped(self, ranks: Integers, budget: int) -> Integers:
+        """At most two steps of ±1 per unit towards the budget.
+
+        Only exact equality ends them early. Elsewhere they take ranks from the unit of least R/ω and give them to the
+        unit of the greatest, to and fro across the budget; a last one may have to be taken back.
+        """
+        ranks = ranks.copy()
+        for _ in range(2 * len(ranks)):
+            left = budget - int(self.prices @ ranks)
+            movable = ranks > 1 if left < 0 else ranks < self.caps
+            if left == 0 or not movable.any():
+                break
+            if left < 0:
+                ranks[np.where(movable, self.sensitivity, np.inf).argmin()] -= 1
+            else:
+                ranks[np.where(movable, self.sensitivity, -np.inf).argmax()] += 1
+        return self.lowered(ranks, budget)
+
+    def lowered(self, ranks: Integers, budget: int) -> Integers:
+        """Ranks within the budget, taken from the unit of least R/ω that still has two; all 1 where nothing is."""
+        ranks = ranks.copy()
+        while self.prices @ ranks > budget and (ranks > 1).any():
+            ranks[np.where(ranks > 1, self.sensitivity, np.inf).argmin()] -= 1
+        return ranks
 
 
 def _has_grouped_heads(units: Sequence[Unit]) -> bool:
@@ -93,82 +146,35 @@ def _has_grouped_heads(units: Sequence[Unit]) -> bool:
     return 0 < values < queries
 
 
-def _is_dynamic(members: Sequence[Unit], eq7: Integers, uniform: Integers, grouped: bool) -> bool:
-    """Whether a type follows Eq. 7 rather than falling back to uniform ranks."""
-    role = members[0].role
+def _is_dynamic(role: str | None, grouped: bool, drops_less: bool) -> bool:
+    """True if a type follows Eq. 7 rather than falling back to uniform ranks."""
     if role == "gate" or (grouped and role in ("query", "key")):
         return False
-    if role in ("query", "key", "value") and not grouped:
-        return True
-    return _tail_energy(members, eq7) < _tail_energy(members, uniform)
-
-
-def _eq7(members: Sequence[Unit], size_ratio: float) -> Integers:
-    prices, R = _prices(members), np.array([u.effective_rank for u in members])
-    budget = size_ratio * sum(u.dense_price for u in members)
-    continuous = np.sqrt(R / prices) * budget / np.sqrt(R * prices).sum()
-    return np.clip(np.rint(continuous).astype(np.int64), 1, _caps(members))
-
-
-def _uniform(members: Sequence[Unit], size_ratio: float) -> Integers:
-    continuous = np.array([size_ratio * u.dense_price for u in members]) / _prices(members)
-    return np.clip((continuous + 1e-9).astype(np.int64), 1, _caps(members))
-
-
-def _tail_energy(members: Sequence[Unit], ranks: Integers) -> float:
-    return float(sum(u.energies[k:].sum() for u, k in zip(members, ranks, strict=True)))
-
-
-def _stepped(members: Sequence[Unit], ranks: Integers, budget: int) -> Integers:
-    """At most two steps of ±1 a unit towards the budget.
-
-    Only exact equality ends them early. Elsewhere they take ranks from the unit of least R/ω and give them to that of
-    the greatest, to and fro across the budget; a last one may have to be taken back.
-    """
-    ranks, prices, sensitivity = ranks.copy(), _prices(members), _sensitivity(members)
-    for _ in range(2 * len(members)):
-        left = budget - int(prices @ ranks)
-        movable = ranks > 1 if left < 0 else ranks < _caps(members)
-        if left == 0 or not movable.any():
-            break
-        if left < 0:
-            ranks[np.where(movable, sensitivity, np.inf).argmin()] -= 1
-        else:
-            ranks[np.where(movable, sensitivity, -np.inf).argmax()] += 1
-    return _lowered(members, ranks, budget)
-
-
-def _lowered(members: Sequence[Unit], ranks: Integers, budget: int) -> Integers:
-    """Ranks within the budget, from the unit of least R/ω that still has two; all 1 where nothing is."""
-    ranks, prices, sensitivity = ranks.copy(), _prices(members), _sensitivity(members)
-    while prices @ ranks > budget and (ranks > 1).any():
-        ranks[np.where(ranks > 1, sensitivity, np.inf).argmin()] -= 1
-    return ranks
+    return drops_less or (role in ("query", "key", "value") and not grouped)
 
 
 def _exchanged(units: Sequence[Unit], ranks: dict[str, int], beta: float) -> dict[str, int]:
     """Ranks of queries, keys and values after values were given the share β; none where a side is missing.
 
-    Values take in proportion to their outputs, hence to the layers of a stack; what one cannot use goes rank by rank to
-    the smallest other, and what none can use back to queries and keys in proportion to what they gave.
+    Values take in proportion to their outputs, hence to the layers of a stack. A rest that one cannot use goes rank by
+    rank to the smallest other; a rest that none can use goes back to queries and keys in proportion to their gifts.
     """
-    givers = [u for u in units if u.role in ("query", "key")]
-    takers = [u for u in units if u.role == "value"]
-    giving, taking = _ranks(givers, ranks), _ranks(takers, ranks)
+    givers = _Type([u for u in units if u.role in ("query", "key")])
+    takers = _Type([u for u in units if u.role == "value"])
+    giving, taking = givers.ranks(ranks), takers.ranks(ranks)
     given = np.minimum(np.rint(beta * giving).astype(np.int64), giving - 1)
-    pool = int(_prices(givers) @ given)
-    if pool == 0 or not takers:
+    pool = int(givers.prices @ given)
+    if pool == 0 or not takers.units:
         return {}
-    prices, caps = _prices(takers), _caps(takers)
-    outputs = np.array([u.out_features for u in takers], dtype=np.int64)
-    taken = np.minimum(taking + _shared(pool, outputs, prices), caps)
-    left = pool - int(prices @ (taken - taking))
-    while (able := (taken < caps) & (prices <= left)).any():
+    outputs = np.array([u.out_features for u in takers.units], dtype=np.int64)
+    taken = np.minimum(taking + _shared(pool, outputs, takers.prices), takers.caps)
+    left = pool - int(takers.prices @ (taken - taking))
+    while (able := (taken < takers.caps) & (takers.prices <= left)).any():
         smallest = np.where(able, taken, np.iinfo(np.int64).max).argmin()
         taken[smallest] += 1
-        left -= int(prices[smallest])
-    returned = _shared(left, given * _prices(givers), _prices(givers))
-    return _named(givers, giving - given + returned) | _named(takers, taken)
+        left -= int(takers.prices[smallest])
+    returned = _shared(left, given * givers.prices, givers.prices)
+    return givers.named(giving - given + returned) | takers.named(taken)
 
 
 def _shared(pool: int, weights: Integers, prices: Integers) -> Integers:
@@ -176,15 +182,13 @@ def _shared(pool: int, weights: Integers, prices: Integers) -> Integers:
 
     In Python's integers: a pool times a weight, both in parameters, may exceed 64 bits.
     """
-    whole = sum(weights.tolist())
-    bought = []
-    for weight, price in zip(weights.tolist(), prices.tolist(), strict=True):
-        bought.append(pool * weight // (whole * price))
-    left = pool - sum(n * price for n, price in zip(bought, prices.tolist(), strict=True))
-    for j, price in enumerate(prices.tolist()):
-        if weights[j] > 0 and price <= left:
+    shares, costs = weights.tolist(), prices.tolist()
+    bought = [pool * share // (sum(shares) * cost) for share, cost in zip(shares, costs, strict=True)]
+    left = pool - sum(n * cost for n, cost in zip(bought, costs, strict=True))
+    for j, cost in enumerate(costs):
+        if shares[j] > 0 and cost <= left:
             bought[j] += 1
-            left -= price
+            left -= cost
     return np.array(bought, dtype=np.int64)
 
 
@@ -193,41 +197,11 @@ def _check_feasible(members: Sequence[Unit], ranks: dict[str, int], budget: int,
     if least > budget:
         raise InfeasibleBudgetError(
             f"{members[0].kind}: size_ratio {size_ratio} leaves {budget} parameters to this type, below the least "
-            f"possible {least} (rank 1 everywhere); raise size_ratio to "
-            f"{least / sum(u.dense_price for u in members):.4f} or more"
+            f"possible {least} (rank 1 everywhere); raise size_ratio to {least / budget_of(members, 1.0):.4f} or more"
         )
 
 
 def _choice(unit: Unit, rank: int) -> Choice:
-    price = rank * (unit.out_features + unit.in_features)
-    if price >= unit.dense_price:
+    if DEFAULT.price(unit, rank) >= unit.dense_price:
         return dense_choice(unit, unit.effective_rank / unit.full_rank)
-    return Choice(rank, "factors", price, unit.effective_rank / rank)
-
-
-def _options(unit: Unit) -> Options:
-    """What any allocation of this storage may choose from; the bound needs it."""
-    ranks = DEFAULT.ranks(unit)
-    prices = np.append(DEFAULT.price(unit, ranks), unit.dense_price).astype(np.int64)
-    return Options(prices, unit.effective_rank / np.append(ranks, unit.full_rank))
-
-
-def _prices(members: Sequence[Unit]) -> Integers:
-    """ω, parameters a rank."""
-    return np.array([u.out_features + u.in_features for u in members], dtype=np.int64)
-
-
-def _caps(members: Sequence[Unit]) -> Integers:
-    return np.array([min(u.full_rank, len(u.energies)) for u in members], dtype=np.int64)
-
-
-def _sensitivity(members: Sequence[Unit]) -> NDArray[np.float64]:
-    return np.array([u.effective_rank for u in members]) / _prices(members)
-
-
-def _ranks(members: Sequence[Unit], ranks: dict[str, int]) -> Integers:
-    return np.array([ranks[u.name] for u in members], dtype=np.int64)
-
-
-def _named(members: Sequence[Unit], ranks: Integers) -> dict[str, int]:
-    return dict(zip((u.name for u in members), ranks.tolist(), strict=True))
+    return DEFAULT.choice(unit, rank, unit.effective_rank / rank)

@@ -1,4 +1,4 @@
-r"""The integer program under every allocation: one option a unit, least total cost within a budget.
+r"""The integer program under every allocation: one option per unit, least total cost within a budget.
 
 .. math:: \min \sum_u c_u(j_u) \quad\text{s.t.}\quad \sum_u w_u(j_u) \le B
 
@@ -7,9 +7,9 @@ a multiple-choice knapsack with option costs c (any unit, the same in all units 
 
 The lower convex hull of each unit's (weight, cost) points gives the linear relaxation exactly, and with it a bound: no
 solution costs less. The relaxation, rounded down and filled up, gives a first solution, which only options with a
-reduced cost below the gap can still beat. Where the weights of those have a common divisor, as ranks of matrices of one
-shape have, the part of the budget that no choice can reach is taken off the bound. If a gap is left, SciPy's HiGHS
-searches, over these options alone, so the integer program is small however many ranks there are.
+reduced cost below the gap can still beat. Where their weights have a common divisor, as ranks of matrices of one shape
+have, the bound leaves out the part of the budget that no choice can reach. If a gap is left, SciPy's HiGHS searches
+these options alone, so the integer program is small however many ranks there are.
 
 Reference: Kellerer, Pferschy, Pisinger, Knapsack Problems (2004), ch. 11.
 """
@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class InfeasibleBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What one unit offers: option j weighs weights[j] parameters and costs costs[j]."""
+    """The offer of one unit: option j weighs weights[j] parameters and costs costs[j]."""
 
     weights: NDArray[np.int64]
     costs: NDArray[np.float64]
@@ -50,15 +51,15 @@ class Solution:
 
 
 def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, nodes: int = 20) -> Solution:
-    """Least-cost choice of one option a unit within the budget, with a certified bound.
+    """Least-cost choice of one option per unit within the budget, with a certified bound.
 
     Args:
-        units: what each unit offers; any order of options.
+        units: options of each unit, in any order.
         budget: in parameters.
         relative_gap: HiGHS is not started, or stops, once cost and bound are this close.
-        nodes: limit of the search, in nodes rather than seconds, so that a busy machine finds the same ranks; what the
-            search then has is returned with its honest bound. Models of 210 matrices are within 1e-4 of their bound
-            after 20; 10,000 change the seventh digit of the cost, and take up to 30 seconds.
+        nodes: limit of the search, in nodes rather than seconds, so that a busy machine finds the same ranks. Models of
+            210 matrices are within 1e-4 of their bound after 20; 10,000 change the seventh digit of the cost, and take
+            up to 30 seconds.
 
     Raises:
         InfeasibleBudgetError: even the lightest options do not fit.
@@ -74,8 +75,8 @@ def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, 
 def relax(units: Sequence[Options], budget: int) -> Solution:
     """The linear relaxation rounded down and filled up, with the Lagrangian bound; no integer search.
 
-    The bound needs the lower hulls alone. It therefore also holds for units that are themselves sums of units and offer
-    only the hull of their combinations (:func:`merged`), where that of an integer search would not.
+    The bound needs the lower hulls alone. It also holds for units that are sums of units and offer only the hull of
+    their combinations (:func:`merged`); the bound of an integer search would not.
 
     Raises:
         InfeasibleBudgetError: even the lightest options do not fit.
@@ -86,13 +87,12 @@ def relax(units: Sequence[Options], budget: int) -> Solution:
 def merged(units: Sequence[Options]) -> tuple[Options, NDArray[np.int64]]:
     """Several units as one: the lower hull of all combinations, and which option of each unit (columns) a row takes.
 
-    The hull of a sum is the sum of the hulls, walked in the order of falling cost a parameter.
+    The hull of a sum is the sum of the hulls, walked in the order of falling cost per parameter.
     """
-    hulls = [_lower_hull(u) for u in units]
-    steps = sorted((-_rate(units[u], i, j), u, j) for u, hull in enumerate(hulls) for i, j in pairwise(hull))
+    lightest, steps = _hulls(units)
     picks = np.empty((len(steps) + 1, len(units)), dtype=np.int64)
-    picks[0] = [hull[0] for hull in hulls]
-    for row, (_, u, j) in enumerate(steps, start=1):
+    picks[0] = lightest
+    for row, (_, u, _, j) in enumerate(steps, start=1):
         picks[row] = picks[row - 1]
         picks[row, u] = j
     weights = np.sum([u.weights[picks[:, c]] for c, u in enumerate(units)], axis=0)
@@ -107,14 +107,26 @@ def _relaxed(units: Sequence[Options], budget: int) -> tuple[Solution, float]:
         raise InfeasibleBudgetError(
             f"a budget of {budget} parameters is below the least possible {lightest}; raise size_ratio"
         )
-    choices, multiplier = _rounded_down(units, [_lower_hull(u) for u in units], budget)
-    choices = _fill(units, choices, budget)
-    return _solution(units, choices, _dual(units, multiplier, budget)), multiplier
+    choices, multiplier = _rounded_down(units, budget)
+    # Lagrange: at any multiplier, no solution costs less than the options do that are best by cost and weighted price.
+    bound = float(sum((u.costs + multiplier * u.weights).min() for u in units) - multiplier * budget)
+    return _solution(units, _fill(units, choices, budget), bound), multiplier
+
+
+def _hulls(units: Sequence[Options]) -> tuple[list[int], list[tuple[float, int, int, int]]]:
+    """The lightest option of each hull, and the steps along all hulls: (-cost saved per parameter, unit, from, to)."""
+    hulls = [_lower_hull(unit) for unit in units]
+    steps = [
+        (-_slope(units[u].weights, units[u].costs, i, j), u, i, j)
+        for u, hull in enumerate(hulls)
+        for i, j in pairwise(hull)
+    ]
+    return [hull[0] for hull in hulls], sorted(steps)
 
 
 def _lower_hull(unit: Options) -> list[int]:
     """Options on the lower convex hull, by weight; along it the cost falls, at ever smaller rates."""
-    weights, costs = unit.weights.tolist(), unit.costs.tolist()  # numbers of Python, which this loop reads far faster
+    weights, costs = unit.weights.tolist(), unit.costs.tolist()  # the loop reads Python's numbers far faster
     hull: list[int] = []
     for j in np.lexsort((unit.costs, unit.weights)).tolist():
         if hull and costs[j] >= costs[hull[-1]]:
@@ -127,21 +139,15 @@ def _lower_hull(unit: Options) -> list[int]:
     return hull
 
 
-def _slope(weights: list[int], costs: list[float], i: int, j: int) -> float:
+def _slope(weights: Any, costs: Any, i: int, j: int) -> float:
+    """Cost saved per parameter from option i to the heavier option j."""
     weight = weights[j] - weights[i]
-    return (costs[i] - costs[j]) / weight if weight else np.inf
+    return float((costs[i] - costs[j]) / weight) if weight else np.inf
 
 
-def _rate(unit: Options, i: int, j: int) -> float:
-    """Cost saved a parameter from option i to the heavier option j."""
-    weight = unit.weights[j] - unit.weights[i]
-    return float((unit.costs[i] - unit.costs[j]) / weight) if weight else np.inf
-
-
-def _rounded_down(units: Sequence[Options], hulls: list[list[int]], budget: int) -> tuple[list[int], float]:
-    """Optimum of the linear relaxation, rounded down, and its multiplier: cost a parameter where the budget ran out."""
-    steps = sorted((-_rate(units[u], i, j), u, i, j) for u, hull in enumerate(hulls) for i, j in pairwise(hull))
-    choices = [hull[0] for hull in hulls]
+def _rounded_down(units: Sequence[Options], budget: int) -> tuple[list[int], float]:
+    """Optimum of the linear relaxation, rounded down, and its multiplier: the slope at which the budget ran out."""
+    choices, steps = _hulls(units)
     left = budget - sum(int(unit.weights[c]) for unit, c in zip(units, choices, strict=True))
     for rate, u, i, j in steps:
         step = int(units[u].weights[j] - units[u].weights[i])
@@ -153,7 +159,7 @@ def _rounded_down(units: Sequence[Options], hulls: list[list[int]], budget: int)
 
 
 def _fill(units: Sequence[Options], choices: list[int], budget: int) -> list[int]:
-    """Spend what is left: the unit and option that save most among all that fit, until none does."""
+    """Spend the rest: the unit and option that save most among all that fit, until none does."""
     choices = list(choices)
     left = budget - sum(int(u.weights[c]) for u, c in zip(units, choices, strict=True))
     while True:
@@ -171,11 +177,6 @@ def _fill(units: Sequence[Options], choices: list[int], budget: int) -> list[int
         choices[u] = j
 
 
-def _dual(units: Sequence[Options], multiplier: float, budget: int) -> float:
-    """Lagrangian bound: min over options of cost + multiplier * weight, summed, less multiplier * budget."""
-    return float(sum((u.costs + multiplier * u.weights).min() for u in units) - multiplier * budget)
-
-
 def _solution(units: Sequence[Options], choices: list[int], bound: float) -> Solution:
     weight = sum(int(u.weights[c]) for u, c in zip(units, choices, strict=True))
     cost = float(sum(u.costs[c] for u, c in zip(units, choices, strict=True)))
@@ -183,7 +184,7 @@ def _solution(units: Sequence[Options], choices: list[int], bound: float) -> Sol
 
 
 def _worth_trying(units: Sequence[Options], first: Solution, multiplier: float) -> list[list[int]]:
-    """Options of each unit whose reduced cost is below the gap of the first solution, and that solution's own."""
+    """Options of each unit with a reduced cost below the gap of the first solution, and that solution's own."""
     gap = (first.cost - first.bound) * (1 + 1e-9)
     kept = []
     for unit, choice in zip(units, first.choices, strict=True):
@@ -206,14 +207,9 @@ def _within_reach(
 
 
 def _search(
-    units: Sequence[Options],
-    first: Solution,
-    options: list[list[int]],
-    budget: int,
-    relative_gap: float,
-    nodes: int,
+    units: Sequence[Options], first: Solution, options: list[list[int]], budget: int, relative_gap: float, nodes: int
 ) -> Solution:
-    """HiGHS over some options of each unit, those of the first solution among them."""
+    """HiGHS over some options of each unit, the first solution's among them."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which reading params.yaml need not take
     from scipy.sparse import csr_array
 
@@ -231,16 +227,15 @@ def _search(
             "mip_rel_gap": relative_gap,
             "node_limit": nodes,
             "presolve": False,
-        },  # which takes longer than it saves
+        },  # presolve costs more than it saves
     )
     bound = first.bound if result.mip_dual_bound is None else max(first.bound, result.mip_dual_bound * scale)
-    if result.x is None:
-        return _solution(units, first.choices, bound)
     choices = list(first.choices)
-    for (u, j), taken in zip(kept, result.x, strict=True):
-        if taken > 0.5:
-            choices[u] = j
-    if _solution(units, choices, bound).weight > budget:  # HiGHS holds constraints to 1e-6 only
-        return _solution(units, first.choices, bound)
-    found = _solution(units, _fill(units, choices, budget), bound)  # at its gap HiGHS stops with budget to spare
-    return found if found.cost <= first.cost else _solution(units, first.choices, bound)
+    for i in [] if result.x is None else np.flatnonzero(result.x > 0.5):
+        u, j = kept[i]
+        choices[u] = j
+    if _solution(units, choices, bound).weight <= budget:  # HiGHS holds constraints to 1e-6 only
+        found = _solution(units, _fill(units, choices, budget), bound)  # at its gap HiGHS stops with budget to spare
+        if found.cost <= first.cost:
+            return found
+    return _solution(units, first.choices, bound)

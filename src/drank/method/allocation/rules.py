@@ -8,10 +8,10 @@ A rule gives each unit a cost f_u(k), a storage gives it a price in parameters, 
 The rules (docs/method.md has the derivations):
 
 * ``uniform``: the same share in every unit (SVD-LLM): the largest k whose price is within size_ratio * out * in.
-* ``effective_rank``: D-Rank (arXiv:2509.25622) Eq. 7 a type, min Σ R_u / k_u, then queries and keys give a share β of
-  their *parameters* to values (Eq. 9-12); what a capped unit cannot use goes back and is spent again.
-* ``least_loss``: min Σ_u Σ_{i>k_u} s_i², one budget for the whole model; meaningful where the energies of all units
-  have one unit, as those of the K-FAC metric have (nats).
+* ``effective_rank``: D-Rank (arXiv:2509.25622) Eq. 7 per type, min Σ R_u / k_u, then queries and keys give a share β
+  of their *parameters* to values (Eq. 9-12); parameters that a capped unit cannot use go back and are spent again.
+* ``least_loss``: min Σ_u Σ_{i>k_u} s_i², one budget for the whole model; meaningful where all energies are in one unit,
+  such as the nats of the K-FAC metric.
 """
 
 from collections.abc import Sequence
@@ -31,43 +31,40 @@ from drank.method.allocation.units import (
     budget_of,
     by_kind,
     dense_choice,
-    dense_price,
     summed,
 )
 
 
 def dense(units: Sequence[Unit]) -> Allocation:
     """Nothing is compressed."""
-    return summed(units, {u.name: dense_choice(u, 0.0) for u in units}, sum(u.dense_price for u in units), 0.0)
+    return summed(units, {u.name: dense_choice(u, 0.0) for u in units}, budget_of(units, 1.0), 0.0)
 
 
 def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
     """The same share in every unit: the largest rank offered whose price is at most size_ratio * out * in.
 
     This is SVD-LLM's rule; rounding down in every unit leaves a little of the budget, as in the published tables. The
-    objective is the number of parameters removed, and its bound what the budget asks for.
+    objective is the number of parameters removed, and its bound the number that the budget asks to remove.
 
     Raises:
         InfeasibleBudgetError: a unit cannot have even its smallest rank within its share.
     """
     choices = {}
     for unit in units:
-        ranks = menu.ranks(unit)
-        affordable = ranks[menu.price(unit, ranks) <= size_ratio * unit.dense_price + 1e-6]
+        rank = menu.rank_at(unit, size_ratio)
         if size_ratio >= 1:
             choices[unit.name] = dense_choice(unit, 0.0)
-        elif len(affordable):
-            rank = int(affordable[-1])
-            price = int(menu.price(unit, rank))
-            choices[unit.name] = Choice(rank, menu.storage, price, float(unit.dense_price - price))
+        elif rank is not None:
+            choices[unit.name] = menu.choice(unit, rank, float(unit.dense_price - menu.price(unit, rank)))
         else:
+            ranks = menu.ranks(unit)
             least = int(menu.price(unit, int(ranks[0]))) if len(ranks) else unit.dense_price
             raise InfeasibleBudgetError(
                 f"{unit.name}: size_ratio {size_ratio} of {unit.dense_price} parameters is less than its smallest rank "
                 f"costs ({least}); the least possible is {least / unit.dense_price:.4f}"
             )
     budget = budget_of(units, size_ratio)
-    return summed(units, choices, budget, float(dense_price(units) - budget))
+    return summed(units, choices, budget, float(budget_of(units, 1.0) - budget))
 
 
 def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu = DEFAULT) -> Allocation:
@@ -76,15 +73,15 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: 
     Within a type of equal prices ω the continuous optimum is k_u = B √(R_u/ω) / Σ_j √(R_j ω); the integer optimum with
     caps and the dense option is found by ``knapsack.solve``, so a freed budget is spent again. Rebalancing follows
     Eq. 9-12 with parameters in the place of ranks (the two agree where all prices are equal): every value unit receives
-    the same number of parameters on top of its own; what it cannot use, being dense already, goes back to queries and
-    keys in proportion to what they gave. What rounding leaves in one type is handed to the next.
+    the same number of parameters on top of its own. Parameters that a dense one cannot use go back to queries and keys
+    in proportion to their gifts. A rest that rounding leaves in one type is handed to the next.
 
     Raises:
         InfeasibleBudgetError: a type's budget does not pay for rank 1 everywhere.
     """
-    kinds = sorted(by_kind(units).values(), key=lambda members: (members[0].role != "value", members[0].kind))
+    kinds = sorted(by_kind(units), key=lambda members: (members[0].role != "value", members[0].kind))
     gifts = {
-        members[0].kind: beta * size_ratio * dense_price(members)
+        members[0].kind: beta * size_ratio * sum(u.dense_price for u in members)
         for members in kinds
         if members[0].role in ("query", "key") and any(u.role == "value" for u in units)
     }
@@ -94,8 +91,9 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: 
     for members in kinds:
         kind, is_value = members[0].kind, members[0].role == "value"
         gift = gifts.get(kind, 0.0)
-        budget = size_ratio * dense_price(members) - gift + (returned * gift / pool if gift else 0.0) + left
-        options = [_effective_rank_options(u, menu) for u in members]
+        whole = size_ratio * sum(u.dense_price for u in members)
+        budget = whole - gift + (returned * gift / pool if gift else 0.0) + left
+        options = [effective_rank_options(u, menu) for u in members]
         solution = solve(options, int(budget + 1e-6))
         chosen = _choices(members, menu, options, solution.choices)
         left = budget - solution.weight
@@ -113,8 +111,8 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: 
 def least_loss(units: Sequence[Unit | Block], size_ratio: float, menu: Menu = DEFAULT) -> Allocation:
     r"""Least total loss: min Σ_u Σ_{i>k_u} s_i² within one budget for the whole model; a dense unit loses nothing.
 
-    The energies of all units must have the same unit. Those of the K-FAC metric do: half their sum is the predicted
-    loss in nats a token (docs/method.md). With an input-only metric a global budget is worse than uniform ranks.
+    The energies of all units must have the same unit, as in the K-FAC metric: half their sum is the predicted loss in
+    nats per token (docs/method.md). With an input-only metric a global budget is worse than uniform ranks.
 
     A block is one unit of the knapsack: its options are the lower hull, over cuts and ranks of its matrices, of price
     and loss. With blocks the gap stated is to the Lagrangian bound, which holds for every combination.
@@ -172,12 +170,13 @@ def _loss_options(unit: Unit, menu: Menu) -> Options:
     return _options(unit, menu, unit.base_loss + tails, unit.base_loss)
 
 
-def _effective_rank_options(unit: Unit, menu: Menu) -> Options:
+def effective_rank_options(unit: Unit, menu: Menu) -> Options:
+    """R_u / k_u of the ranks offered, R_u / full rank of the dense matrix."""
     return _options(unit, menu, unit.effective_rank / menu.ranks(unit), unit.effective_rank / unit.full_rank)
 
 
 def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float) -> Options:
-    """The ranks of the menu, and last the dense matrix."""
+    """The ranks of the menu and, last, the dense matrix."""
     prices = np.asarray(menu.price(unit, menu.ranks(unit)), dtype=np.int64)
     if len(prices) and not menu.dense:
         return Options(prices, costs)
@@ -190,13 +189,11 @@ def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: l
 
 def _chosen(unit: Unit, menu: Menu, options: Options, index: int) -> Choice:
     ranks, cost = menu.ranks(unit), float(options.costs[index])
-    if index == len(ranks):
-        return dense_choice(unit, cost)
-    return Choice(int(ranks[index]), menu.storage, int(options.weights[index]), cost)
+    return dense_choice(unit, cost) if index == len(ranks) else menu.choice(unit, int(ranks[index]), cost)
 
 
 def _grown(unit: Unit, menu: Menu, choice: Choice, extra: float) -> Choice:
-    """The choice that the price of this one and so many parameters more will buy."""
-    options = _effective_rank_options(unit, menu)
+    """The choice that the price of this one and ``extra`` parameters buy."""
+    options = effective_rank_options(unit, menu)
     affordable = np.flatnonzero(options.weights <= choice.price + extra + 1e-6)
     return _chosen(unit, menu, options, int(affordable[-1]))

@@ -1,4 +1,4 @@
-"""What a rule chooses from and what it returns: units, their ranks on offer with prices, choices with totals."""
+"""Units with the ranks on offer and their prices, from which a rule chooses, and the choices with their totals."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ PRICES: dict[str, Callable[[int, int, Integer], Integer]] = {
 
 @dataclass(frozen=True)
 class Menu:
-    """Which ranks are offered, and what they cost to store.
+    """Ranks on offer, and their prices in parameters.
 
     Attributes:
         storage: a row of :data:`PRICES`.
@@ -45,20 +45,30 @@ class Menu:
         ranks = np.arange(1, min(len(unit.energies), highest) + 1)
         return ranks[(ranks >= lowest) & (ranks % self.multiple_of == 0) & (self.price(unit, ranks) < unit.dense_price)]
 
+    def rank_at(self, unit: "Unit", ratio: float) -> int | None:
+        """The largest rank offered whose price is at most ratio * out * in; None where there is none."""
+        ranks = self.ranks(unit)
+        affordable = ranks[self.price(unit, ranks) <= ratio * unit.dense_price + 1e-6]
+        return int(affordable[-1]) if len(affordable) else None
+
+    def choice(self, unit: "Unit", rank: int, objective_share: float) -> "Choice":
+        """This rank, as the rule values it."""
+        return Choice(rank, self.storage, int(self.price(unit, rank)), objective_share)
+
 
 DEFAULT = Menu()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One matrix to be given a rank: a layer's, what removed channels leave of it, or a stack of several layers'.
+    """One matrix to be given a rank: a layer's, the rest of it after a removal of channels, or a stack of layers'.
 
     Attributes:
         kind: matrices of one kind share a budget under the rules that allocate by type (``q_proj``, ...).
         role: "query", "key", "value" where the model knows it; rebalancing moves parameters between those.
         energies: squared singular values in the metric, descending; Σ_{i>k} is the loss of keeping k.
         effective_rank: R of the spectrum, 1 <= R <= len(energies).
-        base_loss: what no rank undoes, in the unit of the energies: the cost of the channels that an MLP has lost.
+        base_loss: loss at any rank, in the unit of the energies: the cost of the channels that an MLP has lost.
     """
 
     name: str
@@ -98,7 +108,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a unit was given. form "dense" keeps the matrix as it is: rank = full rank, price = out * in, loss 0."""
+    """A unit's share. form "dense" keeps the matrix as it is: rank = full rank, price = out * in, loss 0."""
 
     rank: int
     form: str
@@ -108,9 +118,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Choices by unit name, with what an auditor asks: objective, certified bound, budget and what was spent of it.
+    """Choices by unit name, with objective, certified bound, budget and the price of all choices.
 
-    cuts says which of its cuts each block was given; choices then has that cut's matrices.
+    cuts[name] is the index of the cut that a block was given; choices then has that cut's matrices.
     """
 
     choices: dict[str, Choice]
@@ -122,12 +132,12 @@ class Allocation:
     cuts: dict[str, int] = field(default_factory=dict)
 
     def matrices(self, units: "Sequence[Unit | Block]") -> list[Unit]:
-        """The matrices that choices speak of: units as they are, of a block those of its cut."""
+        """The matrices that have choices: units themselves, and those of a block's cut."""
         return [m for u in units for m in (u.cuts[self.cuts[u.name]] if isinstance(u, Block) else (u,))]
 
     @property
     def gap(self) -> float:
-        """(objective - bound) / objective; 0 where the ranks are optimal for the rule."""
+        """(objective - bound) / |objective|; 0 where the ranks are optimal for the rule."""
         return max(0.0, self.objective - self.bound) / abs(self.objective) if self.objective else 0.0
 
     @property
@@ -145,25 +155,21 @@ def dense_choice(unit: Unit, objective_share: float) -> Choice:
     return Choice(unit.full_rank, "dense", unit.dense_price, objective_share)
 
 
-def by_kind(units: Sequence[Unit]) -> dict[str, list[Unit]]:
+def by_kind(units: Sequence[Unit]) -> list[list[Unit]]:
     """Units of each kind, in the order in which the kinds first appear."""
     kinds: dict[str, list[Unit]] = {}
     for unit in units:
         kinds.setdefault(unit.kind, []).append(unit)
-    return kinds
-
-
-def dense_price(units: Sequence[Unit | Block]) -> int:
-    return sum(u.dense_price for u in units)
+    return list(kinds.values())
 
 
 def budget_of(units: Sequence[Unit | Block], size_ratio: float) -> int:
     """Parameters that may be kept, rounded down."""
-    return int(size_ratio * dense_price(units) + 1e-6)
+    return int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
 
 
 def summed(units: Sequence[Unit | Block], choices: dict[str, Choice], budget: int, bound: float) -> Allocation:
     """The allocation that these choices make, with its totals; a bound above the objective is rounding."""
     objective = float(sum(choice.objective_share for choice in choices.values()))
-    price = sum(c.price for c in choices.values())
-    return Allocation(choices, objective, min(bound, objective), budget, price, dense_price(units))
+    price, targeted = sum(c.price for c in choices.values()), sum(u.dense_price for u in units)
+    return Allocation(choices, objective, min(bound, objective), budget, price, targeted)

@@ -1,0 +1,92 @@
+"""The steps one after the other, on dicts: a random model, without DVC, stages or a folder of data."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from drank.model.perplexity import token_perplexity
+from drank.project.params import read_params
+from drank.project.processes import Group
+from drank.project.progress import progress
+from drank.steps.allocation import allocation, table
+from drank.steps.compression import compress
+from drank.steps.covariance import collect
+from drank.steps.spectrum import add_sensitivity, factorise
+from tests import tiny
+
+
+class Store(dict):
+    """What a TensorFolder is, in memory."""
+
+    def rows(self, name, k):
+        return {key: tensor[:k] for key, tensor in self[name].items()}
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    file = tmp_path_factory.mktemp("params") / "params.yaml"
+    file.write_text(tiny.PARAMS)
+    return read_params(file)
+
+
+def windows():
+    return torch.randint(0, 320, (8, 32), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def covariances(params):
+    store, told, model = Store(), [], tiny.llama()
+    summary = collect(
+        model, windows(), params.covariance, Group(), store, {}, told.append, partial(progress, quiet=True)
+    )
+    assert told[0] == "14 linears with 18,432 parameters to compress; left as it is:"
+    return store, summary
+
+
+def factored(params, key, covariances):
+    store = Store()
+    bar = partial(progress, quiet=True, desc=key)
+    asked = params.spectrum[key]
+    return store, factorise(tiny.llama(), asked, params.covariance, *covariances, Group(), store, bar)
+
+
+@pytest.mark.parametrize("variant", ["svd-llm-80", "d-rank-80", "kfac-80"])
+def test_a_model_is_compressed_within_its_budget_and_predicts_about_the_same(params, covariances, variant):
+    asked, preset = params.variant(variant)
+    store, summary = factored(params, asked.spectrum, covariances)
+    values = {name: s.numpy() for name, s in store["singular_values"].items()}
+    document = allocation(variant, asked, preset, values, summary)
+    assert document["price"] <= document["budget"] == int(0.8 * document["targeted_parameters"])
+    assert len(table(document["units"]).splitlines()) == 1 + len(document["units"]) == 15
+    dense, model = tiny.llama(), compress(tiny.llama(), document["units"], store, {"variant": variant})
+    assert model.config.quantization_config.provenance == {"variant": variant}
+    before, after = (token_perplexity(m, windows(), 4)[0] for m in (dense, model))
+    assert after == pytest.approx(before, rel=0.02)
+
+
+def test_the_summary_of_a_spectrum_describes_every_file_of_its_store(params, covariances):
+    store, summary = factored(params, "kfac", covariances)
+    rows = summary["units"] + [m for b in summary["blocks"] for cut in b["cuts"] for m in cut["matrices"]]
+    assert {f"factors/{row['factors']}" for row in rows} == {name for name in store if name.startswith("factors/")}
+    for row in rows:
+        held = store[f"factors/{row['factors']}"]["vectors"]
+        assert held.shape == (
+            len(store["singular_values"][row["factors"]]),
+            min(row["out_features"], row["in_features"]),
+        )
+    cuts = {f"cuts/{block['name']}.{n}" for block in summary["blocks"] for n in (48, 32)}
+    assert {name for name in store if name.startswith("cuts/")} == cuts
+
+
+def test_sensitivity_measures_every_matrix_at_every_ratio(params, covariances):
+    asked = params.spectrum["input"].model_copy(update={"sensitivity_windows": 2, "sensitivity_ratios": (0.3, 0.6)})
+    store, summary = factored(params, "input", covariances)
+    model = tiny.llama()
+    bar = partial(progress, quiet=True, desc="sensitivity")
+    add_sensitivity(summary, model, asked, params.covariance, store.rows, windows()[:2], Group(), bar)
+    assert set(summary["sensitivity"]) == {row["name"] for row in summary["units"]}
+    assert all(set(scores) == {0.3, 0.6} for scores in summary["sensitivity"].values())
+    assert np.isfinite([s for scores in summary["sensitivity"].values() for s in scores.values()]).all()
+    assert summary["computed_in"] == {"covariance": "float32", "sensitivity": "float32"}
