@@ -22,7 +22,7 @@ from mlflow.entities import Metric, Param, RunTag
 from drank.cli.promote import TagError
 from drank.cli.promote import promote as command
 from drank.preflight import preflight
-from drank.project.git import origin
+from drank.project import git
 from drank.project.redaction import redact, redact_logs
 from drank.tracking import TrackingError, open_store, projection, track
 from drank.tracking.names import LONGEST_NAME, LONGEST_PARAM, name_of, named
@@ -238,7 +238,7 @@ def test_the_way_to_a_repository_has_no_password(toy_project):
         ("git@github.com:a.git", "git@github.com:a.git"),
     ):
         run(toy_project, "git", "config", "remote.origin.url", url)
-        assert origin(toy_project) == expected
+        assert git.origin(toy_project) == expected
 
 
 # git that cannot say
@@ -251,7 +251,7 @@ def dubious(root, patch):
 
 
 def not_installed(root, patch):
-    patch.setattr(projection.shutil, "which", lambda name: None)
+    patch.setattr(git, "GIT", ("no-such-git",))
     return "git is not installed"
 
 

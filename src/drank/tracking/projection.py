@@ -1,9 +1,7 @@
 """One run per variant, under one run per state of dvc.lock."""
 
-import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from drank import __version__
 from drank.project.dvc import LockError, read_lock
 from drank.project.files import file_sha256
+from drank.project.git import GitError, head
 from drank.project.params import Preset, Spectrum
 from drank.project.state import State, Variant, check_written, outs_of, read_state, sha256_of
 from drank.tracking import view
@@ -319,19 +318,14 @@ def _links(git: dict[str, str]) -> str:
 def git_tags(root: Path) -> dict[str, str]:
     """Commit and whether the tree differs from it; nothing outside git, no commit before the first one.
 
-    ``git.unknown`` says why there is no answer in a repository: git refuses to look into it, or is not installed.
+    ``git.unknown`` has git's words where there is a repository and no answer.
     """
-    inside = any(os.path.lexists(folder / ".git") for folder in (root.resolve(), *root.resolve().parents))
-    if shutil.which("git") is None:
-        return {"git.unknown": "git is not installed"} if inside else {}
-    status, head = (
-        subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        for arguments in (["status", "--porcelain"], ["rev-parse", "--verify", "--quiet", "HEAD"])
-    )
-    if status.returncode != 0:
-        return {"git.unknown": (status.stderr.strip() or "git status failed").splitlines()[0]} if inside else {}
-    tags = {"git.dirty": "true" if status.stdout.strip() else "false"}
-    if head.returncode != 0:
-        return tags
-    commit = head.stdout.strip()
-    return tags | {"git.commit": commit, "mlflow.source.git.commit": commit}
+    try:
+        found = head(root)
+    except GitError as error:
+        return {"git.unknown": str(error)}
+    if found is None:
+        return {}
+    commit, is_dirty = found
+    tags = {"git.dirty": "true" if is_dirty else "false"}
+    return tags | ({"git.commit": commit, "mlflow.source.git.commit": commit} if commit else {})
