@@ -15,6 +15,7 @@ from drank.preflight.machine import disk, memory
 from drank.preflight.model import packages, positions, sizes, tokens
 from drank.preflight.tasks import tasks
 from drank.project.params import ParamsError, read_params
+from drank.project.redaction import redact
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     sources, tasks, tokens, positions, packages, sizes, disk, memory,
@@ -37,4 +38,5 @@ def preflight(root: Path) -> list[Finding]:
             found += check()
         except Exception as error:  # of files that are not what they should be: whatever reads them next says more
             found.append(Finding("cannot say", f"{name}: not checked: {type(error).__name__}: {error}"))
-    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+    said = (Finding(finding.level, redact(finding.text)) for finding in found)
+    return sorted(said, key=lambda finding: LEVELS.index(finding.level))
