@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from drank.audit import audit
 from drank.model.layers import FactorLinear, PivotLinear
 from drank.model.lora import CURVE, Healing, Plan, divergence, matrices
+from drank.model.quantizer import attach, swap_modules
 from drank.model.vocabulary import TokenError
 from drank.project.checkpoint import Checkpoint
 from drank.project.files import file_sha256, read_json, write_json, write_text
 from drank.project.params import Healing as HealingSection
 from drank.project.params import ParamsError, read_params
 from drank.project.progress import progress
-from drank.steps.healing import heal
+from drank.steps.healing import HealingError, heal
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.tracking import track
 from tests import tiny
@@ -44,6 +45,12 @@ def compressed():
     kept, rest = layer.mlp.up_proj.weight.detach()[:12], torch.randn(52, 12) / 10
     layer.mlp.up_proj = PivotLinear.from_factors(kept.clone(), rest, torch.randperm(64))
     return model.bfloat16()
+
+
+def saveable():
+    """The same kind of model as a folder gives it."""
+    specs = {"model.layers.0.self_attn.q_proj": {"form": "factors", "out_features": 32, "in_features": 32, "rank": 9}}
+    return attach(swap_modules(tiny.llama(), specs), specs, {"variant": "v"})
 
 
 def windows(n=6, length=16):
@@ -275,7 +282,14 @@ def test_token_ids_beyond_the_vocabulary_are_told(tmp_path):
     text, kept = {"tokens": torch.full((64,), 999)}, Checkpoint(tmp_path, {})
     asked = HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
     with pytest.raises(TokenError, match="calibration_text.safetensors: holds token id 999"):
-        heal(lambda name, dtype: compressed().to(dtype), text, asked, torch.float32, "0" * 64, kept, progress)
+        heal(lambda *_: saveable(), text, asked, torch.float32, "0" * 64, kept, progress)
+
+
+def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained(tmp_path):
+    """Such as a variant at size_ratio 1.0, or one whose ranks on offer all cost more than its matrices."""
+    text, asked = {"tokens": torch.arange(300)}, HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
+    with pytest.raises(HealingError, match="no matrix was compressed"):
+        heal(lambda *_: tiny.llama(), text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
 
 
 def test_the_dense_model_is_not_healed(tmp_path):
