@@ -10,12 +10,14 @@ each into its place costs, where 1 is nothing.
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import truediv
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drank.model.benchmark import Quartiles, round_robin
+from drank.model.benchmark import round_robin
 from drank.model.layers import FactorLinear, PivotLinear
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in, out: queries, gate and up, down of a Llama of 7B
@@ -37,13 +39,17 @@ def pivot_rank(n_in: int, n_out: int, size: float) -> int:
 
 def factor_layer(n_in: int, n_out: int, size: float, dtype: torch.dtype) -> FactorLinear:
     rank = factor_rank(n_in, n_out, size)
-    return FactorLinear.from_factors(random(n_out, rank, dtype), random(rank, n_in, dtype))
+    layer = FactorLinear(n_in, n_out, rank, bias=False, dtype=dtype)
+    layer.load_state_dict({"weight": random(n_out, rank, dtype), "basis": random(rank, n_in, dtype)})
+    return layer
 
 
 def pivot_layer(n_in: int, n_out: int, size: float, dtype: torch.dtype) -> PivotLinear:
     rank = pivot_rank(n_in, n_out, size)
+    layer = PivotLinear(n_in, n_out, rank, bias=False, dtype=dtype, in_order=False)
     kept, coefficients = random(rank, n_in, dtype), random(n_out - rank, rank, dtype)
-    return PivotLinear.from_factors(kept, coefficients, torch.randperm(n_out))
+    layer.load_state_dict({"weight": kept, "coefficients": coefficients, "places": torch.randperm(n_out)})
+    return layer
 
 
 def random(n_rows: int, n_columns: int, dtype: torch.dtype) -> Tensor:
@@ -83,10 +89,11 @@ def main() -> None:
                 times = round_robin({case: partial(seconds, run) for case, run in runs.items()}, rounds)
                 for size in SIZES:
                     pivot = layers[size, "pivot"]
-                    places_in_weights = pivot.index_bytes / dtype.itemsize if n_tokens == 1 else 0
-                    limit = (pivot.n_parameters + places_in_weights) / dense.weight.numel()
+                    places_in_weights = pivot.places.numel() * 4 / dtype.itemsize if n_tokens == 1 else 0
+                    numbers = sum(parameter.numel() for parameter in pivot.parameters())
+                    limit = (numbers + places_in_weights) / dense.weight.numel()
                     factors, whole, order = (
-                        Quartiles.of_ratios(times[size, name], times[reference]).median
+                        median(map(truediv, times[size, name], times[reference]))
                         for name, reference in (
                             ("factors", (1.0, "dense")),
                             ("pivot", (1.0, "dense")),
@@ -96,7 +103,7 @@ def main() -> None:
                     print(
                         f"{n_in:5} x {n_out:5}, {str(dtype)[6:]:8}, {n_tokens:3}, {size}    {limit:.3f}   "
                         f"{factors:7.2f}   {whole:5.2f}   {order:5.2f}    "
-                        f"({1000 * Quartiles.of(times[1.0, 'dense']).median:.1f})"
+                        f"({1000 * median(times[1.0, 'dense']):.1f})"
                     )
 
 

@@ -5,9 +5,7 @@
 tests/test_reference.py draws them again and compares.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from drank.project.files import read_json
-from drank.views.pictures import original_parameters, png, rank_heat_map
+from drank.views.matrices import CHANNELS, Allocation, matrices
+from drank.views.pictures import png, rank_heat_map
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES = REPOSITORY / "docs/images"
-Allocation = Mapping[str, Any]
 
 
 def allocation(name: str, root: str = "study/") -> Allocation:
@@ -108,30 +106,18 @@ def profile() -> Figure:
     document = allocation("kfac-80", root="")
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     attention, mlp, share = figure.subplots(3, 1, sharex=True)
-    before, after = {}, {}
-    kinds = list(dict.fromkeys(unit["kind"] for unit in document["units"]))
-    colors = dict(zip(kinds, (colormaps["tab10"](n) for n in range(len(kinds))), strict=True))
-    for unit, size in zip(document["units"], original_parameters(document), strict=True):
-        before[unit["layer"]] = before.get(unit["layer"], 0) + size
-        after[unit["layer"]] = after.get(unit["layer"], 0) + unit["price"]
-    for kind in kinds:
-        rows = [unit for unit in document["units"] if unit["kind"] == kind]
-        axes = mlp if rows[0]["role"] in ("gate", "up", "down") else attention
-        layers, ranks = [r["layer"] for r in rows], [r["rank"] / r["full_rank"] for r in rows]
-        axes.plot(layers, ranks, color=colors[kind], label=kind, linewidth=1)
-        for filled, face in ((True, colors[kind]), (False, "white")):
-            points = [n for n, row in enumerate(rows) if (row["form"] == "dense") == filled]
-            axes.scatter(
-                [layers[n] for n in points],
-                [ranks[n] for n in points],
-                s=22,
-                color=[face],
-                edgecolors=[colors[kind]],
-                zorder=3,
-            )
-    kept = [block["channels"] / block["full_channels"] for block in document["blocks"]]
-    mlp.step(range(len(kept)), kept, where="mid", color="black", linestyle=":", label="channels")
-    share.bar(sorted(before), [after[layer] / before[layer] for layer in sorted(before)], color="grey", width=0.8)
+    table = matrices(document).eval("kept = rank / full_rank")
+    for number, (kind, rows) in enumerate(table[table["kind"] != CHANNELS].groupby("kind", sort=False)):
+        axes = mlp if rows["role"].iloc[0] in ("gate", "up", "down") else attention
+        color = colormaps["tab10"](number)
+        axes.plot(rows["layer"], rows["kept"], color=color, label=kind, linewidth=1)
+        for dense, face in ((True, color), (False, "white")):
+            points = rows[(rows["form"] == "dense") == dense]
+            axes.scatter(points["layer"], points["kept"], s=22, color=[face], edgecolors=[color], zorder=3)
+    channels = table.loc[table["kind"] == CHANNELS, "kept"]
+    mlp.step(range(len(channels)), channels, where="mid", color="black", linestyle=":", label="channels")
+    by_layer = table.groupby("layer")[["price", "size"]].sum().eval("price / size")
+    share.bar(by_layer.index, by_layer, color="grey", width=0.8)
     share.axhline(document["kept_ratio"], color="black", linewidth=0.8, linestyle=":")
     for axes, label in ((attention, "rank / full rank"), (mlp, "rank / full rank"), (share, "parameters kept")):
         axes.set(ylim=(0, 1.08), ylabel=label)

@@ -22,7 +22,7 @@ def main(seed: str, root: Path = Path()) -> None:
     params.check_seed(seed)
     asked, destination = params.covariance, root / "data/covariance" / seed
     if must_launch(asked.processes):
-        launch(asked.processes, "stages.covariance", seed, "--root", str(root), fills=destination)
+        launch(asked.processes, "stages.covariance", seed, "--root", str(root))
         return
     with process_group(asked.threads, asked.device) as group, group.replacing_folder(destination) as folder:
         inputs = Inputs(root)

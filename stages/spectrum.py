@@ -19,7 +19,7 @@ def main(key: str, root: Path = Path()) -> None:
     params = read_params(root / "params.yaml")
     on, asked, destination = params.covariance, params.factors(key), root / "data/spectrum" / key
     if must_launch(on.processes):
-        launch(on.processes, "stages.spectrum", key, "--root", str(root), fills=destination)
+        launch(on.processes, "stages.spectrum", key, "--root", str(root))
         return
     seed, measured = asked.calibration_seed, asked.sensitivity_windows
     covariances = root / f"data/covariance/{seed}"

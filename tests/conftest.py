@@ -10,10 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which stages set when they are imported
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # which benchmarks set when they are imported
 
 import pytest
 import torch
+import wrapt
 from filelock import FileLock
 from hypothesis import settings
 
@@ -21,7 +23,7 @@ from tests import tiny, warm
 
 # The same examples on every run and no time limit, so that a red test is red for everyone, on a busy machine too.
 # HYPOTHESIS_PROFILE=default searches new examples.
-settings.register_profile("drank", derandomize=True, deadline=None)
+settings.register_profile("drank", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "drank"))
 
 
@@ -41,13 +43,14 @@ QUIET = {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEME
 
 
 def pytest_configure(config):
-    if PROGRAMS in os.environ:
-        return
-    cleanup = ExitStack()
-    folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="drank-")))
-    os.environ[PROGRAMS] = str(cleanup.enter_context(warm.programs(folder, os.environ | QUIET)))
-    cleanup.callback(os.environ.pop, PROGRAMS)
-    config.add_cleanup(cleanup.close)
+    if PROGRAMS not in os.environ:
+        cleanup = ExitStack()
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="drank-")))
+        os.environ[PROGRAMS] = str(cleanup.enter_context(warm.programs(folder, os.environ | QUIET)))
+        cleanup.callback(os.environ.pop, PROGRAMS)
+        config.add_cleanup(cleanup.close)
+    database = Path(os.environ[PROGRAMS]) / "mlflow.db"
+    wrapt.register_post_import_hook(lambda _: warm.copy_databases(database), "mlflow.store.db.utils")
 
 
 # Files that take long. Two of the first three need no ``reproduced`` project, which one process makes for both
@@ -99,9 +102,9 @@ def reproduced(tmp_path_factory):
     return shared / "project"
 
 
-def reproduce(root):
-    """What the fixture is, in any folder."""
-    tiny.project(root)
+def sow(root, sources=tiny.project):
+    """A clone in small, of which nothing is reproduced: our dvc.yaml, stages and package, with these sources."""
+    sources(root)
     for file in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(REPOSITORY / file, root)
     for folder in ("stages", "src"):
@@ -110,6 +113,11 @@ def reproduce(root):
     run(root, "git", "config", "user.name", "someone")
     run(root, "git", "config", "user.email", "someone@example.org")
     run(root, sys.executable, "-m", "dvc", "init", "-q")
+
+
+def reproduce(root, sources=tiny.project):
+    """The same, reproduced and committed."""
+    sow(root, sources)
     run(root, sys.executable, "-m", "dvc", "repro")
     run(root, "git", "add", ".")
     run(root, "git", "commit", "-q", "-m", "Everything reproduced")
@@ -121,3 +129,21 @@ def project(reproduced, tmp_path_factory):
     root = tmp_path_factory.mktemp("module") / "project"
     shutil.copytree(reproduced, root, symlinks=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def toy_made(tmp_path_factory):
+    """The project of tests.toy, reproduced and committed, with an empty store. Copy it before changing anything."""
+    from tests import toy
+
+    return toy.made(tmp_path_factory.mktemp("toy") / "project")
+
+
+@pytest.fixture
+def toy_project(toy_made, tmp_path, monkeypatch):
+    """A copy for one test, and no other store in the environment."""
+    from tests import toy
+
+    for name in toy.STORE:
+        monkeypatch.delenv(name, raising=False)
+    return toy.copied(toy_made, tmp_path)

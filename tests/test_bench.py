@@ -3,117 +3,63 @@
 import inspect
 import itertools
 import json
-import statistics
 import sys
 from importlib.metadata import version
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from mlflow import MlflowClient
-from rich.console import Console
 from typer.testing import CliRunner
 
 from drank.cli import commands
-from drank.cli.bench import BenchError, find_targets
-from drank.model.benchmark import FIGURES, PARTS, BenchmarkError, Quartiles, Subject, measure, round_robin
+from drank.cli.bench import BenchError, find_models, log
+from drank.model.benchmark import FIGURES, BenchmarkError, Subject, quartiles, round_robin
 from drank.project.params import ParamsError
-from drank.tracking import TrackingError, find_runs, log_speed
-from drank.views.speed import SHOWN, bars, table
-from tests import tiny
+from drank.project.processes import ProcessError
+from drank.tracking import TrackingError, find_runs, log_speed, track
+from drank.views.speed import SHOWN
+from tests import compressed, tiny
 from tests.conftest import run
+from tests.toy import Runs
 
-POSITIVE = st.floats(1e-6, 1e6)
-PROMPT = torch.arange(12)[None]
-BATCH = torch.arange(24).reshape(3, 8)
-
-
-@pytest.fixture(autouse=True)
-def no_store_named(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
-        monkeypatch.delenv(name, raising=False)
+WINDOWS = torch.arange(36).reshape(3, 12)
+PARTS = ("prefill", "generation", "forward")
 
 
 def clock_of(*times):
     return iter(times).__next__
 
 
-def subject(model=None, prompt=PROMPT, batch=BATCH, new_tokens=4, **options):
-    return Subject(model or tiny.llama(), prompt, batch, new_tokens, **options)
-
-
-# Statistics
+def subject(model=None, windows=WINDOWS, new_tokens=4, **options):
+    return Subject(model or tiny.llama(), windows, new_tokens, **options)
 
 
 def test_quartiles_by_hand():
-    assert Quartiles.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Quartiles(2.0, 3.0, 4.0)
-    assert Quartiles.of([1.0, 2.0]) == Quartiles(1.25, 1.5, 1.75)
-    assert Quartiles.of([7.0]) == Quartiles(7.0, 7.0, 7.0)
+    for samples, expected in (
+        ([4.0, 1.0, 3.0, 2.0, 5.0], (2.0, 3.0, 4.0)),
+        ([1.0, 2.0], (1.25, 1.5, 1.75)),
+        ([7.0], (7.0, 7.0, 7.0)),
+    ):
+        assert quartiles(samples) == dict(zip(("lower", "median", "upper"), expected, strict=True))
 
 
-@given(st.lists(POSITIVE, min_size=1, max_size=20))
-def test_quartiles_are_those_of_numpy_and_of_statistics(samples):
-    found = Quartiles.of(samples)
-    assert found.median == pytest.approx(statistics.median(samples))
-    assert (found.lower, found.upper) == pytest.approx(tuple(np.quantile(samples, [0.25, 0.75])))
-
-
-def test_ratios_are_taken_within_a_round():
-    """Half-way through, the machine gets ten times as slow: the ratio of medians would be 2 * 5.5 / 1."""
-    assert Quartiles.of_ratios([2.0, 20.0, 20.0], [1.0, 10.0, 10.0]) == Quartiles(2.0, 2.0, 2.0)
-    assert Quartiles.of_ratios([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == Quartiles(1.5, 2.0, 2.5)
-
-
-@given(st.lists(POSITIVE, min_size=1, max_size=20))
-def test_the_ratio_to_itself_is_one(samples):
-    assert Quartiles.of_ratios(samples, samples) == Quartiles(1.0, 1.0, 1.0)
-
-
-# Order
-
-
-def test_round_robin_takes_turns_and_drops_the_first_rounds():
-    calls = []
+def test_round_robin_takes_turns_and_drops_the_first_round():
+    calls, rounds = [], []
 
     def case(name):
         return lambda: calls.append(name) or len(calls)
 
-    found = round_robin({name: case(name) for name in "abc"}, repeats=2, warmup=1)
+    found = round_robin({name: case(name) for name in "abc"}, 2, lambda rows: rounds.extend(rows) or rows)
     assert "".join(calls) == "abcabcabc"
     assert found == {"a": [4, 7], "b": [5, 8], "c": [6, 9]}
-
-
-def test_every_model_does_a_part_before_any_does_the_next():
-    calls = []
-
-    def model(name):
-        def do(part):
-            calls.append((part, name))
-            return {figure: 1.0 for figure in FIGURES if figure in GIVEN[part]}
-
-        return do
-
-    rounds = []
-    found = measure({name: model(name) for name in "ab"}, 2, progress=lambda rows: rounds.extend(rows) or rows)
-    assert calls == 3 * list(itertools.product(PARTS, "ab"))
-    assert found == {name: {figure: [1.0, 1.0] for figure in FIGURES} for name in "ab"}
     assert rounds == [0, 1, 2]
 
 
-GIVEN = {"prefill": {"prefill"}, "generation": {"first_token", "decode"}, "forward": {"forward_only"}}
-
-
-# What is counted
-
-
 def test_figures_by_hand_from_a_clock_of_ours():
-    """Of 12 tokens in 2 s, of 4 new ones after 5, 6, 8 and 11 s, of 3 windows of 8 tokens in 4 s."""
-    timed = subject(clock=clock_of(10.0, 12.0, 0.0, 5.0, 6.0, 8.0, 11.0, 100.0, 104.0))
+    """12 tokens in 2 s; 4 new ones after 5, 6, 8 and 11 s, the prompt before them; 3 windows of 12 tokens in 4 s."""
+    timed = subject(clock=clock_of(10.0, 12.0, 0.0, 1.0, 5.0, 6.0, 8.0, 11.0, 100.0, 104.0))
     assert timed("prefill") == {"prefill": 6.0}
     assert timed("generation") == {"first_token": 5.0, "decode": 3 / 6}
-    assert timed("forward") == {"forward_only": 6.0}
+    assert timed("forward") == {"forward_only": 9.0}
     with pytest.raises(StopIteration):
         timed.clock()
 
@@ -132,11 +78,15 @@ def test_what_the_model_is_asked(make):
 
     watched.__signature__ = inspect.signature(forward)
     model.forward = watched
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     timed = subject(model)
     for part in PARTS:
         timed(part)
-    prefill, decoding, plain = ((1, 12), (1, 1), True), ((1, 1), (1, 1), True), ((3, 8), (3, 8), False)
+    prefill, decoding, plain = ((1, 12), (1, 1), True), ((1, 1), (1, 1), True), ((3, 12), (3, 12), False)
     assert passes == [prefill, prefill, decoding, decoding, decoding, plain]
+    # The model is left as it was.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_end_of_text_does_not_end_a_generation():
@@ -147,18 +97,8 @@ def test_the_end_of_text_does_not_end_a_generation():
         model.model.norm.weight.zero_()
     model.generation_config.eos_token_id = list(range(319))
     ticks = itertools.count(0.0)
-    timed = subject(model, new_tokens=9, clock=ticks.__next__)
-    assert timed("generation") == {"first_token": 1.0, "decode": 1.0}
-    assert next(ticks) == 10.0  # the start, and nine tokens
-
-
-def test_a_model_is_left_as_it_was():
-    model = tiny.llama()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for part in PARTS:
-        subject(model)(part)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert subject(model, new_tokens=9, clock=ticks.__next__)("generation") == {"first_token": 2.0, "decode": 1.0}
+    assert next(ticks) == 11.0  # the start, the prompt, and nine tokens
 
 
 def test_peak_memory_counts_what_was_freed(tmp_path):
@@ -172,77 +112,15 @@ def test_peak_memory_counts_what_was_freed(tmp_path):
     assert 190_000_000 < int(run(tmp_path, sys.executable, "-c", program).stdout) < 300_000_000
 
 
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (lambda: round_robin({}, 0), "repeats = 0"),
-        (lambda: round_robin({}, 3, -1), "warmup = -1"),
-        (lambda: measure({"a": subject()}, repeats=-2), "repeats = -2"),
-        (lambda: subject(new_tokens=1), "1 new tokens: .* ask for 2 or more"),
-        (lambda: subject(prompt=torch.zeros(1, 253, dtype=torch.long)), "253 tokens and 4 new .* 256 positions"),
-        (lambda: subject(batch=torch.zeros(2, 257, dtype=torch.long)), "windows of 257, but the model has 256"),
-    ],
-)
-def test_what_cannot_be_timed(asked, message):
-    with pytest.raises(BenchmarkError, match=message):
-        asked()
-
-
-def test_a_prompt_that_just_fits():
-    subject(prompt=torch.zeros(1, 252, dtype=torch.long), batch=torch.zeros(2, 256, dtype=torch.long))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A root with the params.yaml of `tiny`, the folders of two of its variants, and a folder of a larger model."""
-    root = tmp_path_factory.mktemp("folders")
-    (root / "params.yaml").write_text(tiny.PARAMS)
-    model = tiny.llama().to(torch.bfloat16)
-    for name in ("dense", "kfac-80"):
-        model.save_pretrained(root / "data/models" / name)
-    tiny.llama(intermediate_size=4096).save_pretrained(root / "elsewhere/larger")
-    (root / "empty").mkdir()
-    return root
-
-
-def test_a_name_is_a_folder_or_else_a_variant(folders):
-    larger = str(folders / "elsewhere/larger")
-    found = find_targets(folders, [larger, "kfac-80", "dense", "kfac-80"])
-    assert [(target.name, target.dense) for target in found] == [(larger, False), ("kfac-80", False), ("dense", True)]
-    assert [target.folder for target in found[1:]] == [folders / "data/models" / name for name in ("kfac-80", "dense")]
-
-
-@pytest.mark.parametrize(
-    ("names", "error", "message"),
-    [
-        (["kfac-8"], ParamsError, "no variant 'kfac-8' in params.yaml; it has: dense, svd-llm-80"),
-        (["svd-llm-80"], BenchError, "data/models/svd-llm-80: not found; fetch it with `dvc checkout`"),
-        ([], BenchError, "data/models/svd-llm-80: not found"),
-        (["{root}/empty"], BenchError, "empty: not the folder of a model: it has no config.json"),
-        (["{root}/nowhere"], BenchError, "nowhere: not the folder of a model"),
-        (["dense", "--device", "tpu"], BenchError, "device 'tpu': it must be cpu or cuda"),
-        (["dense", "--prompt-tokens", "240"], BenchmarkError, "240 tokens and 32 new ones.* has 256 positions"),
-    ],
-)
-def test_mistakes_are_told(folders, names, error, message):
-    arguments = [name.format(root=folders) for name in names]
-    with pytest.raises(error, match=message):
-        bench(folders, *arguments)
-
-
-@pytest.mark.parametrize("option", ["--repeats=0", "--new-tokens=1", "--batch-size=0", "--threads=0", "--dtype=int4"])
-def test_options_out_of_range_are_refused_at_once(folders, option):
-    done = CliRunner().invoke(commands, ["bench", "dense", "--root", str(folders), option])
-    assert done.exit_code == 2
-    assert option.split("=")[0] in done.output
+def test_a_prompt_must_fit():
+    subject(windows=torch.zeros(2, 252, dtype=torch.long))
+    with pytest.raises(BenchmarkError, match="253 tokens and 4 new ones, but the model has 256 positions"):
+        subject(windows=torch.zeros(1, 253, dtype=torch.long))
 
 
 # The command
 
-SMALL = ("--prompt-tokens", "16", "--new-tokens", "4", "--batch-size", "2", "--repeats", "3", "--threads", "1")
+SMALL = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "3", "--threads", "1")
 
 
 def bench(root, *arguments):
@@ -254,35 +132,76 @@ def bench(root, *arguments):
 
 
 @pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A root with the params.yaml of `tiny`, the folders of two of its variants, and a folder of a larger model."""
+    root = tmp_path_factory.mktemp("folders")
+    (root / "params.yaml").write_text(tiny.PARAMS)
+    tiny.llama().to(torch.bfloat16).save_pretrained(root / "data/models/dense")
+    compressed.write(tiny.llama(), compressed.LLAMA, root / "data/models/kfac-80")
+    tiny.llama(intermediate_size=4096).save_pretrained(root / "elsewhere/larger")
+    (root / "empty").mkdir()
+    return root
+
+
+def test_a_name_is_a_folder_or_else_a_variant_and_ratios_are_to_the_dense_one(folders):
+    larger, models = folders / "elsewhere/larger", folders / "data/models"
+    expected = {str(larger): larger, "kfac-80": models / "kfac-80", "dense": models / "dense"}
+    assert find_models(folders, [str(larger), "kfac-80", "dense", "kfac-80"]) == (expected, "dense")
+    assert find_models(folders, ["kfac-80", str(larger)])[1] == "kfac-80"  # the first, without a dense one
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["kfac-8"], ParamsError, "no variant 'kfac-8' in params.yaml; it has: dense, svd-llm-80"),
+        ([], BenchError, "data/models/svd-llm-80: not the folder of a model.*fetch a variant with `dvc checkout`"),
+        (["{root}/empty"], BenchError, "empty: not the folder of a model: it has no config.json"),
+        (["{root}/nowhere"], BenchError, "nowhere: not the folder of a model"),
+        (["dense", "--prompt-tokens", "240"], BenchmarkError, "240 tokens and 32 new ones.* has 256 positions"),
+        *([(["dense", "--device", "cuda"], ProcessError, "finds no GPU")] if not torch.cuda.is_available() else []),
+    ],
+)
+def test_mistakes_are_told(folders, names, error, message):
+    with pytest.raises(error, match=message):
+        bench(folders, *(name.format(root=folders) for name in names))
+
+
+@pytest.mark.parametrize("option", ["--repeats=0", "--new-tokens=1", "--threads=0", "--dtype=int4", "--device=tpu"])
+def test_options_out_of_range_are_refused_at_once(folders, option):
+    done = CliRunner().invoke(commands, ["bench", "dense", "--root", str(folders), option])
+    assert done.exit_code == 2
+    assert option.split("=")[0] in done.output
+
+
+@pytest.fixture(scope="module")
 def timed(folders):
-    """What the command printed and wrote about the dense variant and, before it, a larger model."""
-    arguments = (str(folders / "elsewhere/larger"), "dense", *SMALL, "--dtype", "float32")
-    output = bench(folders, *arguments, "--json", str(folders / "new/b.json"), "--picture", str(folders / "new/b.png"))
+    """What the command printed and wrote about a dense variant, a compressed one and, before both, a larger model."""
+    arguments = (str(folders / "elsewhere/larger"), "dense", "kfac-80", *SMALL, "--dtype", "float32")
+    output = bench(folders, *arguments, "--json", str(folders / "new/b.json"))
     return output, json.loads((folders / "new/b.json").read_text())
 
 
 def test_the_document_is_complete(timed, folders):
     document, larger = timed[1], str(folders / "elsewhere/larger")
     assert document["reference"] == "dense"
-    assert document["folders"] == {larger: larger, "dense": str(folders / "data/models/dense")}
+    assert document["folders"][larger] == larger
     assert document["conditions"] == {
-        "device": "cpu", "dtype": "float32", "threads": 1, "prompt_tokens": 16, "new_tokens": 4, "batch_size": 2,
+        "device": "cpu", "dtype": "float32", "threads": 1, "prompt_tokens": 16, "new_tokens": 4, "batch_size": 4,
         "repeats": 3,
     }  # fmt: skip
     assert document["environment"]["torch"] == version("torch")
     assert document["environment"]["device"]
     assert set(document["units"]) == set(SHOWN)
     dense = document["models"]["dense"]
-    for figures in document["models"].values():
-        assert set(figures) == set(SHOWN)
-        for name in FIGURES:
-            figure = figures[name]
-            assert len(figure["samples"]) == 3
-            assert min(figure["samples"]) > 0
-            assert figure["median"] == sorted(figure["samples"])[1]
-            by_round = [a / b for a, b in zip(figure["samples"], dense[name]["samples"], strict=True)]
-            assert figure["over_reference"]["median"] == sorted(by_round)[1]
     for name, figures in document["models"].items():
+        assert set(figures) == set(SHOWN)
+        for figure in FIGURES:
+            value = figures[figure]
+            assert len(value["samples"]) == 3
+            assert min(value["samples"]) > 0
+            assert value["median"] == sorted(value["samples"])[1]
+            by_round = [a / b for a, b in zip(value["samples"], dense[figure]["samples"], strict=True)]
+            assert value["over_reference"]["median"] == sorted(by_round)[1]
         weights = [file.stat().st_size for file in (folders / document["folders"][name]).glob("*.safetensors")]
         assert figures["disk"]["median"] == sum(weights)
     # 2 layers x 3 matrices x 32 x (4096 - 64) more in float32, which the file has and memory must hold at once.
@@ -291,71 +210,40 @@ def test_the_document_is_complete(timed, folders):
     assert dense["memory"]["over_reference"]["median"] == dense["disk"]["over_reference"]["median"] == 1.0
 
 
-def test_the_table_tells_ratios_and_figures(timed, folders):
+def test_the_table_tells_ratios_and_figures(timed):
     output, document = timed
-    larger = document["models"][str(folders / "elsewhere/larger")]
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table(document))
-    decode = larger["decode"]
+    decode = document["models"]["kfac-80"]["decode"]
     ratio = decode["over_reference"]
-    assert f"x{ratio['median']:.2f} [{ratio['lower']:.2f}, {ratio['upper']:.2f}]" in capture.get()
-    assert f"{decode['median']:,.1f}" in capture.get()
-    assert f"{1000 * larger['first_token']['median']:,.0f}" in capture.get()
+    assert f"x{ratio['median']:.2f} [{ratio['lower']:.2f}, {ratio['upper']:.2f}]" in output
+    assert f"{decode['median']:,.1f}" in output
+    assert f"{1000 * document['models']['kfac-80']['first_token']['median']:,.0f}" in output
     assert "x: ratio to dense within a round, median [quartiles] of 3 rounds" in output
     assert "Memory: growth of the peak resident memory" in output
 
 
-def test_the_picture_has_a_bar_a_model_and_figure(timed, folders):
-    assert (folders / "new/b.png").read_bytes().startswith(b"\x89PNG")
-    panels = bars(timed[1]).axes
-    assert [panel.get_title().partition(",")[0].replace(" ", "_") for panel in panels] == list(SHOWN)
-    for panel, name in zip(panels, SHOWN, strict=True):
-        medians = [figures[name]["over_reference"]["median"] for figures in timed[1]["models"].values()]
-        assert [bar.get_width() for bar in panel.patches] == medians
+def test_medians_and_ratios_land_on_the_run_of_a_folder(timed, toy_project, capsys):
+    models = {"dense": toy_project / "data/models/dense"}
+    log(toy_project, models, timed[1])
+    assert "dense: no MLflow run has this folder; `drank track` makes one for each variant" in capsys.readouterr().out
 
+    track(toy_project)
+    log(toy_project, models, timed[1])
+    runs = Runs(toy_project)
+    dense, other = (runs.one_state()[1][name].data for name in ("dense", "d-rank-80"))
+    metrics = {key: value for key, value in dense.metrics.items() if key.startswith("speed/")}
+    assert set(metrics) == {f"speed/{figure}{suffix}" for figure in SHOWN for suffix in ("", "_ratio")}
+    figures = timed[1]["models"]["dense"]
+    assert metrics["speed/decode"] == figures["decode"]["median"]
+    assert metrics["speed/decode_ratio"] == figures["decode"]["over_reference"]["median"]
+    assert json.loads(dense.tags["speed.conditions"])["conditions"] == timed[1]["conditions"]
+    (found,) = find_runs(toy_project, md5 := dense.tags["model.dvc_md5"])
+    assert f"dense: speed added to {found.link}" in capsys.readouterr().out
+    assert not [key for key in other.metrics if key.startswith("speed/")]
 
-def test_without_a_dense_variant_the_first_is_the_reference(folders):
-    output = bench(folders, "kfac-80", str(folders / "data/models/dense"), *SMALL)
-    assert "x: ratio to kfac-80" in output
-
-
-# MLflow
-
-
-@pytest.mark.pipeline
-def test_medians_and_ratios_land_on_the_runs_of_a_tracked_project(project):
-    """The console program on compressed models: metrics on each variant's run; a hint before there is one."""
-    hint = run(project, "drank", "bench", "dense", *SMALL, "--track").stdout
-    assert "dense: no MLflow run has this folder; `drank track` makes one for each variant" in hint
-    assert not (project / "mlflow.db").exists()
-
-    run(project, "drank", "track")
-    told = run(project, "drank", "bench", *SMALL, "--track", "--json", "b.json").stdout
-    document = json.loads((project / "b.json").read_text())
-    client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("drank").experiment_id])
-    variants = {run.info.run_name: run for run in runs if run.data.tags["drank.run"] == "variant"}
-    assert set(variants) == set(document["models"]) == {"dense", "svd-llm-80", "d-rank-80", "kfac-80"}
-    for name, logged in variants.items():
-        metrics = {key: value for key, value in logged.data.metrics.items() if key.startswith("speed/")}
-        figures = document["models"][name]
-        assert set(metrics) == {f"speed/{figure}{suffix}" for figure in SHOWN for suffix in ("", "_ratio")}
-        assert metrics["speed/decode"] == figures["decode"]["median"]
-        assert metrics["speed/decode_ratio"] == figures["decode"]["over_reference"]["median"]
-        assert metrics["speed/disk"] == figures["disk"]["median"]
-        conditions = json.loads(logged.data.tags["speed.conditions"])
-        assert conditions["conditions"] == document["conditions"]
-        assert conditions["reference"] == "dense"
-        assert f"{name}: speed added to http" in told
-
-    md5 = variants["dense"].data.tags["model.dvc_md5"]
-    assert log_speed(project, md5, {"speed/decode": 5.0}, {}).name == "dense"
-    (found,) = find_runs(project, md5)
-    history = client.get_metric_history(found.run_id, "speed/decode")
-    assert [metric.value for metric in history] == [document["models"]["dense"]["decode"]["median"], 5.0]
-    assert client.get_run(found.run_id).data.metrics["speed/decode"] == 5.0
-    assert log_speed(project, "0" * 32 + ".dir", {"speed/decode": 5.0}, {}) is None
+    assert log_speed(toy_project, md5, {"speed/decode": 5.0}, {}) == found
+    history = runs.client.get_metric_history(found.run_id, "speed/decode")
+    assert [metric.value for metric in history] == [figures["decode"]["median"], 5.0]
+    assert log_speed(toy_project, "0" * 32 + ".dir", {"speed/decode": 5.0}, {}) is None
 
 
 def test_a_store_that_cannot_be_used_is_told(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from rich.console import Console
 from drank.cli.pipeline import table_of_variants
 from drank.planning.plan import TIMELESS
 from drank.project.tolerance import DTYPE_TOLERANCE
-from tests.test_tracking import VARIANTS, executed, lock_sha256, write_project
+from tests.toy import VARIANTS, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -63,20 +63,12 @@ def test_run_reproduces_logs_and_shows_the_variants(project, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "evaluation@d-rank-80" in executed(done.stdout)
     stages = executed(done.stdout)
-    told = [line for line in done.stderr.splitlines() if not line.startswith("Initialized")]
-    assert told[0] == f"up to {len(stages)} stages to run ({TIMELESS}): {', '.join(stages)}"
-    assert [line for line in told if line.startswith("[")] == [
-        f"[{i} of {len(stages)}] {name}" for i, name in enumerate(stages, 1)
-    ]
+    told = [line for line in done.stderr.splitlines() if line.startswith(("up to", "["))]
+    first = f"up to {len(stages)} stages to run ({TIMELESS}): {', '.join(stages)}"
+    assert told == [first, *(f"[{i} of {len(stages)}] {name}" for i, name in enumerate(stages, 1))]
     assert states(project) == [(lock_sha256(project), set(VARIANTS))]
-    (row,) = (line for line in done.stdout.splitlines() if "d-rank-80" in line and "x1.25" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        "d-rank-80",
-        "0.800",
-        "2.0",
-        "25.00 (x1.25)",
-        "0.250",
-    ]
+    (row,) = (line for line in done.stdout.splitlines() if "d-rank-80" in line and "1.25" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][2:] == ["0.800", "2.0", "25.00", "1.25", "0.25 ± 0.01"]
     assert f"mlflow ui --backend-store-uri sqlite:///{project / 'mlflow.db'}" in done.stdout
 
 
@@ -120,43 +112,26 @@ def test_help_names_the_commands_and_loads_nothing_heavy():
     assert not {"torch", "transformers", "mlflow", "pandas", "numpy", "dvc"} & set(done.stdout.split())
 
 
-ROWS = [
-    {"variant": "plain", "preset": "dense", "kept_ratio": "1.0", "bytes": "269060552", "token_perplexity/news": "20.0"},
-    {
-        "variant": "small",
-        "preset": "d-rank",
-        "kept_ratio": "0.79999",
-        "bytes": "1500000",
-        "token_perplexity/news": "35.0",
-    },
-]
+HEAD = "variant,preset,kept_ratio,bytes,dtype,token_perplexity/news"
+DENSE, SMALL = "plain,dense,1.0,269060552,float32,20.0", "small,d-rank,0.79999,1500000,{},35.0"
 
 
-def rendered(rows) -> str:
+@pytest.mark.parametrize(
+    ("rows", "shown", "hidden"),
+    [
+        ([DENSE, SMALL.format("float32")], ["269.1", "20.00", "0.800", "35.00", "1.75"], "different types"),
+        ([DENSE, SMALL.format("bfloat16")], ["different types, bfloat16 and float32", f"{DTYPE_TOLERANCE:.1%}"], None),
+        ([SMALL.format("float32")], ["35.00"], "×"),  # nothing to compare with
+    ],
+)
+def test_the_table_is_that_of_the_report(tmp_path, rows, shown, hidden):
+    (tmp_path / "summary.csv").write_text("\n".join([HEAD, *rows]))
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(table_of_variants(rows))
-    return capture.get()
-
-
-def test_the_table_compares_perplexities_with_the_dense_variant():
-    text = rendered(ROWS)
-    assert "269.1" in text
-    assert "20.00 (x1.00)" in text
-    assert "35.00 (x1.75)" in text
-    assert "0.800" in text
-
-
-def test_the_table_says_when_variants_were_measured_in_different_types():
-    assert "different types" not in rendered([row | {"dtype": "float32"} for row in ROWS])
-    mixed = rendered([ROWS[0] | {"dtype": "float32"}, ROWS[1] | {"dtype": "bfloat16"}, ROWS[1]])
-    assert "Measured in different types, bfloat16 and float32" in " ".join(mixed.split())
-    assert f"{DTYPE_TOLERANCE:.1%}" in mixed
-
-
-def test_without_a_dense_variant_there_is_nothing_to_compare_with():
-    assert "35.00 " in rendered(ROWS[1:])
-    assert "(x" not in rendered(ROWS[1:])
+        console.print(table_of_variants(tmp_path / "summary.csv"))
+    text = " ".join(capture.get().split())
+    assert all(words in text for words in shown)
+    assert hidden is None or hidden not in text
 
 
 def test_mlproject_offers_the_pipeline_and_a_variant_at_another_ratio():

@@ -1,6 +1,5 @@
 """The literature's experiments: the protocol against the released code's computation, files, verdicts, stand-ins."""
 
-import copy
 import json
 import re
 import shutil
@@ -9,14 +8,13 @@ import sys
 import pytest
 import torch
 import yaml
-from experiments.tools.copies import FOLDER, pipeline_in, prepare
+from experiments.tools.copies import FOLDER, prepare
 from experiments.tools.costs import PASSES, SPECTRA, costs, sizes
 from experiments.tools.published import (
     ZERO_SHOT,
     Finding,
     Published,
     compare,
-    names,
     outcome,
     read_published,
     read_results,
@@ -37,7 +35,7 @@ from tests import tiny
 from tests.conftest import REPOSITORY, run
 
 NAMES = ["llama-2-7b", "llama-3-8b", "llama-7b", "mistral-7b", "opt-6.7b"]
-LENGTH = 32  # tokens a window of the stand-ins
+LENGTH = 32  # tokens per window of the stand-ins
 
 
 def beginning_tokenizer():
@@ -65,9 +63,6 @@ def edited(name, **sections):
     for section, changes in sections.items():
         document[section] |= changes
     return document
-
-
-# --- the protocol, against what the released code computes ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +109,6 @@ def test_test_perplexity_is_that_of_the_released_code(tmp_path, model, n_test_wi
         assert len(nats) == n_windows
 
 
-def test_the_short_window_moves_the_figure(tmp_path, model):
-    """Or the comparison above could not tell the two protocols apart."""
-    whole, everything = (
-        released_perplexity(model, beginning_tokenizer(), lines_of(1), drop_short)[0] for drop_short in (True, False)
-    )
-    assert abs(whole / everything - 1) > 1e-3
-
-
 def test_calibration_windows_are_those_that_the_released_code_draws(tmp_path):
     folder = sampled(tmp_path / "root")
     tokenizer = beginning_tokenizer()
@@ -150,11 +137,6 @@ def test_nothing_of_the_calibration_text_is_a_test_and_no_item_is_made_of_it(tmp
     assert "test_documents" not in summary["texts"]["wikitext2-train"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_zero_shot_tasks_are_the_seven_of_the_literature(name):
-    assert set(read_params(REPOSITORY / f"{FOLDER}/{name}.yaml").evaluation.tasks) == set(ZERO_SHOT)
-
-
 def test_lm_eval_has_the_seven_tasks_and_measures_acc():
     manager = TaskManager()
     assert set(ZERO_SHOT) <= set(manager.all_tasks)
@@ -162,21 +144,14 @@ def test_lm_eval_has_the_seven_tasks_and_measures_acc():
         assert "acc" in {metric["metric"] for metric in manager.task_index[task].cfg["metric_list"]}
 
 
-# --- the files ------------------------------------------------------------------------------------------------
-
-
-def test_there_are_five():
-    assert names(REPOSITORY) == NAMES
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_spectrum_and_preset_is_used_and_rows_are_of_variants(name):
     params, published = read_params(REPOSITORY / f"{FOLDER}/{name}.yaml"), read_published(REPOSITORY, name)
     assert {variant.preset for variant in params.variants.values()} == set(params.presets)
     assert {variant.spectrum for variant in params.variants.values()} == set(params.spectrum)
-    tasks = {f"acc/{task}" for task in ZERO_SHOT} | {"acc"}
-    texts = {f"token_perplexity/{text}" for text in params.text if text != params.sampling.calibration_text}
-    assert {metric for row in published.rows for metric in row.figures} <= tasks | texts
+    assert set(params.evaluation.tasks) == set(ZERO_SHOT)
+    metrics = {"acc", *(f"acc/{task}" for task in ZERO_SHOT), *(f"token_perplexity/{text}" for text in params.text)}
+    assert {metric for row in published.rows for metric in row.figures} <= metrics
     for row in published.rows:  # .8 of the linears' parameters is 80 in a name
         size = params.variants[row.variant].size_ratio
         assert row.variant.endswith(f"-{round(100 * size)}") or (row.variant, size) == ("dense", 1.0)
@@ -208,39 +183,6 @@ def test_figures_of_d_rank_in_table_3():
     assert sum(tasks) / 7 == pytest.approx(headline["acc"], abs=0.005), "the printed mean is that of the printed tasks"
 
 
-# --- a pipeline in a folder -----------------------------------------------------------------------------------
-
-
-def test_a_pipeline_in_a_folder_by_hand():
-    made = {
-        "raw": {"cmd": "python -m stages.raw", "deps": ["stages/raw.py"], "params": ["model"], "outs": ["data/raw"]},
-        "evaluation": {
-            "foreach": "${variants}",
-            "do": {
-                "cmd": "python -m stages.evaluation ${key}",
-                "deps": ["data/raw"],
-                "metrics": [{"results/${key}.json": {"cache": False}}],
-            },
-        },
-        "release": {"cmd": "python -m stages.release"},
-    }
-    before = copy.deepcopy(made)
-    assert pipeline_in({"stages": made}, "a/b")["stages"] == {
-        "raw": {
-            "cmd": "python -m stages.raw --root a/b", "wdir": "../..", "deps": ["stages/raw.py"],
-            "params": [{"a/b/params.yaml": ["model"]}], "outs": ["a/b/data/raw"],
-        },
-        "evaluation": {
-            "foreach": "${variants}",
-            "do": {
-                "cmd": "python -m stages.evaluation ${key} --root a/b", "wdir": "../..", "deps": ["a/b/data/raw"],
-                "metrics": [{"a/b/results/${key}.json": {"cache": False}}],
-            },
-        },
-    }  # fmt: skip
-    assert made == before
-
-
 def test_dvc_takes_the_prepared_pipeline(tmp_path):
     for file in ("dvc.yaml", ".dvcignore"):
         shutil.copy(REPOSITORY / file, tmp_path)
@@ -253,9 +195,6 @@ def test_dvc_takes_the_prepared_pipeline(tmp_path):
     stages = {line.split(":")[-1] for line in listed.split()}
     assert {"raw", "covariance@2023", "spectrum@kfac", "evaluation@d-rank-80", "report"} <= stages
     assert not {stage for stage in stages if stage.startswith("release")}
-
-
-# --- verdicts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -276,43 +215,32 @@ def test_perplexities_hold_within_a_share_and_accuracies_within_a_difference(
     assert Finding("v", metric, "s", published, tolerance, ours).verdict == verdict
 
 
-def published_with(rows):
+def published_with(*rows):
+    """The file of an experiment whose rows are (variant, {metric: figure})."""
     config = {
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32,
     }  # fmt: skip
-    return Published(
-        config=config, test_tokens=1000, tolerance={"token_perplexity": 0.1, "acc": 0.01}, rows=tuple(rows)
-    )
-
-
-def row(variant, source="Table 1", **figures):
-    return {"variant": variant, "source": source, "figures": {k.replace("__", "/"): v for k, v in figures.items()}}
+    rows = tuple({"variant": variant, "source": "Table 1", "figures": figures} for variant, figures in rows)
+    return Published(config=config, test_tokens=1000, tolerance={"token_perplexity": 0.1, "acc": 0.01}, rows=rows)
 
 
 def test_where_sources_disagree_it_is_enough_to_reach_one():
-    published = published_with(
-        [
-            row("a", "one", token_perplexity__x=10.0),
-            row("a", "two", token_perplexity__x=20.0),
-            row("b", token_perplexity__x=10.0),
-            row("c", token_perplexity__x=10.0),
-        ]
-    )
-    results = {"a": {"token_perplexity/x": 19.0}, "b": {"token_perplexity/x": 19.0}}
+    x = "token_perplexity/x"
+    published = published_with(("a", {x: 10.0}), ("a", {x: 20.0}), ("b", {x: 10.0}), ("c", {x: 10.0}))
+    results = {"a": {x: 19.0}, "b": {x: 19.0}}
     findings = compare(published, results)
     assert [found.verdict for found in findings] == ["higher", "reached", "higher", "not run"]
     assert list(outcome(findings).values()) == ["reached", "missed", "not run"]
-    assert list(outcome(compare(published, results, ["a"]))) == [("a", "token_perplexity/x")]
+    assert list(outcome(compare(published, results, ["a"]))) == [("a", x)]
 
 
 def test_acc_is_the_mean_over_the_seven_tasks_and_is_not_known_of_fewer():
-    published = published_with([row("a", acc=0.4)])
     seven = {f"acc/{task}": 0.1 * i for i, task in enumerate(ZERO_SHOT, start=1)}
-    (found,) = compare(published, {"a": seven | {"acc/last_word": 1.0}})
+    (found,) = compare(published_with(("a", {"acc": 0.4})), {"a": seven | {"acc/last_word": 1.0}})
     assert found.ours == pytest.approx(0.4)
     del seven["acc/piqa"]
-    (found,) = compare(published, {"a": seven})
+    (found,) = compare(published_with(("a", {"acc": 0.4})), {"a": seven})
     assert found.verdict == "not run"
 
 
@@ -326,32 +254,25 @@ def small(tmp_path):
     return tmp_path
 
 
-def test_an_unknown_experiment_is_named_with_those_there_are(small):
-    with pytest.raises(ParamsError, match=r"no experiment 'llama' in .*; known: mistral-7b"):
-        read_published(small, "llama")
-
-
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        (("variant: d-rank-80", "variant: d-rank-75"), ParamsError, "d-rank-75: no such variant"),
-        (("model_type: mistral", "model_type: mamba"), ParamsError, "'config'.*mamba"),
-        (("token_perplexity/wikitext2: 7.41", "token_perplexity/wikitext2: 0"), ParamsError, "greater than 0"),
-        (("hidden_size: 4096", "hidden_sizes: 4096"), ParamsError, "unknown key 'config.mistral.hidden_sizes'"),
+        (("variant: d-rank-80", "variant: d-rank-75"), "d-rank-75: no such variant"),
+        (("model_type: mistral", "model_type: mamba"), "'config'.*mamba"),
+        (("token_perplexity/wikitext2: 7.41", "token_perplexity/wikitext2: 0"), "greater than 0"),
+        (("hidden_size: 4096", "hidden_sizes: 4096"), "unknown key 'config.mistral.hidden_sizes'"),
     ],
 )
-def test_mistakes_in_published_figures_are_named(small, change, error, message):
+def test_mistakes_in_published_figures_are_named(small, change, message):
+    with pytest.raises(ParamsError, match=r"no experiment 'llama' in .*; known: mistral-7b"):
+        read_published(small, "llama")
+    with pytest.raises(ParamsError, match=r"kfac-80: no published figure here; there are some for svd-llm-80,"):
+        compare(read_published(small, "mistral-7b"), {}, ["kfac-80"])
     file = small / f"{FOLDER}/published/mistral-7b.yaml"
     assert change[0] in file.read_text()
     file.write_text(file.read_text().replace(*change, 1))
-    with pytest.raises(error, match=message):
+    with pytest.raises(ParamsError, match=message):
         read_published(small, "mistral-7b")
-
-
-def test_a_variant_without_published_figures_cannot_be_asked_for():
-    published = read_published(REPOSITORY, "mistral-7b")
-    with pytest.raises(ParamsError, match=r"kfac-80: no published figure here; there are some for svd-llm-80,"):
-        compare(published, {}, ["kfac-80"])
 
 
 def lock(root, name):
@@ -388,9 +309,6 @@ def test_results_of_other_parameters_and_edited_ones_do_not_count(small, caplog)
     assert "edited or stale" in caplog.text
 
 
-# --- the dry run ----------------------------------------------------------------------------------------------
-
-
 def test_costs_by_hand():
     params = read_params(REPOSITORY / f"{FOLDER}/llama-7b.yaml")
     shape = read_published(REPOSITORY, "llama-7b").config.shape("llama-7b")
@@ -415,41 +333,31 @@ def test_the_table_of_the_page_is_what_the_dry_run_says():
         found = costs(params, shape, published.test_tokens, *(1e12 * speed for speed in A100))
         memory, disk = max(cost.memory for cost in found) / 1e9, sum(cost.disk for cost in found) / 1e9
         hours = [sum(c.hours for c in found), next(c.hours for c in found if c.stage == "evaluation")]
-        row = [
-            name,
-            f"{PARAMETERS[name] / 1e9:.2f} B",
-            f"{memory:.0f} GB",
-            f"{disk:.0f} GB",
-            *(f"{h:.1f}" for h in hours),
-        ]
-        assert f"| {' | '.join(row)} |" in page
+        row = [f"{PARAMETERS[name] / 1e9:.2f} B", f"{memory:.0f} GB", f"{disk:.0f} GB", *(f"{h:.1f}" for h in hours)]
+        assert f"| {' | '.join([name, *row])} |" in page
 
 
 @pytest.mark.parametrize("layers", [2, 3, 5, 40])
 def test_groups_take_every_matrix_once(layers):
     shape = footprint.Shape("odd", 7, 16, 24, 4, 4, 32)
-    units = list(footprint.grouped_units(shape, layers))
+    units = list(footprint.spectra_units(shape, footprint.Setting(), False, layers))
     assert sum(out * n for out, n in units) == shape.n_layers * shape.n_parameters
     assert max(out for out, _ in units) == min(layers, 7) * 24
     assert len(units) == 2 * 7 + 5 * -(-7 // layers)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_dry_run_prints_sizes_and_stages_and_needs_no_weights(name):
-    done = CliRunner().invoke(app, [name, "--dry-run", "--root", str(REPOSITORY)])
+def test_the_dry_run_prints_sizes_and_stages_and_needs_no_weights():
+    done = CliRunner().invoke(app, ["llama-7b", "--dry-run", "--root", str(REPOSITORY)])
     assert done.exit_code == 0, done.output
-    params = read_params(REPOSITORY / f"{FOLDER}/{name}.yaml")
+    params = read_params(REPOSITORY / f"{FOLDER}/llama-7b.yaml")
     assert all(re.search(rf"\b{re.escape(variant)} ", done.output) for variant in params.variants)
-    assert f"{PARAMETERS[name]:,}" in done.output
+    assert f"{PARAMETERS['llama-7b']:,}" in done.output
     assert all(f"spectrum@{key} " in done.output for key in params.spectrum)
-
-
-def test_a_machine_without_speed_is_refused():
     done = CliRunner().invoke(app, ["llama-7b", "--dry-run", "--bf16", "0", "--root", str(REPOSITORY)])
     assert "--bf16 = 0: a speed in TFLOP/s is above 0" in str(done.exception)
 
 
-# --- stand-ins: every file through the whole pipeline, with a small model of its architecture -----------------
+# Stand-ins: every file through the whole pipeline, with a small model of its architecture
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -178,8 +178,8 @@ def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that
     stage = STAGES[name].get("do", STAGES[name])
     script = REPOSITORY / "stages" / f"{name}.py"
     needed = {script, *imports(script)}
-    if name == "raw":  # it decides how weights and texts are read
-        needed.add(REPOSITORY / "src/drank/project/sources.py")
+    if name == "raw":  # they decide how weights and texts are read
+        needed |= {REPOSITORY / f"src/drank/project/{name}.py" for name in ("models", "texts")}
     declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
     assert declared == {file.relative_to(REPOSITORY).as_posix() for file in needed}
     assert stage["cmd"].startswith(f"python -m stages.{script.stem}")
@@ -190,13 +190,14 @@ def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that
 LAYERS = {
     "method": {"method"},
     "model": {"model", "method"},
-    "project": {"project", "method"},  # params.yaml is checked against the tables of choices
+    "project": {"project", "method", "model"},  # the tables of choices; of models the format of config.json alone
     "steps": {"method", "model", "project"},  # of the project its parameters and processes alone
     "views": {"views", "project"},
     "planning": {"planning", "project", "model", "steps", "method"},
+    "preflight": {"preflight", "planning", "project"},
     "tracking": {"tracking", "project", "views"},
     "audit": {"audit", "project", "model", "steps", "tracking"},
-    "cli": {"cli", "audit", "tracking", "planning", "project", "model", "steps", "views"},
+    "cli": {"cli", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
 }
 
 
@@ -207,6 +208,8 @@ def test_a_layer_imports_what_it_may_and_only_tracking_imports_mlflow(name):
     for path in files:
         assert {layer(file) for file in imported_by(path)} - {"__init__.py", ""} <= LAYERS[name], path
         assert name == "tracking" or "import mlflow" not in path.read_text(), path
+        if name == "project":
+            assert {file.stem for file in imported_by(path) if layer(file) == "model"} <= {"format", "__init__"}, path
         if name == "steps":
             of_project = {file.stem for file in imported_by(path) if layer(file) == "project"}
             assert of_project <= {"params", "processes", "__init__"}, path

@@ -2,21 +2,23 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import save_file
 
-from drank.planning import estimate, plan
-from drank.planning.estimate import Model, seconds
+from drank.method import covariance
+from drank.model import text
+from drank.planning import estimate, footprint, plan
+from drank.planning.estimate import Model, costs, seconds
 from drank.planning.footprint import Shape
-from drank.planning.machine import Speed, measure
-from drank.planning.plan import Plan, duration, planned
+from drank.planning.machine import Speed
+from drank.planning.plan import Plan, duration, planned, speeds
 from drank.project.params import read_params
 from tests import tiny
-from tests.test_tracking import VARIANTS, edit_params, executed, repro, write_project
+from tests.conftest import REPOSITORY
+from tests.toy import VARIANTS, edit_params, executed, repro, write_project
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +41,17 @@ def test_of_a_fresh_project_everything_runs(reproduced):
     assert planned(root, []) == []
 
 
-def test_a_changed_ratio_runs_that_variant_alone_and_the_old_one_nothing(project):
-    before = read_params(project / "params.yaml").variants["d-rank-80"].size_ratio
+def test_a_changed_ratio_runs_that_variant_alone(project):
     edit_params(project, "variants", "d-rank-80", "size_ratio", value=0.5)
     expected = [f"{step}@d-rank-80" for step in ("allocation", "compression", "evaluation", "release")]
     assert sorted(planned(project, [])) == sorted([*expected, "report"])
     assert planned(project, ["evaluation@d-rank-80"]) == expected[:3]
-    repro(project)
-    edit_params(project, "variants", "d-rank-80", "size_ratio", value=before)
-    assert planned(project, []) == []
-    assert executed(repro(project)) == []
 
 
-def test_what_dvc_has_in_its_cache_does_not_run(project):
+def test_what_dvc_has_in_its_cache_runs_at_most(project):
     shutil.rmtree(project / "data")
-    assert planned(project, ["release@dense"]) == []
-    shutil.rmtree(project / ".dvc/cache")
     assert set(planned(project, [])) >= {"sampling", "covariance", *(f"release@{name}" for name in VARIANTS)}
+    assert executed(repro(project)) == []
 
 
 def test_what_is_wrong_with_a_project_is_left_for_dvc_to_say(project):
@@ -67,67 +63,53 @@ def test_what_is_wrong_with_a_project_is_left_for_dvc_to_say(project):
 
 
 @pytest.fixture
-def answers(monkeypatch, tmp_path):
-    """A project with two stages, and answers of the process that estimates."""
-    (tmp_path / "params.yaml").write_text(tiny.PARAMS.replace("local:source/model", "hub:some/model"))
-    given = []
+def ahead(monkeypatch, tmp_path):
+    """A project with three stages that take 5, 4 and 40 seconds, and what is said of it."""
+    names, said = ["raw", "sampling", "covariance@0"], []
+    monkeypatch.setattr(plan, "planned", lambda root, targets: names)
+    monkeypatch.setattr(plan, "speeds", lambda params: {(1, "cpu"): SLOW})
+    monkeypatch.setattr(plan, "seconds", lambda costs, speed: dict(zip(names, (5.0, 4.0, 40.0), strict=True)))
 
-    def run(command, **_):
-        given.append(command[3:])
-        found = {"raw": 5.0, "sampling": 4.0, "covariance@0": 40.0} if command[3] else None
-        return subprocess.CompletedProcess(command, 0, json.dumps({"machine": "fast", "seconds": found}))
+    def start(source, fetched):
+        (tmp_path / "params.yaml").write_text(tiny.PARAMS.replace("local:source/model", source))
+        (tmp_path / fetched).mkdir(parents=True)
+        tiny.llama().config.save_pretrained(tmp_path / fetched)
+        return Plan(tmp_path, [], said.append), said
 
-    monkeypatch.setattr(plan, "planned", lambda root, targets: ["raw", "sampling", "covariance@0"])
-    monkeypatch.setattr(plan.subprocess, "run", run)
-    return tmp_path, given
+    return start
 
 
-def test_time_is_told_when_the_model_is_there(answers):
-    root, given = answers
-    said = []
-    ahead = Plan(root, [], said.append)
-    ahead.follow("Running stage 'raw':\n")
+def test_time_is_told_when_the_model_is_there(ahead):
+    told, said = ahead("hub:some/model", "data/raw/model")
+    told.follow("Running stage 'raw':\n")
     assert said == [
         "up to 3 stages to run (time is told when the model is there): raw, sampling, covariance@0",
         "[1 of 3] raw",
     ]
-    (root / "data/raw/model").mkdir(parents=True)
-    (root / "data/raw/model/config.json").write_text("{}")
-    for line in (
-        "> python -m stages.raw",
-        "",
-        "Stage 'sampling' didn't change, skipping",
-        "Running stage 'covariance@0':",
-    ):
-        ahead.follow(line)
+    told.follow("> python -m stages.raw")
+    told.follow("Stage 'sampling' didn't change, skipping")
+    told.follow("Running stage 'covariance@0':")
     assert said[2:] == [
         "1 stage to run, about 40 s here:\n  covariance@0  40 s",
         "[3 of 3] covariance@0, about 40 s; about 40 s left",
     ]
-    assert given == [["", ""], [str((root / "data/raw/model").resolve()), '"fast"']]  # measured before stages run
 
 
-def test_a_local_model_has_its_times_from_the_start(answers):
-    root, _ = answers
-    (root / "params.yaml").write_text(tiny.PARAMS)
-    (root / "source/model").mkdir(parents=True)
-    (root / "source/model/config.json").write_text("{}")
-    said = []
-    ahead = Plan(root, [], said.append)
+def test_a_local_model_has_its_times_from_the_start(ahead):
+    told, said = ahead("local:source/model", "source/model")
     assert said == [
         "up to 3 stages to run, about 50 s here:\n  raw           5 s\n  sampling      4 s\n  covariance@0  40 s"
     ]
-    ahead.follow("Stage 'raw' is cached - skipping run, checking out outputs")
-    ahead.follow("Running stage 'sampling':")
+    told.follow("Stage 'raw' is cached - skipping run, checking out outputs")
+    told.follow("Running stage 'sampling':")
     assert said[1:] == ["[2 of 3] sampling, about 4 s; about 40 s left"]
 
 
-def test_an_up_to_date_project_has_nothing_to_run(answers, monkeypatch):
+def test_an_up_to_date_project_has_nothing_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "planned", lambda root, targets: [])
     said = []
-    Plan(answers[0], [], said.append)
+    Plan(tmp_path, [], said.append)  # and nothing is measured
     assert said == ["nothing to run: every stage is up to date"]
-    assert answers[1] == []  # nothing is measured
 
 
 def test_durations():
@@ -137,12 +119,14 @@ def test_durations():
 
 SHAPE = Shape("tiny", 2, 32, 64, 4, 2, 320)
 FAST = 1e30
+SLOW = Speed("float32", 1e9, 1e9, 1e9)
 
 
 def times(tmp_path, model=None, text=tiny.PARAMS, **speeds):
     (tmp_path / "params.yaml").write_text(text)
     speed = Speed(**{"dtype": "float32", "passes": FAST, "float64": FAST, "eigenproblem": FAST} | speeds)
-    return seconds(read_params(tmp_path / "params.yaml"), model or Model(SHAPE), lambda threads, device: speed)
+    found = costs(read_params(tmp_path / "params.yaml"), model or Model(SHAPE))
+    return seconds(found, lambda threads, device: speed)
 
 
 def test_a_pass_takes_its_flops_in_the_type_that_it_is_computed_in(tmp_path):
@@ -152,56 +136,46 @@ def test_a_pass_takes_its_flops_in_the_type_that_it_is_computed_in(tmp_path):
     for section, name in (("spectrum", "kfac"), ("presets", "kfac"), ("variants", "kfac-80")):
         del document[section][name]
     text = yaml.safe_dump(document)
-    # A token and layer: 2 * 9216 of linears, 2 * 32 * 64 of attention, 3 * 2 * 32² + 2 * 64² of sums.
+    # Per token and layer: 2 * 9216 of linears, 2 * 32 * 64 of attention, 3 * 2 * 32² + 2 * 64² of sums.
     flops = 8 * 64 * 2 * (18_432 + 4_096 + 14_336)
-    assert times(tmp_path, text=text, passes=1e6)["covariance@0"] == pytest.approx(4 + flops / 0.6e6, rel=1e-3)
-    found = times(tmp_path, text=text, dtype="bfloat16", passes=1e7)["covariance@0"]
-    assert found == pytest.approx(4 + flops / 0.45e7, rel=1e-3)
+    for dtype, passes, share in (("float32", 1e6, 0.6), ("bfloat16", 1e7, 0.45)):
+        found = times(tmp_path, text=text, dtype=dtype, passes=passes)["covariance@0"]
+        assert found == pytest.approx(4 + flops / (share * passes), rel=1e-3)
 
 
 def test_a_spectrum_takes_its_eigenproblems(tmp_path):
     # Sides of 32 in a layer: queries, output, gate, up and down; of 16: keys, values.
     flops = 2 * 10 / 3 * (5 * 32**3 + 2 * 16**3)
-    assert times(tmp_path, eigenproblem=1e5)["spectrum@input"] == pytest.approx(4 + flops / 1e5, rel=1e-3)
-    assert times(tmp_path, eigenproblem=1e5)["spectrum@kfac"] > 1.5 * flops / 1e5  # and every cut
+    found = times(tmp_path, eigenproblem=1e5)
+    assert found["spectrum@input"] == pytest.approx(4 + flops / 1e5, rel=1e-3)
+    assert found["spectrum@kfac"] > 1.5 * flops / 1e5  # and every cut
 
 
 def test_an_evaluation_takes_its_windows_texts_and_items(tmp_path):
     tokens = 4 * 2 * 64 + 32_768 // 4 + 8 * 80 + 4 * 8 * 80  # test windows, news_rolling, last_word, next_sentence
     flops = tokens * (2 * (2 * 9216 + 4096) + 2 * 320 * 32)
-    assert times(tmp_path, passes=1e6)["evaluation@dense"] == pytest.approx(7 + flops / 0.6e6, rel=1e-3)
+    found, thrice = (times(tmp_path, Model(SHAPE, n), passes=1e6)["evaluation@dense"] for n in (1.0, 3.0))
+    assert found == pytest.approx(7 + flops / 0.6e6, rel=1e-3)
+    assert thrice - 7 == pytest.approx(3 * (found - 7), rel=1e-3)  # another architecture counts by its parameters
 
 
-def test_every_stage_of_the_pipeline_has_a_time(tmp_path):
-    found = times(tmp_path)
-    stages = {
-        "raw",
-        "sampling",
-        "covariance",
-        "spectrum",
-        "allocation",
-        "compression",
-        "evaluation",
-        "release",
-        "report",
-    }
-    assert {name.partition("@")[0] for name in found} == stages
-    assert all(time > 0 for time in found.values())
-
-
-def test_a_healed_variant_takes_its_training_more(tmp_path):
+def test_every_stage_has_a_time_and_a_healed_variant_its_training_besides(tmp_path):
     asked = {"objective": "distillation", "n_windows": 4, "window_length": 64, "epochs": 2, "batch_windows": 2}
     asked |= {"learning_rate": 0.001, "rank": 2, "alpha": 4, "threads": 1}
     document = yaml.safe_load(tiny.PARAMS)
     document["variants"]["healed"] = document["variants"]["kfac-80"] | {"healing": asked}
-    found = times(tmp_path, text=yaml.safe_dump(document, sort_keys=False))
+    found = times(tmp_path, text=yaml.safe_dump(document, sort_keys=False), passes=1e9)
+    stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+    assert {name.partition("@")[0] for name in found} == set(stages)
+    assert all(time > 0 for time in found.values())
     assert found["compression@healed"] > found["compression@kfac-80"]
     assert found["evaluation@healed"] == found["evaluation@kfac-80"]
 
 
-def test_another_architecture_counts_by_its_parameters(tmp_path):
-    more = times(tmp_path, Model(SHAPE, 3.0), passes=1e6)["evaluation@dense"] - 7
-    assert more == pytest.approx(3 * (times(tmp_path, passes=1e6)["evaluation@dense"] - 7), rel=1e-3)
+def test_numbers_that_are_written_twice_since_their_modules_import_torch():
+    assert covariance.PANEL == footprint.PANEL
+    assert estimate.REQUESTS["next_sentence"] == text.N_CHOICES
+    assert text.ROLLING_CHARACTERS == 4 * estimate.ROLLING
 
 
 def test_a_shape_is_read_from_the_config_and_parameters_from_the_headers(tmp_path):
@@ -220,23 +194,11 @@ def test_a_shape_is_read_from_the_config_and_parameters_from_the_headers(tmp_pat
     assert estimate.read_model(tmp_path / "other") is None
 
 
-def test_a_machine_is_measured():
-    speed = measure(1, "cpu", "auto")
-    assert speed.passes > speed.eigenproblem > 1e6
-
-
-def test_a_machine_that_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
-    tiny.llama().save_pretrained(tmp_path / "model")
+def test_a_machine_is_measured(tmp_path):
     (tmp_path / "params.yaml").write_text(tiny.PARAMS)
-    monkeypatch.chdir(tmp_path)
-    estimate.main()
-    before = json.loads(capsys.readouterr().out)
-    assert before["seconds"] is None
-    monkeypatch.delattr(estimate, "measure")
-    estimate.main(str(tmp_path / "model"), json.dumps(before["machine"]))
-    after = json.loads(capsys.readouterr().out)
-    assert after["machine"] == before["machine"]
-    assert after["seconds"]["covariance@0"] > before["machine"]["start"]
+    ((place, speed),) = speeds(read_params(tmp_path / "params.yaml")).items()
+    assert place == (1, "cpu")
+    assert speed.passes > speed.eigenproblem > 1e6
 
 
 def test_windows_without_a_number_are_guessed_from_the_texts(tmp_path):

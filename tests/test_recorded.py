@@ -9,6 +9,9 @@ import stat
 import pytest
 import yaml
 
+from drank.cli.check import check
+from drank.cli.options import CommandError
+from drank.project.damage import find_damage
 from drank.project.dvc import DamageError, Inputs, LockError, cache_folder, dvc_md5, entry
 from drank.project.files import write_text
 from tests.conftest import run
@@ -65,26 +68,21 @@ def test_what_differs_is_named(small, damaged, read, named):
 
 def test_of_a_folder_only_what_is_read_is_compared(small):
     write_text(small / "data/b/deep/y.txt", "data")
-    assert (Inputs(small) / "data/b/x.txt").is_file()
-
-
-def test_a_file_that_was_not_there_is_refused(small):
     write_text(small / "data/b/new.txt", "data")
+    assert (Inputs(small) / "data/b/x.txt").is_file()
     with pytest.raises(DamageError, match="data/b/new.txt"):
         Inputs(small) / "data/b/new.txt"
 
 
-def test_without_the_list_of_a_folder_all_of_it_is_compared(small):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_the_list_of_a_folder_all_of_it_is_compared(small, damaged):
     shutil.rmtree(cache_folder(small))
+    if damaged:
+        write_text(entry(cache_folder(small), dvc_md5(small / "data/b")), "[]")
     assert (Inputs(small) / "data/b/x.txt").is_file()
     write_text(small / "data/b/deep/y.txt", "data")
     with pytest.raises(DamageError, match="data/b: damaged"):
         Inputs(small) / "data/b/x.txt"
-
-
-def test_a_damaged_list_is_no_list(small):
-    write_text(entry(cache_folder(small), dvc_md5(small / "data/b")), "[]")
-    assert (Inputs(small) / "data/b/x.txt").is_file()
 
 
 def test_of_two_stages_with_one_out_either_may_have_written_it(small):
@@ -116,6 +114,29 @@ def test_without_a_lock_nothing_is_compared_and_a_bad_lock_is_refused(tmp_path):
     write_text(tmp_path / "dvc.lock", "stages: [")
     with pytest.raises(LockError, match="dvc.lock"):
         Inputs(tmp_path)
+
+
+def test_what_cannot_be_compared_is_counted_and_never_called_as_recorded(small, capsys):
+    check(small)
+    told = capsys.readouterr().out
+    assert told.startswith("2 outs are as recorded here; 2 of them have no whole copy in DVC's cache")
+    assert "data/a.json, data/b" in told
+    shutil.rmtree(cache_folder(small))
+    (small / "data/a.json").unlink()
+    with pytest.raises(CommandError, match="^1 outs could not be compared$"):
+        check(small)
+    assert "data/a.json: cannot say: not here, nor in DVC's cache; `dvc pull` or `dvc repro`" in capsys.readouterr().out
+    (small / "data/b/x.txt").write_text("other")
+    with pytest.raises(CommandError, match="^1 files are not as recorded and 1 outs could not be compared; "):
+        check(small)
+
+
+def test_a_file_that_outs_share_in_the_cache_is_damaged_once(small):
+    shutil.copytree(small / "data/b", small / "data/c")
+    record(small, {"first": "data/b", "second": "data/c"})
+    shared = entry(cache_folder(small), dvc_md5(small / "data/b/x.txt"))
+    write_text(shared, "damaged")
+    assert [damage.path for damage in find_damage(small).damages] == [shared]
 
 
 def test_the_cache_is_where_dvc_config_says(tmp_path, monkeypatch):

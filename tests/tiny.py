@@ -1,5 +1,6 @@
 """Small real things to test with: random models, a tokenizer trained on the spot, made-up texts, a whole project."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -55,6 +56,12 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)).eval()
 
 
+def folder_sha256(folder: Path) -> str:
+    """Hexadecimal SHA-256 of a folder's files by their paths; times and modes do not count."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(repr([(str(f.relative_to(folder)), f.read_bytes()) for f in files]).encode()).hexdigest()
+
+
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "num_local_experts": 4,
@@ -69,7 +76,10 @@ def decoder(architecture, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = AutoConfig.for_model(architecture)
-    sizes = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    own = {
+        name for name in SIZES if hasattr(known, name) and not isinstance(getattr(type(known), name, None), property)
+    }
+    sizes = {name: size for name, size in SIZES.items() if name in own}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | changes)).eval()
 

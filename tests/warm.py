@@ -1,6 +1,7 @@
 """Programs that start at once: one process imports what stages, DVC and drank import, and forks for each of them.
 
 On a tiny model a stage computes for a tenth of a second and imports for two to four, and the tests start some hundred.
+Two more shortcuts, whose results are the same, are those of ``quick_locks`` and ``copy_databases``.
 ``programs`` makes a folder whose `python`, `dvc` and `drank` hand command line, environment, folder and standard
 streams to that process; a fork of it then runs the modules that the real program would run. What is no stage, DVC or
 drank, or has other variables of the kind that is read before a program's first line, is started by the real Python.
@@ -12,6 +13,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -19,18 +21,21 @@ import runpy
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 # Beside the modules of drank: what those, DVC and the stages import in functions, and by name only.
 HEAVY = (
     "dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.repo.status", "dvc.repo.experiments", "dvc.repo.push",
-    "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers",
+    "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "mlflow.store.db.utils",
+    "mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store", "pandas", "peft", "torch",
+    "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 # Variables that Python or a library reads before a program can say otherwise.
@@ -100,6 +105,10 @@ def serve(listening: socket.socket) -> dict[str, Any]:
         if not early:
             early = early_variables(os.environ)
             import_all()
+            quick_locks()
+            copy_databases(Path(listening.getsockname()).with_name("mlflow.db"))
+            gc.collect()
+            gc.freeze()  # or the forks' collections would copy every page
             set_by_imports = {key for key, value in os.environ.items() if early.get(key) != value}
         if os.fork() == 0:
             break
@@ -144,8 +153,63 @@ def import_all() -> None:
         importlib.import_module(module.name)
     for name in HEAVY:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # or the forks' collections would copy every page
+
+
+def quick_locks() -> None:
+    """DVC reads and writes the whole dvc.lock for every stage, in pure Python, longer than a tiny stage computes.
+
+    Here libyaml reads it, but for what DVC is to refuse, and a stage that did not change is written as it was.
+    """
+    import yaml
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    from drank.project.dvc import LOADER
+
+    slow, dump, blocks = _yaml.parse_yaml, _yaml._dump, dict[str, str]()
+
+    def parse_yaml(text: str, path: str, typ: str = "safe") -> Any:
+        if Path(path).name == "dvc.lock":
+            with contextlib.suppress(yaml.YAMLError, ValueError):
+                return yaml.load(text, LOADER) or {}
+        return slow(text, path, typ)
+
+    def text_of(data: dict[str, Any]) -> str:
+        dump(data, stream := io.StringIO())
+        return stream.getvalue()
+
+    def dump_by_stages(data: dict[str, Any], stream: TextIO) -> None:
+        if data.keys() != {"schema", "stages"} or not data["stages"]:
+            dump(data, stream)
+            return
+        stream.write(text_of({"schema": data["schema"]}) + "stages:\n")
+        for stage in data["stages"].items():
+            if (key := json.dumps(stage, default=repr)) not in blocks:
+                blocks[key] = text_of({"stages": dict([stage])}).partition("\n")[2]
+            stream.write(blocks[key])
+
+    _yaml.parse_yaml = strictyaml.parse_yaml = parse_yaml
+    _yaml._dump = dump_by_stages
+
+
+def copy_databases(template: Path) -> None:
+    """A new database of MLflow is a copy of the first one, whose tables some fifty migrations have made."""
+    import sqlalchemy
+    from filelock import FileLock
+    from mlflow.store.db import utils
+
+    make = utils._initialize_tables
+
+    def copy(engine: sqlalchemy.Engine) -> None:
+        with FileLock(f"{template}.lock"):
+            if not template.exists():
+                partial = template.with_suffix(".partial")
+                make(sqlalchemy.create_engine(f"sqlite:///{partial}"))
+                partial.rename(template)
+        with contextlib.closing(sqlite3.connect(template)) as source, engine.connect() as connection:
+            source.backup(connection.connection.driver_connection)
+
+    utils._initialize_tables = copy
 
 
 def run(programs: Path, program: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:

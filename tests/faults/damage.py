@@ -12,22 +12,16 @@
 The faults of the next use are at rest: it is a stage that stands for itself, whatever DVC has seen.
 """
 
-import argparse
 import contextlib
-import logging
 import os
 import random
 import shutil
-import tempfile
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
-import typer
 from dvc.repo import Repo
 from stages import allocation, compression, covariance, release, report, sampling, spectrum
 from transformers import AutoModelForCausalLM
@@ -35,16 +29,14 @@ from transformers import AutoModelForCausalLM
 from drank.audit import audit
 from drank.project.damage import find_damage
 from drank.project.files import file_sha256
-from drank.project.sources import fetch_text
 from drank.project.state import read_state
-from tests.conftest import reproduce
-from tests.test_sources import TEXTS, write_wheel
+from tests.faults.campaign import campaign
+from tests.test_sources import TEXTS, fetch_text, write_wheel
 
 VARIANT = "kfac-80"
 MODEL = f"data/models/{VARIANT}"
 
 
-@dataclass(frozen=True)
 class Kept:
     """Files of one kind, and what uses them next.
 
@@ -54,9 +46,8 @@ class Kept:
         results: paths that ``use`` writes.
     """
 
-    pattern: str
-    use: Callable[[Path], object]
-    results: tuple[str, ...] = ()
+    def __init__(self, pattern: str, use: Callable[[Path], object], *results: str) -> None:
+        self.pattern, self.use, self.results = pattern, use, results
 
 
 def loaded(root: Path) -> object:
@@ -78,7 +69,7 @@ class FoundError(ValueError):
 
 def checked(root: Path) -> None:
     """What ``drank check`` reads."""
-    if found := list(find_damage(root)):
+    if found := find_damage(root).damages:
         raise FoundError(", ".join(str(damage.path) for damage in found))
 
 
@@ -89,36 +80,20 @@ def fetched(root: Path) -> None:
     fetch_text("pypi:some-texts==1.0", root / "data/text.jsonl", folder, sha256=sha256, member="texts/plain.txt")
 
 
+COVARIANCE, SPECTRUM, SLICED = "data/covariance/0", "data/spectrum/kfac", f"data/compression/{VARIANT}"
+ALLOCATED = (f"data/allocation/{VARIANT}.json", f"data/allocation/{VARIANT}.csv")
 KEPT = {
-    "wheels": Kept("data/downloads/*.whl", fetched, ("data/text.jsonl",)),
-    "model": Kept("data/raw/model/*.safetensors", lambda root: covariance.main("0", root), ("data/covariance/0",)),
-    "texts": Kept("data/raw/text/*.jsonl", lambda root: sampling.main(root), ("data/sampling",)),
-    "windows": Kept(
-        "data/sampling/calibration/*.safetensors", lambda root: covariance.main("0", root), ("data/covariance/0",)
-    ),
-    "covariances": Kept("data/covariance/0/**/*.*", lambda root: spectrum.main("kfac", root), ("data/spectrum/kfac",)),
-    "singular values": Kept(
-        "data/spectrum/kfac/s*.*",
-        lambda root: allocation.main(VARIANT, root),
-        (f"data/allocation/{VARIANT}.json", f"data/allocation/{VARIANT}.csv"),
-    ),
-    "factors": Kept(
-        "data/spectrum/kfac/factors/*",
-        lambda root: compression.main(VARIANT, root),
-        (f"data/compression/{VARIANT}",),
-    ),
-    "allocation": Kept(
-        f"data/allocation/{VARIANT}.json",
-        lambda root: compression.main(VARIANT, root),
-        (f"data/compression/{VARIANT}",),
-    ),
+    "wheels": Kept("data/downloads/*.whl", fetched, "data/text.jsonl"),
+    "model": Kept("data/raw/model/*.safetensors", partial(covariance.main, "0"), COVARIANCE),
+    "texts": Kept("data/raw/text/*.jsonl", sampling.main, "data/sampling"),
+    "windows": Kept("data/sampling/calibration/*.safetensors", partial(covariance.main, "0"), COVARIANCE),
+    "covariances": Kept(f"{COVARIANCE}/**/*.*", partial(spectrum.main, "kfac"), SPECTRUM),
+    "singular values": Kept(f"{SPECTRUM}/s*.*", partial(allocation.main, VARIANT), *ALLOCATED),
+    "factors": Kept(f"{SPECTRUM}/factors/*", partial(compression.main, VARIANT), SLICED),
+    "allocation": Kept(ALLOCATED[0], partial(compression.main, VARIANT), SLICED),
     "figures": Kept(f"results/{VARIANT}.json", projected),
-    "evaluation": Kept(
-        f"data/evaluation/{VARIANT}.json",
-        lambda root: report.main(root),
-        ("results/summary.csv", "results/report.html"),
-    ),
-    "compressed": Kept(f"data/compression/{VARIANT}/*", lambda root: release.main(VARIANT, root), (MODEL,)),
+    "evaluation": Kept(f"data/evaluation/{VARIANT}.json", report.main, "results/summary.csv", "results/report.html"),
+    "compressed": Kept(f"{SLICED}/*", partial(release.main, VARIANT), MODEL),
     "cache": Kept(".dvc/cache/files/md5/*/*", checked),
     "weights": Kept(f"{MODEL}/*.safetensors", loaded),
     "config": Kept(f"{MODEL}/config.json", loaded),
@@ -172,7 +147,7 @@ def dvc_names(root: Path, file: str) -> bool:
 
 
 def audit_names(root: Path) -> bool:
-    return not audit(root / MODEL, root).holds
+    return bool(audit(root / MODEL, root).broken)
 
 
 def use(root: Path, kept: Kept, file: str, expected: object) -> str:
@@ -234,40 +209,15 @@ class Damager:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1000, help="faults")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--project", type=Path, help="a reproduced project to copy; made where left out")
-    asked = parser.parse_args()
-    quieten()
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        project = asked.project or Path(scratch) / "project"
-        if asked.project is None:
-            reproduce(project)
-        damager = Damager(project, Path(scratch), asked.seed)
-        for i in range(asked.n):
+    with campaign(__doc__, 1000, ("tried", "DVC", "audit", "named", "raised", "same", "changed")) as work:
+        damager = Damager(work.project(), work.scratch, work.asked.seed)
+        for i in range(work.asked.n):
             kind, at_rest = list(KEPT)[i % len(KEPT)], i // len(KEPT) % 2 == 1
             seen = damager.fault(kind, at_rest)
-            counts.setdefault((kind, "at rest" if at_rest else "written"), Counter()).update(
-                tried=1, DVC=seen.dvc, audit=seen.audit, **{seen.use: 1}
-            )
+            row = work.counts.rows[f"{kind}, {'at rest' if at_rest else 'written'}"]
+            row.update(tried=1, DVC=seen.dvc, audit=seen.audit, **{seen.use: 1})
             if not seen.dvc and not seen.audit and seen.use == "changed":
-                typer.echo(f"nobody: {seen}")
-    columns = ("tried", "DVC", "audit", "named", "raised", "same", "changed")
-    typer.echo(f"{'':16} {'':8}" + "".join(f"{column:>9}" for column in columns))
-    for (kind, fault), row in sorted(counts.items()):
-        typer.echo(f"{kind:16} {fault:8}" + "".join(f"{row[column]:9}" for column in columns))
-    total = sum(counts.values(), Counter())
-    typer.echo(f"{'all':16} {'':8}" + "".join(f"{total[column]:9}" for column in columns))
-
-
-def quieten() -> None:
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["PIP_NO_INDEX"] = "1"  # a damaged wheel cannot be fetched again
+                work.counts.lost("seen by nobody", seen)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ folder without a cache; it prints a row a setting. What is promised is in docs/d
     kernels     settings that imitate another CPU, or take other threads: the stages alone, and how far they are off
 """
 
-import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,8 +18,9 @@ from pathlib import Path
 import torch
 import typer
 
-from drank.project.files import file_sha256, read_json, read_tensors
-from tests.conftest import REPOSITORY, reproduce
+from drank.project.files import read_json, read_tensors
+from tests.faults import campaign
+from tests.faults.campaign import DVC, contents
 
 VARIANTS = {"d-rank-80": "input", "kfac-80": "kfac"}
 
@@ -47,28 +46,20 @@ class Setting:
     threads: int = 1
 
 
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
 BYTES = {
     "as it was": Setting(),
     "C locale": Setting(
-        {
-            "LC_ALL": "C",
-            "PYTHONUTF8": "0",
-            "PYTHONCOERCECLOCALE": "0",
-            "TZ": "Pacific/Kiritimati",
-            "PYTHONHASHSEED": "1",
-        },
-        folder="deep/" * 12 + "my project",
-        umask=0o077,
-        n_cpus=1,
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"}
+        | {"PYTHONHASHSEED": "1"},
+        folder="deep/" * 12 + "my project", umask=0o077, n_cpus=1,
     ),
     "not ASCII": Setting(
-        {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1", "TZ": "America/St_Johns", "PYTHONHASHSEED": "4242"}
-        | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2"),
-        folder="dé pöt/project",
-        umask=0,
-        reverse=True,
+        {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1", "TZ": "America/St_Johns", "PYTHONHASHSEED": "4242"} | THREADS,
+        folder="dé pöt/project", umask=0, reverse=True,
     ),
-}
+}  # fmt: skip
+OLD = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 KERNELS = {
     "2 threads": Setting({"OMP_NUM_THREADS": "2"}, threads=2),
     "torch without AVX": Setting({"ATEN_CPU_CAPABILITY": "default"}),
@@ -77,14 +68,7 @@ KERNELS = {
     "oneDNN with AVX2": Setting({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "MKL for any CPU": Setting({"MKL_CBWR": "COMPATIBLE"}),
     "OpenBLAS for Haswell": Setting({"OPENBLAS_CORETYPE": "Haswell"}),
-    "an old CPU": Setting(
-        {
-            "ATEN_CPU_CAPABILITY": "default",
-            "ONEDNN_MAX_CPU_ISA": "SSE41",
-            "MKL_CBWR": "COMPATIBLE",
-            "OPENBLAS_CORETYPE": "Nehalem",
-        }
-    ),
+    "an old CPU": Setting(OLD | {"OPENBLAS_CORETYPE": "Nehalem"}),
 }
 
 
@@ -104,41 +88,20 @@ def sown(project: Path, place: Path, setting: Setting) -> Path:
 
 
 def run(root: Path, setting: Setting, *command: str) -> None:
-    """A Python module in the project, as the setting says.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{REPOSITORY}", "DVC_NO_ANALYTICS": "1"}
-    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """A command in the project, as the setting says."""
     allowed = sorted(os.sched_getaffinity(0))[: setting.n_cpus]
     limited = ["taskset", "-c", ",".join(map(str, allowed))] if setting.n_cpus and shutil.which("taskset") else []
-    subprocess.run(
-        [*limited, sys.executable, "-m", *command],
-        cwd=root,
-        env=os.environ | usual | path | setting.environment,
-        umask=setting.umask,
-        check=True,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    campaign.run(root, *limited, *command, quick=False, umask=setting.umask, **setting.environment)
 
 
-def built(project: Path, place: Path, setting: Setting) -> Path:
-    """The whole pipeline in the setting, by DVC, without a cache."""
+def built(project: Path, place: Path, setting: Setting, by_dvc: bool = False) -> Path:
+    """The stages of some variants in the setting, in one process; or the whole pipeline by DVC, without a cache."""
     root = sown(project, place, setting)
+    stages = (sys.executable, "-m", "tests.faults.determinism", "--here")
     # With git, since DVC then has a .gitignore beside its outputs, which counts in a folder that is a dependency.
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    run(root, setting, "dvc", "init", "-q")
-    run(root, setting, "dvc", "repro")
-    return root
-
-
-def staged(project: Path, place: Path, setting: Setting) -> Path:
-    """The stages of some variants in the setting, one after the other in one process."""
-    root = sown(project, place, setting)
-    run(root, setting, "tests.faults.determinism", "--here")
+    whole = (("git", "init", "-q"), (*DVC, "init", "-q"), (*DVC, "repro"))
+    for command in whole if by_dvc else (stages,):
+        run(root, setting, *command)
     return root
 
 
@@ -157,61 +120,40 @@ def run_stages() -> None:
         release.main(variant)
 
 
-def contents(root: Path) -> dict[str, str]:
-    """SHA-256 of every file that the pipeline wrote, by name."""
-    folders = [root / "data", root / "results"]
-    files = [root / "dvc.lock", *(file for folder in folders for file in folder.rglob("*"))]
-    return {f.relative_to(root).as_posix(): file_sha256(f) for f in sorted(files) if f.is_file()}
-
-
 def differing(project: Path, root: Path) -> list[str]:
     """Files of ``root`` that are not the same bytes in ``project``, and such as are there alone."""
     before, after = contents(project), contents(root)
     return sorted(name for name, digest in after.items() if before.get(name) != digest)
 
 
-@dataclass(frozen=True)
-class Moved:
-    """How far a project is from another one of the same parameters.
+def moved(project: Path, root: Path) -> dict[str, float]:
+    """How far the variants of ``VARIANTS`` are apart in two projects of the same parameters.
 
-    Attributes:
+    Returns:
         covariance: largest relative distance, in the Frobenius norm, of a covariance.
         singular_values: largest distance of a singular value, over the largest of its matrix.
-        ranks: units of which form or rank differ.
-        n_units: units in all.
+        ranks: share of units of which form or rank differ.
         objective: largest relative distance of the loss that an allocation expects.
         perplexity: largest relative distance of a token perplexity.
     """
 
-    covariance: float
-    singular_values: float
-    ranks: int
-    n_units: int
-    objective: float
-    perplexity: float
+    def both(read, path: str) -> tuple:
+        return read(project / path), read(root / path)
 
-
-def moved(project: Path, root: Path) -> Moved:
-    """How far the variants of ``VARIANTS`` are apart in two projects."""
-    covariances = [file.relative_to(root) for file in (root / "data/covariance/0").rglob("*.safetensors")]
-    pairs = [(read_tensors(project / f)["covariance"], read_tensors(root / f)["covariance"]) for f in covariances]
-    spectra = [
-        tuple(read_tensors(r / f"data/spectrum/{key}/singular_values.safetensors") for r in (project, root))
-        for key in VARIANTS.values()
-    ]
-    values = [(before[name], after[name]) for before, after in spectra for name in before]
-    allocations = [tuple(read_json(r / f"data/allocation/{v}.json") for r in (project, root)) for v in VARIANTS]
+    files = [str(file.relative_to(root)) for file in (root / "data/covariance/0").rglob("*.safetensors")]
+    pairs = [[tensors["covariance"] for tensors in both(read_tensors, file)] for file in files]
+    spectra = [both(read_tensors, f"data/spectrum/{key}/singular_values.safetensors") for key in VARIANTS.values()]
+    allocations = [both(read_json, f"data/allocation/{variant}.json") for variant in VARIANTS]
     units = [pair for a, b in allocations for pair in zip(a["units"], b["units"], strict=True)]
-    figures = [tuple(read_json(r / f"results/{v}.json") for r in (project, root)) for v in VARIANTS]
+    figures = [both(read_json, f"results/{variant}.json") for variant in VARIANTS]
     names = [name for name in figures[0][0] if name.startswith("token_perplexity/") and "stderr" not in name]
-    return Moved(
-        covariance=max(float((a - b).norm() / a.norm()) for a, b in pairs),
-        singular_values=max(float((a - b).abs().max() / a.max()) for a, b in values),
-        ranks=sum((a["form"], a["rank"]) != (b["form"], b["rank"]) for a, b in units),
-        n_units=len(units),
-        objective=max(_apart(a["objective"]["value"], b["objective"]["value"]) for a, b in allocations),
-        perplexity=max(_apart(a[name], b[name]) for a, b in figures for name in names),
-    )
+    return {
+        "covariance": max(float((a - b).norm() / a.norm()) for a, b in pairs),
+        "singular_values": max(float((a[n] - b[n]).abs().max() / a[n].max()) for a, b in spectra for n in a),
+        "ranks": sum((a["form"], a["rank"]) != (b["form"], b["rank"]) for a, b in units) / len(units),
+        "objective": max(_apart(a["objective"]["value"], b["objective"]["value"]) for a, b in allocations),
+        "perplexity": max(_apart(a[name], b[name]) for a, b in figures for name in names),
+    }
 
 
 def _apart(a: float, b: float) -> float:
@@ -219,26 +161,20 @@ def _apart(a: float, b: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--project", type=Path, help="a reproduced project to compare with; made where left out")
-    parser.add_argument("--only", choices=("bytes", "kernels"), help="one of the two tables")
-    parser.add_argument("--here", action="store_true", help="run the stages in the current folder, and no more")
-    asked = parser.parse_args()
-    if asked.here:
+    if "--here" in sys.argv:
         run_stages()
         return
-    typer.echo(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs")
-    with tempfile.TemporaryDirectory() as scratch:
-        project = asked.project or Path(scratch) / "project"
-        if asked.project is None:
-            reproduce(project)
-        for name, setting in BYTES.items() if asked.only != "kernels" else ():
-            root = built(project, Path(tempfile.mkdtemp(dir=scratch)), setting)
+    only = {"choices": ("bytes", "kernels"), "help": "one of the two tables"}
+    with campaign.campaign(__doc__, 1, only=only) as work:
+        typer.echo(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs")
+        project = work.project()
+        for name, setting in (BYTES | KERNELS).items():
+            if work.asked.only == ("kernels" if name in BYTES else "bytes"):
+                continue
+            root = built(project, Path(tempfile.mkdtemp(dir=work.scratch)), setting, by_dvc=name in BYTES)
             off = differing(project, root)
-            typer.echo(f"{name:22} {len(contents(root)):4} files, {len(off)} differ: {', '.join(off) or 'none'}")
-        for name, setting in KERNELS.items() if asked.only != "bytes" else ():
-            root = staged(project, Path(tempfile.mkdtemp(dir=scratch)), setting)
-            typer.echo(f"{name:22} {len(differing(project, root))} files differ; {moved(project, root)}")
+            far = moved(project, root) if name in KERNELS else ", ".join(off)
+            typer.echo(f"{name:22} {len(contents(root)):4} files, {len(off)} differ: {far or 'none'}")
 
 
 if __name__ == "__main__":

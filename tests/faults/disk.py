@@ -9,29 +9,21 @@ user namespace: ``unshare -Urm``), runs everything on too little space, and prin
     recovered   with space again, the same command gave the same bytes
 """
 
-import argparse
 import contextlib
+import importlib
 import io
-import logging
 import os
 import random
 import shutil
 import subprocess
 import sys
-import tempfile
-import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
-import typer
-
 from drank.cli import commands
 from drank.project.command import run_app, run_stage
-from drank.project.files import file_sha256
-from tests.conftest import reproduce
+from tests.faults.campaign import campaign, contents
 
 PAGE = 4096
 VARIANT = "kfac-80"
@@ -104,8 +96,6 @@ def free_pages(root: Path, n_pages: int) -> Iterator[None]:
 
 def run(root: Path, name: str) -> tuple[int, str]:
     """A stage or command in the project, in this process: its exit status, and what it said on standard error."""
-    import importlib
-
     before, arguments = Path.cwd(), sys.argv
     os.chdir(root)
     sys.argv = [name, *(STAGES[name].arguments if name in STAGES else (name, *COMMANDS[name].arguments))]
@@ -121,14 +111,6 @@ def run(root: Path, name: str) -> tuple[int, str]:
         os.chdir(before)
         sys.argv = arguments
     raise AssertionError("a command line ends in SystemExit")
-
-
-def contents(root: Path) -> dict[str, str]:
-    """SHA-256 of everything that is not DVC's, MLflow's or Python's own, by name; hidden files too."""
-    files = (file for file in root.rglob("*") if file.is_file())
-    names = {file.relative_to(root): file for file in files}
-    others = {".dvc", ".git", "__pycache__"}
-    return {str(name): file_sha256(file) for name, file in names.items() if not others & set(name.parts)}
 
 
 def n_pages(root: Path, output: str) -> int:
@@ -162,7 +144,7 @@ class Disk:
         if name not in self.expected:
             status, said = run(self.root, name)
             assert status == 0, said
-            self.expected[name] = contents(self.root)
+            self.expected[name] = contents(self.root, ".")
             self.pages[name] = n_pages(self.root, self._writes(name).outputs[0])
         return self.expected[name]
 
@@ -173,15 +155,15 @@ class Disk:
         if writes.fresh or self.draw.random() < 0.5:
             for output in writes.outputs:
                 remove(self.root / output)
-        before = contents(self.root)
+        before = contents(self.root, ".")
         free = self.draw.randrange(self.pages[name])
         with free_pages(self.root, free):
             status, said = run(self.root, name)
-        left = contents(self.root)
+        left = contents(self.root, ".")
         told = status == 1 and said.count("error: ") == 1 and "the disk is full" in said and "Traceback" not in said
         named = any(f"{output}" in said for output in writes.outputs)
         whole = all(after.get(file) == digest for file, digest in left.items() if before.get(file) != digest)
-        recovered = run(self.root, name)[0] == 0 and contents(self.root) == after
+        recovered = run(self.root, name)[0] == 0 and contents(self.root, ".") == after
         if writes.fresh:
             for output in writes.outputs:
                 remove(self.root / output)
@@ -200,39 +182,16 @@ def remove(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=110, help="tries")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--project", type=Path, help="a reproduced project to copy; made where left out")
-    asked = parser.parse_args()
-    quieten()
-    counts: dict[str, Counter[str]] = {}
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        project = asked.project or scratch / "project"
-        if asked.project is None:
-            reproduce(project)
-        (scratch / "disk").mkdir()
-        disk = Disk(stack.enter_context(small_disk(project, scratch / "disk")), asked.seed)
-        names = [*STAGES, *COMMANDS]
-        for i in range(asked.n):
-            seen = disk.full(names[i % len(names)])
-            counts.setdefault(seen.name, Counter()).update(
-                tried=1, told=seen.told, kept=seen.kept, recovered=seen.recovered
-            )
-            if not (seen.told and seen.kept and seen.recovered):
-                typer.echo(seen)
-    columns = ("tried", "told", "kept", "recovered")
-    typer.echo(f"{'':16}" + "".join(f"{column:>11}" for column in columns))
-    for name, row in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
-        typer.echo(f"{name:16}" + "".join(f"{row[column]:11}" for column in columns))
-
-
-def quieten() -> None:
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
+    with campaign(__doc__, 110, ("tried", "told", "kept", "recovered")) as work:
+        (work.scratch / "disk").mkdir()
+        with small_disk(work.project(), work.scratch / "disk") as root:
+            disk, names = Disk(root, work.asked.seed), [*STAGES, *COMMANDS]
+            for i in range(work.asked.n):
+                seen = disk.full(names[i % len(names)])
+                found = {"told": seen.told, "kept": seen.kept, "recovered": seen.recovered}
+                work.counts.rows[seen.name].update(tried=1, **found)
+                if not all(found.values()):
+                    work.counts.lost("lost", seen)
 
 
 if __name__ == "__main__":

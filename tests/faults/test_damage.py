@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from drank.project.damage import find_damage
+from tests import warm
 from tests.conftest import run
 from tests.faults.damage import KEPT, MODEL, Damager, damaged, dvc_names, holding
 
@@ -17,9 +18,8 @@ pytestmark = pytest.mark.pipeline
 
 @pytest.fixture(scope="module")
 def damager(reproduced, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TQDM_DISABLE", "1")
-        yield Damager(reproduced, tmp_path_factory.mktemp("damage"), seed=0)
+    warm.quick_locks()
+    return Damager(reproduced, tmp_path_factory.mktemp("damage"), seed=0)
 
 
 FILES = [kind for kind in KEPT if kind not in ("lock", "wheels", "cache")]
@@ -51,10 +51,8 @@ def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_the_audit(damager, ki
 @pytest.mark.parametrize("kind", UNCHECKED)
 def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_check(damager, kind):
     file = sorted(damager.watched.glob(KEPT[kind].pattern))[0]
-    flipped = bytearray(file.read_bytes())
-    flipped[-1] ^= 1
-    with holding(file, bytes(flipped), at_rest=True):
-        assert [damage.path for damage in find_damage(damager.watched)] == [file]
+    with holding(file, flipped(file), at_rest=True):
+        assert [damage.path for damage in find_damage(damager.watched).damages] == [file]
 
 
 def test_a_damaged_lock_is_refused_or_changes_no_figure(damager):
@@ -81,9 +79,12 @@ def test_repro_puts_every_damaged_output_back(reproduced, tmp_path):
 def test_what_dvc_trusts_is_told_as_it_is(damager):
     """The limit for which stages compare what they read, so that whoever lifts it hears of it."""
     file = damager.watched / MODEL / "model.safetensors"
-    flipped = bytearray(file.read_bytes())
-    flipped[-1] ^= 1
-    with holding(file, bytes(flipped), at_rest=True):
-        assert not dvc_names(damager.watched, file.name)
-    with holding(file, bytes(flipped), at_rest=False):
-        assert dvc_names(damager.watched, file.name)
+    for at_rest in (True, False):
+        with holding(file, flipped(file), at_rest):
+            assert dvc_names(damager.watched, file.name) is not at_rest
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    return bytes(content)

@@ -15,9 +15,10 @@ from drank.audit import audit
 from drank.project.dvc import LockError, parse_lock
 from drank.project.files import FileError, read_rows
 from drank.project.params import ParamsError, read_params
-from drank.project.sources import SourceError, fetch_model, fetch_text
+from drank.project.sources import SourceError
 from drank.views.compared import compare_targets
 from tests.faults.documents import FRAGMENTS, Tries, outcome
+from tests.test_sources import fetch_model, fetch_text
 from tests.tiny import PARAMS
 
 
@@ -72,10 +73,6 @@ def test_what_dvc_would_read_otherwise_or_could_not_name_a_file_by_is_refused(tm
     path.write_text(PARAMS.replace(*change, 1))
     with pytest.raises(ParamsError, match=f"(?s){message}"):
         read_params(path)
-
-
-def test_parameters_in_another_encoding_are_refused(tmp_path):
-    path = tmp_path / "params.yaml"
     path.write_bytes(PARAMS.encode("utf-16"))
     with pytest.raises(ParamsError, match="not UTF-8"):
         read_params(path)

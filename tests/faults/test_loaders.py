@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import yaml
 from jinja2.exceptions import SecurityError, UndefinedError
 from transformers import AutoTokenizer
 
-from drank.project.dvc import LockError, parse_lock
+from drank.project.dvc import LOADER, LockError, parse_lock
 from drank.project.files import FileError, JsonLinesFolder, read_json, read_tensors
-from drank.project.params import read_params
-from drank.project.sources import SourceError, fetch_model, fetch_text
+from drank.project.params import ParamsError, read_params
+from drank.project.sources import SourceError
 from drank.steps.evaluation import load_tasks, run_tasks
 from tests.conftest import REPOSITORY
+from tests.test_sources import fetch_model, fetch_text
 from tests.tiny import PARAMS, llama, tokenizer
 
 FOLDERS = ("src", "stages", "benchmarks", "docs", "tests")
@@ -101,40 +103,60 @@ def test_the_search_leaves_the_rest_alone(code):
 
 
 def test_the_loader_of_locks_is_a_safe_one():
-    from drank.project.dvc import LOADER
-
     assert issubclass(LOADER, (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 CODE = "import pathlib; pathlib.Path({path!r}).touch()\n"
 
 
-def test_code_in_a_folder_of_a_model_does_not_run(tmp_path):
+@pytest.fixture
+def witness(tmp_path):
+    """A file that code of what is read would make."""
+    yield tmp_path / "ran"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A plain model, to which something is added."""
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def fetch(folder):
+    """What the stage raw makes of it."""
+    root = folder.parent
+    try:
+        fetch_model("local:model", root / "out", root, root=root)
+    except SourceError:
+        assert not (root / "out").exists()
+        raise
+    return root / "out"
+
+
+def declare(file, **more):
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
+def test_code_in_a_folder_of_a_model_does_not_run(folder, witness):
     """``auto_map`` names a Python file of the folder, which transformers would import if it were told to trust it."""
-    folder, witness = tmp_path / "model", tmp_path / "ran"
-    llama().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
     for name in ("configuration_evil.py", "modeling_evil.py"):
         (folder / name).write_text(CODE.format(path=str(witness)))
-    config = json.loads((folder / "config.json").read_text())
     remote = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": remote}))
+    declare(folder / "config.json", model_type="evil", auto_map=remote)
     with pytest.raises(SourceError, match="cannot be loaded"):
-        fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
-    assert not witness.exists()
-    assert not (tmp_path / "out").exists()
+        fetch(folder)
 
 
 @pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir", "module:os"])
-def test_tags_of_yaml_make_no_objects(tmp_path, tag):
-    from drank.project.params import ParamsError
-
-    witness = tmp_path / "ran"
-    path = Path(tmp_path / "params.yaml")
-    path.write_text(PARAMS + f"evil: !!python/{tag} [{witness}]\n")
+def test_tags_of_yaml_make_no_objects(tmp_path, witness, tag):
+    evil = f"evil: !!python/{tag} [{witness}]\n"
+    (tmp_path / "params.yaml").write_text(PARAMS + evil)
     with pytest.raises(ParamsError, match="could not determine a constructor"):
-        read_params(path)
-    assert not witness.exists()
+        read_params(tmp_path / "params.yaml")
+    with pytest.raises(LockError, match="could not determine a constructor"):
+        parse_lock(evil, "dvc.lock")
 
 
 def payload(witness):
@@ -153,96 +175,63 @@ def test_the_payload_is_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors", "model.ckpt"])
-def test_pickled_weights_are_not_loaded_whatever_their_name(tmp_path, name):
-    folder, witness = tmp_path / "model", tmp_path / "ran"
-    llama().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+def test_pickled_weights_are_not_loaded_whatever_their_name(folder, witness, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(payload(witness))
     with pytest.raises(SourceError, match="only pickles|cannot be loaded"):
-        fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
-    assert not witness.exists()
-    assert not (tmp_path / "out").exists()
+        fetch(folder)
 
 
-def test_a_pickle_beside_good_weights_is_neither_loaded_nor_copied(tmp_path):
-    folder, witness = tmp_path / "model", tmp_path / "ran"
-    llama().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+def test_a_pickle_beside_good_weights_is_neither_loaded_nor_copied(folder, witness):
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(payload(witness))
-    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
-    assert not witness.exists()
-    assert not {".bin", ".pt"} & {file.suffix for file in (tmp_path / "out").iterdir()}
+    assert not {".bin", ".pt"} & {file.suffix for file in fetch(folder).iterdir()}
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json", ".gguf", ".parquet", ".jsonl", ".csv.gz", ".zip"])
-def test_a_pickle_under_the_name_of_anything_else_is_refused(tmp_path, suffix):
-    witness, file = tmp_path / "ran", tmp_path / f"x{suffix}"
+def test_a_pickle_under_the_name_of_anything_else_is_refused(tmp_path, witness, suffix):
+    file = tmp_path / f"x{suffix}"
     file.write_bytes(payload(witness))
-    readers = {".safetensors": lambda: read_tensors(file), ".json": lambda: read_json(file)}
-    model = lambda: fetch_model(f"local:{file.name}", tmp_path / "out", tmp_path, root=tmp_path)  # noqa: E731
-    text = lambda: fetch_text(f"local:{file.name}", tmp_path / "out.jsonl", tmp_path, root=tmp_path)  # noqa: E731
+    model = partial(fetch_model, f"local:{file.name}", tmp_path / "out", tmp_path, root=tmp_path)
+    text = partial(fetch_text, f"local:{file.name}", tmp_path / "out.jsonl", tmp_path, root=tmp_path)
+    readers = {".safetensors": partial(read_tensors, file), ".json": partial(read_json, file), ".gguf": model}
     with pytest.raises((FileError, SourceError)):
-        readers.get(suffix, model if suffix == ".gguf" else text)()
-    assert not witness.exists()
+        readers.get(suffix, text)()
 
 
 @pytest.mark.parametrize("declared", [{"tokenizer_class": "Evil"}, {"tokenizer_class": "os.system"}, {}])
-def test_code_of_a_tokenizer_does_not_run(tmp_path, declared):
-    folder, witness = tmp_path / "model", tmp_path / "ran"
-    llama().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+def test_code_of_a_tokenizer_does_not_run(folder, witness, declared):
     (folder / "evil.py").write_text(CODE.format(path=str(witness)))
-    written = json.loads((folder / "tokenizer_config.json").read_text())
-    remote = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(written | {"auto_map": remote} | declared))
+    declare(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, **declared)
     with contextlib.suppress(SourceError):  # some versions of transformers take the tokenizer that they know
-        fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
-    assert not witness.exists()
+        fetch(folder)
 
 
-def test_a_chat_template_reaches_nothing_of_python(tmp_path):
-    """drank applies none; it carries them along, so that what would run is transformers' sandbox of Jinja."""
-    folder, witness = tmp_path / "model", tmp_path / "ran"
-    llama().save_pretrained(folder)
-    evil = tokenizer()
-    escape = "''.__class__.__mro__[1].__subclasses__()"
+def test_a_chat_template_reaches_nothing_of_python(folder, witness):
+    """What runs, where a text asks for it, is transformers' sandbox of Jinja."""
+    evil, escape = tokenizer(), "''.__class__.__mro__[1].__subclasses__()"
     evil.chat_template = f"{{{{ cycler.__init__.__globals__.os.system('touch {witness}') }}}}{{{{ {escape} }}}}"
     evil.save_pretrained(folder)
-    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
-    assert not witness.exists()
+    fetched = AutoTokenizer.from_pretrained(fetch(folder))
     with pytest.raises((SecurityError, UndefinedError)):
-        AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template([{"role": "user", "content": "x"}])
-    assert not witness.exists()
+        fetched.apply_chat_template([{"role": "user", "content": "x"}])
 
 
-def test_a_script_in_a_dataset_is_refused(tmp_path):
+def test_a_script_in_a_dataset_is_refused(tmp_path, witness):
     from datasets import load_dataset_builder
 
-    folder, witness = tmp_path / "data", tmp_path / "ran"
-    folder.mkdir()
-    (folder / "data.py").write_text(CODE.format(path=str(witness)))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/data.py").write_text(CODE.format(path=str(witness)))
     with pytest.raises(Exception, match="(?i)script|no .*data files"):
-        load_dataset_builder(str(folder))
-    assert not witness.exists()
+        load_dataset_builder(str(tmp_path / "data"))
 
 
-def test_a_task_of_lm_eval_beside_ours_is_not_read(tmp_path):
+def test_a_task_of_lm_eval_beside_ours_is_not_read(tmp_path, witness):
     """lm-eval's own YAML may name functions (``!function``); no folder of ours is among those that it searches."""
-    witness = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(CODE.format(path=str(witness)))
     (tmp_path / "evil.yaml").write_text("task: evil\nprocess_docs: !function evil.run\n")
     (tmp_path / "last_word.jsonl").write_text('{"context": "a b", "target": "c"}\n' * 2)
     tasks = load_tasks(JsonLinesFolder(tmp_path), ["last_word"], tokenizer())
     figures = run_tasks(llama().bfloat16(), tokenizer(), tasks, 2)
     assert "acc/last_word" in figures
-    assert not witness.exists()
     assert not any("include_path" in file.read_text() for file in FILES if "tests" not in file.parts)
-
-
-@pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir", "module:os"])
-def test_tags_in_a_lock_make_no_objects(tmp_path, tag):
-    with pytest.raises(LockError, match="could not determine a constructor"):
-        parse_lock(f"stages: !!python/{tag} [{tmp_path / 'ran'}]\n", "dvc.lock")
-    assert not (tmp_path / "ran").exists()

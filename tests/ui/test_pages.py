@@ -15,14 +15,9 @@ POINTS = """[...document.querySelectorAll('.js-plotly-plot')]
 
 
 @pytest.fixture(scope="module")
-def runs(tracked):
-    return tracked[3]
-
-
-@pytest.fixture(scope="module")
-def variants(runs):
+def variants(tracked):
     """The run of every variant, by name."""
-    return runs.one_state()[1]
+    return tracked[2].one_state()[1]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +37,7 @@ def shown(value: float) -> str:
 
 
 def test_the_view_of_the_experiment_lists_every_variant_with_its_metrics(open_page, tracked, variants):
-    page = open_page(tracked[2].page)
+    page = open_page(tracked[1])
     page.get_by_role("link", name="dense", exact=True).wait_for()
     for name in variants:
         assert page.get_by_role("link", name=name, exact=True).is_visible()
@@ -57,7 +52,7 @@ def test_the_view_of_the_experiment_lists_every_variant_with_its_metrics(open_pa
 
 
 def test_the_charts_of_the_view_have_size_against_quality(open_page, tracked, variants):
-    page = open_page(tracked[2].page, compareRunsMode="CHART")
+    page = open_page(tracked[1], compareRunsMode="CHART")
     page.get_by_text("Size and quality").first.wait_for()
     page.locator(".parcoords").first.wait_for()
     page.wait_for_function(f"({POINTS}).length >= 2")
@@ -121,18 +116,14 @@ def test_a_run_says_how_to_rebuild_it_and_what_it_is_by_hash(open_page, two):
         assert page.get_by_text(run.data.tags[key]).first.is_visible()
 
 
-def test_a_figure_of_a_run_is_displayed(open_page, two):
-    run = two[1]
-    page = open_page(f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/ranks.png")
+def test_the_ranks_of_a_run_are_a_picture_and_a_table(open_page, two):
+    artifacts = f"/experiments/{two[1].info.experiment_id}/runs/{two[1].info.run_id}/artifacts"
+    page = open_page(f"{artifacts}/ranks.png")
     picture = page.get_by_alt_text("ranks.png")
     picture.wait_for()
     page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=picture.element_handle())
     assert picture.is_visible()
-
-
-def test_the_ranks_of_a_run_are_a_table(open_page, two):
-    run = two[1]
-    page = open_page(f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/ranks.json")
+    open_page(f"{artifacts}/ranks.json")
     page.get_by_text("full_rank", exact=True).first.wait_for()
     assert page.get_by_text("model.layers.0.self_attn.q_proj", exact=True).first.is_visible()
 

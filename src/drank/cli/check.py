@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from drank.cli.options import CommandError, Root
+from drank.cli.pipeline import look_ahead
 
 
 def check(
@@ -17,6 +18,10 @@ def check(
             help="Take what is damaged away, so that `dvc pull` or `dvc repro` brings it back; not what git keeps.",
         ),
     ] = False,
+    before: Annotated[
+        bool,
+        typer.Option("--before", help="Only say what `drank run` would find before it starts, and whether it would."),
+    ] = False,
 ) -> None:
     """Read every file of dvc.lock again, in the workspace and in DVC's cache, and compare it with its md5.
 
@@ -24,6 +29,9 @@ def check(
 
     DVC itself trusts a file whose size and time of change it knows, and an entry of its cache that is read-only.
     """
+    if before:
+        look_ahead(root, typer.echo)
+        return
     from drank.project import damage
     from drank.project.git import keeps
     from drank.project.progress import progress
@@ -37,17 +45,30 @@ def check(
             raise CommandError("DVC cannot read its notes; `drank check --mend`, while no DVC is at work, deletes them")
         typer.echo(f"{len(torn)} deleted; `dvc repro` makes them anew, of what its cache remembers")
         return
-    found = list(damage.find_damage(root, lambda paths: progress(list(paths), desc="check", unit="outs")))
-    cached = [one for one in found if not keeps(root, one.path)]
-    for one in found:
-        was = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"
-        if one not in cached:  # somebody may have edited it
-            was += f"; `git checkout -- {one.path}` or `dvc repro -f {one.stage}` brings it back"
-        typer.echo(
-            f"{one.path}: {was if one.recorded else f'not recorded: {one.stage} did not write it; move it away'}"
-        )
-    gone = damage.mend(cached) if mend else []
-    if len(gone) < len(found):
+    found = damage.find_damage(root, lambda paths: progress(list(paths), desc="check", unit="outs"))
+    kept_by_git = {one.path for one in found.damages if keeps(root, one.path)}  # somebody may have edited these
+    for one in found.damages:
+        told = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"
+        if one.recorded is None:
+            told = f"not recorded: {one.stage} did not write it; move it away"
+        elif one.path in kept_by_git:
+            told += f"; `git checkout -- {one.path}` or `dvc repro -f {one.stage}` brings it back"
+        typer.echo(f"{one.path}: {told}")
+    for out in found.absent:
+        typer.echo(f"{root / out}: cannot say: not here, nor in DVC's cache; `dvc pull` or `dvc repro` brings it")
+    gone = damage.mend(one for one in found.damages if one.path not in kept_by_git) if mend else []
+    amiss = [f"{len(found.damages)} files are not as recorded"] if len(gone) < len(found.damages) else []
+    amiss += [f"{len(found.absent)} outs could not be compared"] if found.absent else []
+    if amiss:
         taken = f"; {len(gone)} taken away" if mend else "; `drank check --mend` takes away those that DVC keeps"
-        raise CommandError(f"{len(found)} files are not as recorded{taken}")
-    typer.echo(f"{len(gone)} taken away; `dvc repro` makes them again" if gone else "every file is as recorded")
+        raise CommandError(" and ".join(amiss) + taken * bool(found.damages))
+    if gone:
+        typer.echo(f"{len(gone)} taken away; `dvc repro` makes them again")
+    elif single := [path for path in found.uncached if not keeps(root, root / path)]:
+        shown = ", ".join(single[:3]) + ", ..." * (len(single) > 3)
+        typer.echo(
+            f"{len(found.whole)} outs are as recorded here; {len(single)} of them have no whole copy in DVC's cache, "
+            f"which could not be compared: {shown}"
+        )
+    else:
+        typer.echo("every file is as recorded")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +42,11 @@ def diff(
 
     document = compare_targets(root, a, b)
     if picture is not None:
-        save(picture, document)
+        from drank.project.files import write_bytes
+        from drank.views.difference import heat_map
+        from drank.views.pictures import png
+
+        write_bytes(picture, png(heat_map(document["variants"].values())))
     if as_json:
         typer.echo(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False))
         return
@@ -54,106 +58,42 @@ def diff(
         console.print(part)
 
 
-def save(path: Path, document: dict[str, Any]) -> None:
-    """Draw the heat map of what has ranks on both sides into a PNG file.
-
-    Raises:
-        DifferenceError: nothing has.
-    """
-    from drank.project.files import write_bytes
-    from drank.views.compared import DifferenceError
-    from drank.views.difference import heat_map
-    from drank.views.pictures import png
-
-    drawn = [found for found in document["variants"].values() if found["units"]]
-    if not drawn:
-        raise DifferenceError(
-            f"{path}: not drawn: no matrix has a rank on both sides; without --picture, diff says why"
-        )
-    write_bytes(path, png(heat_map(drawn)))
-
-
-def rendered(document: dict[str, Any]) -> "Iterable[RenderableType]":
+def rendered(document: Mapping[str, Any]) -> "Iterator[RenderableType]":
     """Every part of the report, variant by variant."""
-    for key in ("only_a", "only_b"):
-        if document[key]:
-            yield f"only in {key[-1].upper()}: {', '.join(document[key])}\n"
+    yield from _only(document)
     for found in document["variants"].values():
         yield f"A  {found['a']}\nB  {found['b']}"
-        yield from _rendered(found)
+        if found["empty"]:
+            yield "no difference"
+        yield from (_table(name, found[name]) for name in ("parameters", "figures") if found[name])
+        if any(row["n_changed"] for row in found["kinds"].values()):
+            yield _table("ranks and channels", found["kinds"])
+        yield from _only(found)
+        yield from (f"note: {remark}" for remark in found["remarks"])
         yield ""
 
 
-def _rendered(found: dict[str, Any]) -> "Iterable[RenderableType]":
-    if found["empty"]:
-        yield "no difference"
-    if parameters := found["parameters"]:
-        rows = [(key, pair["a"] or NOTHING, pair["b"] or NOTHING) for key, pair in parameters.items()]
-        yield _table(("parameter", "A", "B"), rows, "left")
-    if figures := found["figures"]:
-        yield _table(("figure", "A", "B", "B - A", "B / A"), _figures(figures))
-    if any(row["n_changed"] for row in found["kinds"].values()):
-        spans = next(iter(found["kinds"].values()))["mean_change_by_layers"]
-        heads = ["rank, or\nchannels", "\nchanged", "\nfull", "\nmean A", "\nmean B"]
-        heads += [*(f"layers\n{span}" for span in spans), "\nlargest change", "\nform"]
-        yield _table(heads, [_ranks(kind, row) for kind, row in found["kinds"].items()])
-        yield "Mean rank of A and of B, mean of B - A in the layers of each third, largest change with its layer."
-    for key in ("only_a", "only_b"):
-        if names := found[key]:
+def _only(found: Mapping[str, Any]) -> Iterator[str]:
+    for side in "ab":
+        if names := found[f"only_{side}"]:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            yield f"only in {key[-1].upper()}: {', '.join(names[:LISTED])}{more}"
-    for remark in found["remarks"]:
-        yield f"note: {remark}"
+            yield f"only in {side.upper()}: {', '.join(names[:LISTED])}{more}"
 
 
-def _figures(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of figures, each with its standard error, which is a figure beside it."""
-    nothing: dict[str, Any] = {"a": None, "b": None}
-    errors = {name.replace("_stderr/", "/"): pair for name, pair in figures.items() if "_stderr/" in name}
-    return [
-        (
-            name,
-            *(_number(pair[side], errors.get(name, nothing)[side]) for side in "ab"),
-            NOTHING if pair["change"] is None else _change(pair["change"]),
-            NOTHING if pair["ratio"] is None else f"x{pair['ratio']:.3f}",
-        )
-        for name, pair in figures.items()
-        if "_stderr/" not in name
-    ]
-
-
-def _number(value: float | int | None, error: float | int | None) -> str:
-    if value is None:
-        return NOTHING
-    return (f"{value:,}" if isinstance(value, int) else f"{value:,.4f}") + (f" ± {error:.4f}" if error else "")
-
-
-def _change(change: float | int) -> str:
-    if isinstance(change, int):
-        return f"{change:+,}"
-    return f"{change:+,.4f}" if abs(change) >= 1e-4 else f"{change:+.1e}"
-
-
-def _ranks(kind: str, row: dict[str, Any]) -> tuple[str, ...]:
-    largest = row["largest"]
-    return (
-        kind,
-        f"{row['n_changed']} of {row['n']}",
-        f"{row['full']}",
-        f"{row['mean_a']:,.1f}",
-        f"{row['mean_b']:,.1f}",
-        *(NOTHING if mean is None else f"{mean:+,.1f}" for mean in row["mean_change_by_layers"].values()),
-        f"{largest['a']} to {largest['b']}, layer {largest['layer']}" if largest else NOTHING,
-        "\n".join(f"{n} {became}" for became, n in row["forms"].items()) or NOTHING,
-    )
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], justify: Any = "right") -> "Table":
+def _table(heading: str, rows: Mapping[str, Mapping[str, Any]]) -> "Table":
+    """A table of rows by name, with a column per key."""
     from rich.table import Table
 
-    table = Table()
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify=justify if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    table = Table(heading)
+    for key in next(iter(rows.values())):
+        heading = {"a": "A", "b": "B", "change": "B - A", "ratio": "B / A"}.get(key, key.replace("_", " "))
+        table.add_column(heading, justify="right", overflow="fold")
+    for name, row in rows.items():
+        table.add_row(name, *map(_cell, row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or NOTHING
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"

@@ -1,15 +1,15 @@
 """``drank run`` and ``drank track``: the pipeline, its projection into MLflow, and the table of variants."""
 
-import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
 from threading import Thread
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from drank.tracking import Tracked
 
-Row = dict[str, str]
 SCARCE = 2**28  # bytes; DVC says neither which disk is full nor how much is left
 
 
@@ -36,6 +35,7 @@ def run(
     from drank.project.turns import turn
     from drank.tracking import track as project
 
+    look_ahead(root, say)
     with turn(str(root.resolve()), f"another `drank run` in {root.resolve()}"):
         opening = opened_store(root)
         reproduce(root, targets or [])
@@ -43,8 +43,25 @@ def run(
         tracked = project(root)
     # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table_of_variants(read_summary(root / "results/summary.csv")))
+    console.print(table_of_variants(root / "results/summary.csv"))
     report(tracked)
+
+
+def look_ahead(root: Path, say: Callable[[str], None]) -> None:
+    """Say everything that can be known before anything computes.
+
+    Raises:
+        CommandError: some of it is an error.
+    """
+    from drank.preflight import preflight
+
+    findings = preflight(root)
+    for finding in findings:
+        say(f"{finding.level}: {finding.text}")
+    counts = Counter(finding.level for finding in findings)
+    if counts["error"]:
+        told = ", ".join(f"{n} {level}" for level, n in counts.items())
+        raise CommandError(f"nothing was started ({told}): mend the errors above, or run the stages by `dvc repro`")
 
 
 def track(root: Root = Path()) -> None:
@@ -105,65 +122,35 @@ def passing_on(command: list[str], root: Path, environment: dict[str, str], foll
 
     Where ours is closed, so is the command's. Returns its exit status.
     """
-    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE)
-    reader = Thread(target=give_on, args=(process.stdout, follow), daemon=True)
-    reader.start()
-    try:
-        status = process.wait()
-    except BaseException:  # as subprocess.run: after an interrupt the command has a moment to end by itself
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(0.25)
-        process.kill()
-        raise
-    reader.join(5)  # a stage that outlives a killed DVC holds the pipe until it ends, too
-    return status
-
-
-def give_on(lines: IO[bytes], follow: Callable[[str], None]) -> None:
-    """Copy lines to standard output, and close their source where it takes no more."""
-    # Without a buffer, which would keep what could not be written and try again when Python ends.
-    with lines, suppress(OSError), open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as output:
-        for line in lines:
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE) as process:
+        for line in process.stdout or ():
             follow(line.decode(errors="replace"))
-            output.write(line)
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+    return process.returncode
 
 
 def report(tracked: "Tracked") -> None:
     """Say on standard output what was logged and where to look at it."""
-    from drank.tracking import where_to_look
-
     typer.echo(f"MLflow runs created: {', '.join(tracked.created) or 'none'}")
     typer.echo(f"already there: {', '.join(tracked.existing) or 'none'}")
-    typer.echo(where_to_look(tracked))
+    typer.echo(tracked.where)
 
 
-def read_summary(path: Path) -> list[Row]:
-    """Rows of results/summary.csv, a variant each, dense ones first."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table_of_variants(rows: list[Row]) -> "Table":
-    """Sizes, token perplexities with their ratio to the first dense variant's, and accuracies."""
+def table_of_variants(summary: Path) -> "Table":
+    """results/summary.csv as the report shows it: a row per variant, dense ones first."""
+    import pandas as pd
     from rich.table import Table
 
     from drank.project.tolerance import other_dtypes
+    from drank.views.page import readable
 
-    perplexities, accuracies = (
-        [c for c in rows[0] if c.startswith(f"{kind}/")] for kind in ("token_perplexity", "acc")
-    )
-    dense = next((row for row in rows if row["preset"] == "dense"), None)
-    table = Table(caption=other_dtypes({"dtype": row["dtype"]} for row in rows if row.get("dtype")))
-    table.add_column("variant")
-    for heading in ("kept ratio", "megabytes", *perplexities, *accuracies):
-        table.add_column(heading.replace("/", "\n").replace("_", " "), justify="right")
-    for row in rows:
-        sizes = [f"{float(row['kept_ratio']):.3f}", f"{int(row['bytes']) / 1e6:.1f}"]
-        figures = [_perplexity(row[column], dense[column] if dense else None) for column in perplexities]
-        table.add_row(row["variant"], *sizes, *figures, *(f"{float(row[column]):.3f}" for column in accuracies))
+    rows = pd.read_csv(summary, keep_default_na=False, na_values=[""])
+    dtypes = rows["dtype"].dropna() if "dtype" in rows else ()
+    table = Table(caption=other_dtypes({"dtype": dtype} for dtype in dtypes))
+    shown = readable(rows)
+    for column in map(str, shown):
+        table.add_column(column, justify="left" if column in ("variant", "preset") else "right")
+    for row in shown.itertuples(index=False):
+        table.add_row(*map(str, row))
     return table
-
-
-def _perplexity(value: str, dense: str | None) -> str:
-    ratio = f" (x{float(value) / float(dense):.2f})" if dense else ""
-    return f"{float(value):.2f}{ratio}"

@@ -31,22 +31,36 @@ def promote(
     """Make a variant the champion: an alias of MLflow's registered model, and a tag of git. No weights are copied."""
     from drank.project.git import has_history
     from drank.project.params import read_params
-    from drank.project.state import read_state
-    from drank.tracking import promote as move_alias
+    from drank.tracking import open_store, prepare, set_champion
+    from drank.tracking.projection import held_state
 
     read_params(root / "params.yaml").variant(variant)
-    state = read_state(root)
-    in_git = has_history(root)
-    if in_git:
-        check_committed(root, variant)
-    promotion = move_alias(state, variant)
-    report(promotion)
-    if in_git:
-        typer.echo(f"git tag    {TAG} on {move_tag(root, promotion)[:12]}\n")
+    with held_state(root) as state:
+        if in_git := has_history(root):
+            check_committed(root, variant)
+        with open_store(root) as store:
+            promotion = prepare(store, state, variant, root)
+            set_champion(store, promotion)
+            uri = store.uri
+    commit = move_tag(root, promotion) if in_git else None
+    run = promotion.run
+    typer.echo(
+        f"champion   {variant}: version {run.version} of registered model drank "
+        f"({'new' if promotion.is_new else 'as before'})\n"
+        f"allocation data/allocation/{variant}.json, sha256 {run.allocation_sha256}\n"
+        f"model      data/models/{variant}, md5 in dvc.lock {promotion.model_md5}\n"
+        f"run        {run.link}"
+    )
+    if commit:
+        typer.echo(f"git tag    {TAG} on {commit[:12]}\n")
         typer.echo(f"ask git         git tag -l --format='%(contents)' {TAG}")
     else:
         typer.echo("git tag    none: not in a git repository with a commit\n")
-    typer.echo(f'ask MLflow      python -c "{question(promotion)}"')
+    # The variable may hold a password, and MLflow reads it by itself.
+    address = "" if os.environ.get("MLFLOW_TRACKING_URI") else repr(uri)
+    version = f"MlflowClient({address}).get_model_version_by_alias('drank', 'champion')"
+    question = f"from mlflow import MlflowClient; print({version}.tags['allocation.sha256'])"
+    typer.echo(f'ask MLflow      python -c "{question}"')
     typer.echo(f"ask the folder  sha256sum data/models/{variant}/allocation.json")
 
 
@@ -75,8 +89,8 @@ def move_tag(root: Path, promotion: "Promotion") -> str:
     from drank.project.git import file_at, resolve
 
     lines = {
-        "variant": promotion.variant,
-        "allocation_sha256": promotion.allocation_sha256,
+        "variant": promotion.run.name,
+        "allocation_sha256": promotion.run.allocation_sha256,
         "model_dvc_md5": promotion.model_md5,
     }
     message = "".join(f"{key}: {value}\n" for key, value in lines.items())
@@ -92,20 +106,3 @@ def git(root: Path, *arguments: str) -> str:
     if done.returncode != 0:
         raise TagError(f"git {shlex.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
-
-
-def report(promotion: "Promotion") -> None:
-    """Say on standard output what is champion now, and by which hashes it is told."""
-    made = "new" if promotion.is_new else "as before"
-    typer.echo(f"champion   {promotion.variant}: version {promotion.version} of registered model drank ({made})")
-    typer.echo(f"allocation data/allocation/{promotion.variant}.json, sha256 {promotion.allocation_sha256}")
-    typer.echo(f"model      data/models/{promotion.variant}, md5 in dvc.lock {promotion.model_md5}")
-    typer.echo(f"run        {promotion.link}")
-
-
-def question(promotion: "Promotion") -> str:
-    """The program that asks MLflow alone which allocation made the champion."""
-    # The variable may hold a password, and MLflow reads it by itself.
-    address = "" if os.environ.get("MLFLOW_TRACKING_URI") else repr(promotion.tracking_uri)
-    version = f"MlflowClient({address}).get_model_version_by_alias('drank', 'champion')"
-    return f"from mlflow import MlflowClient; print({version}.tags['allocation.sha256'])"

@@ -1,20 +1,17 @@
-"""How fast a language model is, and against another one on a machine that others use too.
+"""How fast a language model is, over another one on a machine that others use too.
 
-Takes loaded models and token ids. All is timed round robin: every model once, then every
-model once more. A ratio is taken within a round, so that what slows the machine for a while slows both of its sides;
-medians over the rounds are reported, with the quartiles between which half of the rounds are.
+Every model is timed once per round. A ratio is taken within a round, so that a slow spell of the machine slows both of
+its sides; medians over the rounds are reported, with the quartiles between which half of the rounds are.
 
     prefill       tokens/s    tokens of the prompt over the time of one pass over it that fills the cache
     first_token   s           from the call of `generate` to the first new token
     decode        tokens/s    new tokens after the first over the time from first to last: greedy, cached, batch 1
-    forward_only  tokens/s    tokens of a batch over the time of a plain pass, without cache, with all logits: what much
-                              of the literature calls throughput; nothing is generated
+    forward_only  tokens/s    tokens of a batch over the time of a plain pass, without cache, with all logits: much of
+                              the literature calls it throughput; nothing is generated
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, TypeVar
@@ -23,11 +20,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-FIGURES = {"prefill": "tokens/s", "decode": "tokens/s", "first_token": "s", "forward_only": "tokens/s"}
-PARTS = ("prefill", "generation", "forward")  # what is timed at once; generation gives two figures
+from drank.model.vocabulary import n_positions
 
-Clock = Callable[[], float]
-Progress = Callable[[Iterable[int]], Iterable[int]]
+# By figure: the part of the work that it is timed in, and its unit. Parts are timed separately.
+FIGURES = {
+    "prefill": ("prefill", "tokens/s"),
+    "decode": ("generation", "tokens/s"),
+    "first_token": ("generation", "s"),
+    "forward_only": ("forward", "tokens/s"),
+}
+
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -36,71 +38,24 @@ class BenchmarkError(ValueError):
     """The model cannot be timed as asked; the message says why."""
 
 
-@dataclass(frozen=True)
-class Quartiles:
-    """Median of samples, and the quartiles around it, interpolated linearly between the sorted samples."""
-
-    lower: float
-    median: float
-    upper: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> "Quartiles":
-        """Quartiles of one sample or more; a single one is all three."""
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0])
-        return cls(*quantiles(samples, n=4, method="inclusive"))
-
-    @classmethod
-    def of_ratios(cls, samples: Sequence[float], reference: Sequence[float]) -> "Quartiles":
-        """Quartiles of sample / reference, round by round."""
-        return cls.of([a / b for a, b in zip(samples, reference, strict=True)])
+def quartiles(samples: Sequence[float]) -> dict[str, float]:
+    """Lower quartile, median and upper quartile, interpolated linearly between the sorted samples (one or more)."""
+    points = quantiles(samples if len(samples) > 1 else [*samples, *samples], n=4, method="inclusive")
+    return dict(zip(("lower", "median", "upper"), points, strict=True))
 
 
 def round_robin(
-    cases: Mapping[K, Callable[[], T]], repeats: int, warmup: int = 1, progress: Progress = iter
+    cases: Mapping[K, Callable[[], T]], repeats: int, progress: Callable[[range], Iterable[int]] = iter
 ) -> dict[K, list[T]]:
-    """Results of each case in each of ``repeats`` rounds, after ``warmup`` rounds that do not count.
+    """Results of each case in each of ``repeats`` rounds, after one round that does not count.
 
-    Raises:
-        BenchmarkError: fewer than one round.
+    ``progress`` wraps the rounds (tqdm). Times that are compared belong to cases that follow each other.
     """
-    if repeats < 1 or warmup < 0:
-        raise BenchmarkError(f"repeats = {repeats}, warmup = {warmup}: a median needs 1 round or more; 5 tell a spread")
     samples: dict[K, list[T]] = {case: [] for case in cases}
-    for number in progress(range(warmup + repeats)):
+    for _ in progress(range(1 + repeats)):
         for case, run in cases.items():
-            sample = run()
-            if number >= warmup:
-                samples[case].append(sample)
-    return samples
-
-
-def measure(
-    runs: Mapping[str, Callable[[str], Mapping[str, float]]],
-    repeats: int,
-    warmup: int = 1,
-    progress: Progress = iter,
-) -> dict[str, dict[str, list[float]]]:
-    """The four figures of every model, a sample per round: by model, then by figure.
-
-    Within a round all models do one thing before they do the next, so that what is compared is close in time.
-
-    Args:
-        runs: by name of a model, what does one of ``PARTS`` with it, such as a :class:`Subject`, here or in a process
-            of its own.
-        progress: wraps the rounds (tqdm).
-
-    Raises:
-        BenchmarkError: fewer than one round.
-    """
-    cases = {(name, part): partial(run, part) for part in PARTS for name, run in runs.items()}
-    samples: dict[str, dict[str, list[float]]] = {name: {figure: [] for figure in FIGURES} for name in runs}
-    for (name, _), rounds in round_robin(cases, repeats, warmup, progress).items():
-        for figures in rounds:
-            for figure, value in figures.items():
-                samples[name][figure].append(value)
-    return samples
+            samples[case].append(run())
+    return {case: results[1:] for case, results in samples.items()}
 
 
 class Subject:
@@ -108,46 +63,47 @@ class Subject:
 
     Args:
         model: in evaluation mode.
-        prompt: of one window, for prefill and generation.
-        batch: for the forward-only pass.
-        new_tokens: how many are generated.
+        windows: ids of the forward-only pass; the first window is the prompt.
+        new_tokens: how many are generated, 2 or more.
         clock: seconds from any origin.
 
     Raises:
-        BenchmarkError: fewer than two new tokens, or more tokens in all than the model has positions for.
+        BenchmarkError: more tokens in all than the model has positions for.
     """
 
     def __init__(
         self,
         model: Any,
-        prompt: Int64[Tensor, "1 prompt_length"],
-        batch: Int64[Tensor, "n_windows window_length"],
+        windows: Int64[Tensor, "n_windows window_length"],
         new_tokens: int,
-        clock: Clock = time.perf_counter,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        _check_length(model, prompt.shape[1], new_tokens, batch.shape[1])
+        length, positions = windows.shape[1], n_positions(model.config)
+        if positions is not None and length + new_tokens > positions:
+            raise BenchmarkError(
+                f"a prompt of {length} tokens and {new_tokens} new ones, but the model has {positions} positions; ask "
+                "for a shorter prompt or fewer new tokens"
+            )
         self.device = next(model.parameters()).device
-        self.model, self.new_tokens, self.clock = model, new_tokens, clock
-        self.prompt, self.batch = prompt.to(self.device), batch.to(self.device)
+        self.model, self.new_tokens, self.clock, self.windows = model, new_tokens, clock, windows.to(self.device)
 
     def __call__(self, part: str) -> dict[str, float]:
-        """Do one of ``PARTS``; the figures that it gives."""
+        """Do a part of the work; the figures that it gives."""
         with torch.inference_mode():
             return {"prefill": self.prefill, "generation": self.generation, "forward": self.forward}[part]()
 
     def prefill(self) -> dict[str, float]:
         """One pass over the prompt that fills the cache, with the logits of the last token alone, as in `generate`."""
         last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        return {"prefill": self._rate(self.prompt, use_cache=True, **last)}
+        return {"prefill": self._rate(self.windows[:1], use_cache=True, **last)}
 
     def generation(self) -> dict[str, float]:
         """One greedy `generate`, timed at each token as a streamer is handed it; the end-of-text token is barred."""
-        stamps = _Stamps(self.clock)
-        synchronize(self.device)
-        start = self.clock()
+        stamps, prompt = _Stamps(self.clock), self.windows[:1]
+        start = self._now()
         self.model.generate(
-            self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=self.new_tokens,
             min_new_tokens=self.new_tokens,
             do_sample=False,
@@ -155,36 +111,43 @@ class Subject:
             pad_token_id=0,  # never used, but transformers warns without one
             streamer=stamps,
         )
-        first, *_, last = stamps.times
-        return {"first_token": first - start, "decode": (len(stamps.times) - 1) / (last - first)}
+        _, first, *_, last = stamps.times  # the prompt is handed over before the tokens
+        return {"first_token": first - start, "decode": (self.new_tokens - 1) / (last - first)}
 
     def forward(self) -> dict[str, float]:
-        """One plain pass over the batch: no cache, all logits."""
-        return {"forward_only": self._rate(self.batch, use_cache=False)}
+        """One plain pass over all windows: no cache, all logits."""
+        return {"forward_only": self._rate(self.windows, use_cache=False)}
 
     def _rate(self, ids: Tensor, **options: Any) -> float:
-        return ids.numel() / seconds(partial(self.model, ids, **options), self.device, self.clock)
+        start = self._now()
+        self.model(ids, **options)
+        return ids.numel() / (self._now() - start)
+
+    def _now(self) -> float:
+        """The time when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
 
 
-def seconds(run: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """How long a call takes, with all that it leaves to an accelerator."""
-    synchronize(device)
-    start = clock()
-    run()
-    synchronize(device)
-    return clock() - start
+class _Stamps:
+    """A streamer of transformers that keeps the time of everything that it is handed."""
 
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.times: list[float] = []
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def put(self, _: Tensor) -> None:
+        self.times.append(self.clock())
+
+    def end(self) -> None:
+        pass
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes of this process at their peak: what torch has allocated on a CUDA device; else resident memory.
+    """Bytes of this process at their peak: memory that torch has allocated on a CUDA device; else resident memory.
 
-    Resident memory is what the operating system counts: pages of mapped files, such as weights, are in it.
+    Resident memory is what the operating system counts, pages of mapped files, such as weights, included.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -194,32 +157,3 @@ def peak_memory(device: torch.device) -> int:
     from resource import RUSAGE_SELF, getrusage
 
     return getrusage(RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-class _Stamps:
-    """A streamer of transformers that keeps the time of every token, and not the prompt, which it is handed first."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.has_prompt = clock, False
-        self.times: list[float] = []
-
-    def put(self, _: Tensor) -> None:
-        if self.has_prompt:
-            self.times.append(self.clock())
-        self.has_prompt = True
-
-    def end(self) -> None:
-        pass
-
-
-def _check_length(model: Any, prompt_length: int, new_tokens: int, window_length: int) -> None:
-    if new_tokens < 2:
-        raise BenchmarkError(
-            f"{new_tokens} new tokens: decoding is timed from the first to the last; ask for 2 or more"
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max(prompt_length + new_tokens, window_length) > positions:
-        raise BenchmarkError(
-            f"a prompt of {prompt_length} tokens and {new_tokens} new ones, and windows of {window_length}, "
-            f"but the model has {positions} positions; ask for a shorter prompt or fewer new tokens"
-        )

@@ -78,7 +78,7 @@ def has_units(dtype: torch.dtype, device: str) -> bool:
         return True
     if _told(lambda: torch.cpu._is_amx_tile_supported()):
         return True
-    return _told(lambda: torch.cpu._is_avx512_bf16_supported()) and "intel" not in _vendor().lower()
+    return _told(lambda: torch.cpu._is_avx512_bf16_supported()) and "intel" not in cpu_fact("vendor_id").lower()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -93,7 +93,8 @@ def _told(fact: Callable[[], bool]) -> bool:
         return False
 
 
-def _vendor() -> str:
+def cpu_fact(name: str) -> str:
+    """What Linux says of the first processor, such as its "model name"; elsewhere what Python knows of its kind."""
     lines = CPU_FACTS.read_text(errors="replace").splitlines() if CPU_FACTS.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
     return next(named, platform.processor())

@@ -2,16 +2,22 @@
 
 Takes strings, a tokenizer and seeds; returns tensors and plain records. Knows no file and no model.
 Every draw comes from ``numpy.random.default_rng(seed)``, so equal arguments give equal results.
+Documents are read one by one, so memory holds their tokens and not their characters.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice, pairwise
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import regex
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 SEPARATOR = "\n\n"  # between documents in a token stream, as the literature joins WikiText-2
@@ -22,26 +28,50 @@ CONTEXT_WORDS = 30  # a last word is predicted from at least as many words
 PASSAGE_WORDS = 60  # and its whole passage is no longer than this
 SENTENCE_WORDS = range(8, 21)  # length of both sentences of a next-sentence item
 N_CHOICES = 4
+CHUNK = 2**20  # characters that are tokenised at once
+CONTEXT = 2**11  # characters beside a cut between chunks, on which the tokens there are found not to depend
+
+# Scripts that set no spaces between words: two of their letters count as one word.
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+# A stop of [.!?] ends a sentence before white space and a capital, or a letter of a script without capitals; the stops
+# of other scripts always do, with the quotes and brackets that they close.
+STOP = r"\p{Sentence_Terminal}"
+SENTENCE_END = regex.compile(rf"(?V1)[.!?](?=\s+[¿¡]?[\p{{Lu}}\p{{Lo}}])|[{STOP}--[.!?]]+[{STOP}\p{{Pe}}\p{{Pf}}]*|\n")
+# Lower case, or a script that has no cases: what an abbreviation's stop ("Sen.", "Mr.") cuts off is no sentence.
+LAST_WORD = regex.compile(rf"([\p{{Ll}}\p{{Lo}}\p{{Lm}}\p{{M}}\u200c\u200d]{{3,}})(?: ?[!?]|{STOP})$")
 
 Item = TypeVar("Item")
+Tokenizer = Any  # of transformers
 Begin = Literal["window", "document", "text"]  # what begin tokens are put in front of
+Stream = Int[Tensor, "n_tokens"]
+Windows = Int64[Tensor, "n_windows window_length"]
 
 
 class SamplingError(ValueError):
     """The text is too small for what is asked of it; the message has both numbers."""
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The used part of a Hugging Face tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-
 # --- documents ------------------------------------------------------------------------------------------------
 
 
-def clean(documents: Iterable[str]) -> list[str]:
+@dataclass(eq=False)
+class Picked(Sequence[str]):
+    """Documents in an order of their own, each read, and changed, when it is asked for."""
+
+    documents: Sequence[str]
+    order: Sequence[int] | np.ndarray
+    change: Callable[[str], str] = str
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Picked(self.documents, self.order[index], self.change)
+        return self.change(self.documents[self.order[index]])
+
+
+def clean(documents: Sequence[str]) -> Picked:
     """Documents repaired and trimmed, without empty ones and without repetitions (the first is kept).
 
     Repairs only what can be undone or carries nothing:
@@ -52,16 +82,19 @@ def clean(documents: Iterable[str]) -> list[str]:
 
     Comes before the split: a repeated document on both sides of it would be calibrated on and tested on.
     """
-    repaired = (_repair(document) for document in documents)
-    return list(dict.fromkeys(document for document in repaired if document))
+    digests = bytearray(_digest(""))
+    for document in documents:
+        digests += _digest(_repair(document))
+    _, first = np.unique(np.frombuffer(digests, "V16"), return_index=True)
+    return Picked(documents, np.sort(first)[1:] - 1, _repair)
 
 
-def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items in a seeded random order."""
-    return [items[index] for index in np.random.default_rng(seed).permutation(len(items))]
+def shuffled(documents: Sequence[str], seed: int) -> Picked:
+    """The documents in a seeded random order."""
+    return Picked(documents, np.random.default_rng(seed).permutation(len(documents)))
 
 
-def split_documents(documents: Sequence[str], held_out_share: float, seed: int) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[str], held_out_share: float, seed: int) -> tuple[Picked, Picked]:
     """Documents to calibrate on and documents held out, both in a seeded random order; none is in both.
 
     ``held_out_share`` in (0, 1) of the documents, rounded to the nearest whole number, is held out.
@@ -79,22 +112,23 @@ def split_documents(documents: Sequence[str], held_out_share: float, seed: int) 
     return order[n_held_out:], order[:n_held_out]
 
 
+def _digest(document: str) -> bytes:
+    return blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def _repair(document: str) -> str:
-    text = re.sub(r"[^\x00-\x7f]+", lambda run: _read_back(run.group()), document)
+    text = re.sub(r"[^\x00-\x7f]+", _read_back, document)
     text = text.replace("\ufffd", "").replace("\u00a0", " ")
     return re.sub(r"\r\n?", "\n", text).strip()
 
 
-def _read_back(characters: str) -> str:
-    try:
-        return b"".join(map(_windows_1252, characters)).decode("utf-8")
-    except UnicodeError:
-        return characters
-
-
-def _windows_1252(character: str) -> bytes:
+def _read_back(run: re.Match) -> str:
     # Five bytes have no character in Windows-1252 and pass through its decoders as C1 controls ("â€\x9d").
-    return character.encode("latin-1" if "\x80" <= character <= "\x9f" else "cp1252")
+    encodings = (("latin-1" if "\x80" <= character <= "\x9f" else "cp1252", character) for character in run[0])
+    try:
+        return b"".join(character.encode(encoding) for encoding, character in encodings).decode("utf-8")
+    except UnicodeError:
+        return run[0]
 
 
 # --- token windows --------------------------------------------------------------------------------------------
@@ -105,26 +139,76 @@ def begin_token(tokenizer: Tokenizer) -> int | None:
 
     A tokenizer can name a begin-of-sequence token and still not use it (SmolLM2): only an encoded probe tells.
     """
+    return next(iter(_special_ids(tokenizer)[0]), None)
+
+
+def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after every text."""
     plain, special = (tokenizer.encode("a", add_special_tokens=flag) for flag in (False, True))
-    return special[0] if special[0] != plain[0] else None
+    start = next((start for start in range(len(special)) if special[start : start + len(plain)] == plain), 0)
+    return special[:start], special[start + len(plain) :]
 
 
-def token_stream(documents: Sequence[str], tokenizer: Tokenizer, begin: Begin = "window") -> Int64[Tensor, "n_tokens"]:
-    """All documents as one sequence of token ids.
+def token_stream(documents: Iterable[str], tokenizer: Tokenizer, begin: Begin = "window") -> Stream:
+    """All documents as one sequence of token ids, int32.
 
     ``begin`` says where special tokens go, of a tokenizer that has any: nowhere yet, each ``window`` will get its begin
     token when it is cut; to the one ``text`` that the documents are, joined by an empty line (the literature's test
     texts); to every ``document``, which are then tokenised one by one and laid end to end (calibration in the released
     code of D-Rank and Basis Sharing, whose documents are lines).
     """
-    pieces = documents if begin == "document" else [SEPARATOR.join(documents)]
-    ids = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=begin != "window")]
-    return torch.tensor(ids, dtype=torch.int64)
+    front, back = ([], []) if begin == "window" else _special_ids(tokenizer)
+    stream = array("i")
+    for text in ([document] for document in documents) if begin == "document" else [_joined(documents)]:
+        stream.extend(front)
+        for ids in _encoded(text, tokenizer):
+            stream.extend(ids)
+        stream.extend(back)
+    return torch.from_numpy(np.asarray(stream))
 
 
-def draw_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int, window_length: int, seed: int, begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+def _joined(documents: Iterable[str]) -> Iterator[str]:
+    for number, document in enumerate(documents):
+        yield SEPARATOR + document if number else document
+
+
+def _encoded(text: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of a text in pieces, as if it were encoded at once, with about ``CHUNK`` characters in memory.
+
+    A text is cut where the tokens nearer than ``CONTEXT`` / 4 characters come out the same from the ``CONTEXT``
+    characters before the cut and ``CONTEXT`` / 2 behind it alone; where they do not, a longer text is tried. The
+    characters before the cut are encoded once more, with the next chunk.
+    """
+    held, known, enough = "", 0, CHUNK  # the tokens of the first `known` characters held are given already
+    for piece in (document[at : at + CHUNK] for document in text for at in range(0, len(document), CHUNK)):
+        held += piece
+        if len(held) < enough or not tokenizer.is_fast:  # the others do not say where their tokens are
+            continue
+        ids, starts = _located(held, tokenizer)
+        cut = len(held) - CONTEXT
+        alone, alone_starts = _located(held[cut - CONTEXT : cut + CONTEXT // 2], tokenizer)
+        near = abs(starts - cut) < CONTEXT // 4
+        near_alone = abs(alone_starts - CONTEXT) < CONTEXT // 4
+        same = np.array_equal(starts[near] - cut, alone_starts[near_alone] - CONTEXT)
+        if same and near.any() and np.array_equal(ids[near], alone[near_alone]):
+            yield ids[(starts >= known) & (starts < cut)].tolist()
+            held, known, enough = held[cut - CONTEXT :], CONTEXT, CHUNK
+        else:
+            enough = 2 * len(held)
+    if known:
+        ids, starts = _located(held, tokenizer)
+        yield ids[starts >= known].tolist()
+    else:
+        yield tokenizer.encode(held, add_special_tokens=False)
+
+
+def _located(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, and the character that each token starts at."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return np.array(found["input_ids"]), np.array(found["offset_mapping"]).reshape(-1, 2)[:, 0]
+
+
+def draw_windows(stream: Stream, n_windows: int, window_length: int, seed: int, begin_token: int | None) -> Windows:
     """Exactly ``n_windows`` windows at uniformly random offsets in the token stream; they may overlap.
 
     With a begin token, that is the first of a window's ``window_length`` tokens.
@@ -132,20 +216,16 @@ def draw_windows(
     Raises:
         SamplingError: the stream is shorter than one window.
     """
-    n_drawn = window_length - (begin_token is not None)
-    n_offsets = len(stream) - n_drawn + 1
-    if n_offsets < 1:
-        raise SamplingError(
-            f"the text has {len(stream)} tokens and one window takes {n_drawn} of them: "
-            f"give more text, or lower sampling.window_length"
-        )
+    n_read = window_length - (begin_token is not None)
+    n_offsets = len(stream) - n_read + 1
+    _check_length(n_offsets > 0, stream, f"one window takes {n_read} of them", "sampling.window_length")
     offsets = np.random.default_rng(seed).integers(n_offsets, size=n_windows)
-    return _with_begin(stream.unfold(0, n_drawn, 1)[torch.from_numpy(offsets)], begin_token)
+    return _with_begin(stream.unfold(0, n_read, 1)[torch.from_numpy(offsets)], begin_token)
 
 
 def draw_consecutive_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int, window_length: int, seed: int, begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+    stream: Stream, n_windows: int, window_length: int, seed: int, begin_token: int | None
+) -> Windows:
     """Exactly ``n_windows`` of the windows that lie side by side in the token stream; none twice.
 
     The draw of D-Rank's and Basis Sharing's released code: the first of ``torch.randperm`` with that seed.
@@ -153,20 +233,14 @@ def draw_consecutive_windows(
     Raises:
         SamplingError: the stream has fewer windows.
     """
-    n_read = window_length - (begin_token is not None)
-    n_whole = len(stream) // n_read
-    if n_whole < n_windows:
-        raise SamplingError(
-            f"the text has {len(stream)} tokens, so {n_whole} windows of {n_read} side by side, and {n_windows} are "
-            f"asked for: give more text, or lower sampling.n_windows or sampling.window_length"
-        )
-    order = torch.randperm(n_whole, generator=torch.Generator().manual_seed(seed))[:n_windows]
-    return _with_begin(stream[: n_whole * n_read].view(n_whole, n_read)[order], begin_token)
+    whole = consecutive_windows(stream, None, window_length, begin_token)
+    lower = "sampling.n_windows or sampling.window_length"
+    _check_length(len(whole) >= n_windows, stream, f"{n_windows} windows side by side are asked for", lower)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    return whole[order[:n_windows]]
 
 
-def consecutive_windows(
-    stream: Int64[Tensor, "n_tokens"], n_windows: int | None, window_length: int, begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+def consecutive_windows(stream: Stream, n_windows: int | None, window_length: int, begin_token: int | None) -> Windows:
     """The first ``n_windows`` windows of the token stream, side by side: the literature's test protocol.
 
     None asks for all that are whole.
@@ -176,36 +250,36 @@ def consecutive_windows(
     """
     n_read = window_length - (begin_token is not None)
     n_windows = n_windows or max(1, len(stream) // n_read)
-    if len(stream) < n_windows * n_read:
-        raise SamplingError(
-            f"the text has {len(stream)} tokens and {n_windows} windows take {n_windows * n_read} of them: "
-            f"give more text, or lower sampling.n_test_windows or sampling.window_length"
-        )
-    return _with_begin(stream[: n_windows * n_read].view(n_windows, n_read), begin_token)
+    n_tokens, lower = n_windows * n_read, "sampling.n_test_windows or sampling.window_length"
+    _check_length(len(stream) >= n_tokens, stream, f"{n_windows} windows take {n_tokens} of them", lower)
+    return _with_begin(stream[:n_tokens].view(n_windows, n_read), begin_token)
 
 
 def short_last_window(
-    stream: Int64[Tensor, "n_tokens"], window_length: int, begin_token: int | None
+    stream: Stream, window_length: int, begin_token: int | None
 ) -> Int64[Tensor, "last_length"] | None:
     """The rest after the whole windows of ``consecutive_windows``; None where that leaves no token to predict."""
     n_read = window_length - (begin_token is not None)
-    rest = stream[len(stream) // n_read * n_read :]
-    last = rest if begin_token is None else torch.cat([rest.new_tensor([begin_token]), rest])
+    last = _with_begin(stream[len(stream) // n_read * n_read :][None], begin_token)[0]
     return last if len(last) > 1 else None
 
 
-def _with_begin(
-    windows: Int64[Tensor, "n_windows n_read"], begin_token: int | None
-) -> Int64[Tensor, "n_windows window_length"]:
+def _check_length(enough: bool, stream: Stream, needs: str, knob: str) -> None:
+    if not enough:
+        raise SamplingError(f"the text has {len(stream)} tokens and {needs}: give more text, or lower {knob}")
+
+
+def _with_begin(windows: Int[Tensor, "n_windows n_read"], begin_token: int | None) -> Windows:
+    windows = windows.long().contiguous()
     if begin_token is None:
-        return windows.contiguous()
+        return windows
     return torch.cat([windows.new_full((len(windows), 1), begin_token), windows], dim=1)
 
 
 # --- task items for lm-eval -----------------------------------------------------------------------------------
 
 
-def rolling_items(documents: Sequence[str]) -> list[dict[str, str]]:
+def rolling_items(documents: Iterable[str]) -> list[dict[str, str]]:
     """Documents for rolling perplexity, ``{text}``: the first ones, up to ``ROLLING_CHARACTERS`` together.
 
     Each is cut to at most ``ROLLING_DOCUMENT`` characters, at the end of a word.
@@ -223,16 +297,21 @@ def rolling_items(documents: Sequence[str]) -> list[dict[str, str]]:
 def last_word_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, str]]:
     """Passages of whole sentences, ``{context, target}``: the target is the last word, without its full stop.
 
-    In the manner of LAMBADA (arXiv:1606.06031), but nobody has chosen the words that a reader can guess.
+    In the manner of LAMBADA (arXiv:1606.06031), but nobody has chosen the words that a reader can guess. Words are what
+    spaces set apart, so that a text of a script without spaces has none.
 
     Raises:
         SamplingError: the documents have fewer than ``n_items`` such passages.
     """
-    passages = [item for document in documents for item in _last_words(document)]
-    return _choose(passages, n_items, seed, "passages that end with a sentence")
+    ends = np.cumsum([sum(1 for _ in _last_words(document)) for document in documents])
+    items = []
+    for number in _choose(int(ends[-1]), n_items, seed, "passages that end with a sentence", documents):
+        index = int(np.searchsorted(ends, number, side="right"))
+        items.append(list(_last_words(documents[index]))[number - ends[index]])
+    return items
 
 
-def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, str | int | list[str]]]:
+def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, Any]]:
     """A sentence and four candidates for the next one, ``{context, choices, label}``: chance is 1/4.
 
     The true one is ``choices[label]``; the others are sentences of three other documents. In the manner of
@@ -241,83 +320,91 @@ def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> li
     Raises:
         SamplingError: there are fewer than ``n_items`` pairs of sentences, or fewer than 4 documents with one.
     """
-    found = [(index, *pair) for index, document in enumerate(documents) for pair in _sentence_pairs(document)]
-    pairs = list({sentence: (index, context, sentence) for index, context, sentence in found}.values())
+    found = {
+        sentence: (index, context, sentence)
+        for index, document in enumerate(documents)
+        for context, sentence in pairwise(_sentences(document))
+        if _is_plain(context) and _is_plain(sentence)
+    }
+    pairs = list(found.values())
     n_documents = len({index for index, _, _ in pairs})
     if n_documents < N_CHOICES:
         raise SamplingError(
             f"{n_documents} held-out documents have two sentences of {SENTENCE_WORDS.start} to "
-            f"{SENTENCE_WORDS.stop - 1} words in a row, and {N_CHOICES} are needed: give more text, or raise "
-            f"sampling.held_out_share"
+            f"{SENTENCE_WORDS.stop - 1} words in a row, and {N_CHOICES} are needed{_reason(documents)}: "
+            f"give more text, or raise sampling.held_out_share"
         )
     rng = np.random.default_rng([seed, 1])  # not the stream that has chosen the pairs
-    chosen = _choose(pairs, n_items, seed, "pairs of consecutive sentences")
-    return [_with_distractors(pair, pairs, rng) for pair in chosen]
-
-
-def _cut(text: str, n_characters: int) -> str:
-    if len(text) <= n_characters:
-        return text
-    words = text[: n_characters + 1].rsplit(maxsplit=1)
-    return words[0] if len(words) == 2 else text[:n_characters]
-
-
-def _choose(pool: list[Item], n_items: int, seed: int, what: str) -> list[Item]:
-    if len(pool) < n_items:
-        raise SamplingError(
-            f"the held-out documents have {len(pool)} {what} and {n_items} are asked for: "
-            f"give more text, raise sampling.held_out_share, or lower sampling.n_task_items"
-        )
-    return shuffled(pool, seed)[:n_items]
-
-
-def _sentences(document: str) -> list[str]:
-    """The document cut at line ends, and after [.!?] where white space and a capital letter follow."""
-    return [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])|\s*\n\s*", document) if s]
-
-
-def _last_words(document: str) -> list[dict[str, str]]:
-    sentences, items = _sentences(document), []
-    for end in range(1, len(sentences) + 1):
-        passage = _passage(sentences[:end])
-        # Lower case only: what an abbreviation's stop ("Sen.", "Mr.") cuts off is no sentence.
-        ending = re.fullmatch(r"(.+) ([a-z]{3,})[.!?]", passage)
-        if ending and CONTEXT_WORDS <= len(passage.split()) - 1 < PASSAGE_WORDS:
-            items.append({"context": ending[1], "target": ending[2]})
+    items = []
+    for number in _choose(len(pairs), n_items, seed, "pairs of consecutive sentences", documents):
+        document, context, true = pairs[number]
+        others: dict[int, str] = {}  # one sentence per document
+        for index, _, sentence in (pairs[drawn] for drawn in rng.permutation(len(pairs))):
+            if index != document:
+                others.setdefault(index, sentence)
+            if len(others) == N_CHOICES - 1:
+                break
+        choices, label = [true, *others.values()], int(rng.integers(N_CHOICES))
+        choices[0], choices[label] = choices[label], choices[0]
+        items.append({"context": context, "choices": choices, "label": label})
     return items
 
 
-def _passage(sentences: list[str]) -> str:
-    """The fewest last sentences that hold ``CONTEXT_WORDS`` words and one more."""
-    passage = ""
-    for sentence in reversed(sentences):
-        passage = f"{sentence} {passage}".rstrip()
-        if len(passage.split()) > CONTEXT_WORDS:
-            break
-    return passage
+def _cut(text: str, n_characters: int) -> str:
+    """At the end of a word if one ends in the last tenth, else before a whole character."""
+    if len(text) <= n_characters:
+        return text
+    words = text[: n_characters + 1].rsplit(maxsplit=1)
+    if len(words) == 2 and len(words[0]) > 0.9 * n_characters:
+        return words[0]
+    while n_characters > 1 and unicodedata.category(text[n_characters]).startswith("M"):
+        n_characters -= 1
+    return text[:n_characters]
 
 
-def _sentence_pairs(document: str) -> list[tuple[str, str]]:
+def _choose(n_found: int, n_items: int, seed: int, what: str, documents: Sequence[str]) -> list[int]:
+    if n_found < n_items:
+        raise SamplingError(
+            f"the held-out documents have {n_found} {what} and {n_items} are asked for{_reason(documents)}: "
+            f"give more text, raise sampling.held_out_share, or lower sampling.n_task_items"
+        )
+    return np.random.default_rng(seed).permutation(n_found)[:n_items].tolist()
+
+
+def _reason(documents: Sequence[str]) -> str:
+    """What a text is like that can have no items, as part of a message."""
+    text = "\n".join(document[:1000] for document in islice(documents, 100))
+    scripts = sorted({unicodedata.name(letter).split()[0] for letter in UNSPACED.findall(text)})
+    if not regex.search(STOP, text):
+        return " (no sentence of this text ends with a stop)"
+    if len(UNSPACED.findall(text)) > sum(map(str.isalpha, text)) / 2:
+        return f" (spaces do not set apart the words of this text, which is {' and '.join(scripts)})"
+    return ""
+
+
+def _sentences(document: str) -> list[str]:
+    """The document cut at line ends, and where sentences end."""
+    cuts = [0, *(end.end() for end in SENTENCE_END.finditer(document)), len(document)]
+    return [sentence for start, stop in pairwise(cuts) if (sentence := document[start:stop].strip())]
+
+
+def _n_words(text: str) -> int:
+    return len(text.split()) + len(UNSPACED.findall(text)) // 2
+
+
+def _last_words(document: str) -> Iterator[dict[str, str]]:
     sentences = _sentences(document)
-    return [pair for pair in pairwise(sentences) if all(_is_plain(sentence) for sentence in pair)]
+    for end in range(1, len(sentences) + 1):
+        passage = ""  # the fewest last sentences that hold CONTEXT_WORDS words and one more
+        for sentence in reversed(sentences[:end]):
+            passage = f"{sentence} {passage}".rstrip()
+            if _n_words(passage) > CONTEXT_WORDS:
+                break
+        last = LAST_WORD.search(passage)
+        spaced = last and passage[last.start() - 1 : last.start()] == " " and not UNSPACED.search(last[1])
+        if spaced and CONTEXT_WORDS <= _n_words(passage) - 1 < PASSAGE_WORDS:
+            yield {"context": passage[: last.start() - 1], "target": last[1]}
 
 
 def _is_plain(sentence: str) -> bool:
-    return len(sentence.split()) in SENTENCE_WORDS and re.search(r"[a-z]{3,}[.!?]$", sentence) is not None
-
-
-def _with_distractors(
-    pair: tuple[int, str, str], pairs: list[tuple[int, str, str]], rng: np.random.Generator
-) -> dict[str, str | int | list[str]]:
-    document, context, true = pair
-    choices, used = [true], {document}
-    for index in rng.permutation(len(pairs)):
-        other, _, sentence = pairs[index]
-        if other not in used:
-            choices.append(sentence)
-            used.add(other)
-        if len(choices) == N_CHOICES:
-            break
-    label = int(rng.integers(N_CHOICES))
-    choices[0], choices[label] = choices[label], choices[0]
-    return {"context": context, "choices": choices, "label": label}
+    return _n_words(sentence) in SENTENCE_WORDS and LAST_WORD.search(sentence) is not None

@@ -8,9 +8,8 @@ right. Bytes and FLOPs; GB are 10⁹ bytes where somebody prints them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from drank.method.covariance import PANEL
-
 EIGH = 10 / 3  # n³ operations of a symmetric eigenproblem: reduction to tridiagonal form, and vectors back
+PANEL = 128  # rows of a covariance in one product, as in drank.method.covariance, which imports torch
 READS_AS = {"k": "q", "v": "q", "up": "gate"}  # who reads the input of whom
 
 
@@ -192,20 +191,15 @@ def cut_sizes(shape: Shape, setting: Setting) -> list[int]:
     return [round(shape.mlp * (1 - share)) for share in setting.cuts]
 
 
-def spectrum_units(shape: Shape, setting: Setting, blocks: bool) -> Iterator[tuple[int, int]]:
-    """(out, in) of all factored matrices of a layer. As blocks: those of the MLP once for every cut."""
-    for name, (out, n) in shape.linears.items():
-        if not blocks or name in ("q", "k", "v", "o"):
-            yield out, n
-        else:
-            yield from ((out, m) if name == "down" else (m, n) for m in cut_sizes(shape, setting))
-
-
-def grouped_units(shape: Shape, layers: int) -> Iterator[tuple[int, int]]:
-    """(out, in) of all factored matrices of the model, where ``layers`` consecutive layers share a basis."""
+def spectra_units(shape: Shape, setting: Setting, blocks: bool, layers: int = 1) -> Iterator[tuple[int, int]]:
+    """(out, in) of all factored matrices of the model. As blocks: those of the MLP once for every cut. Where ``layers``
+    consecutive layers share a basis: stacked, but for o and down."""
     whole, rest = divmod(shape.n_layers, layers)
     for name, (out, n) in shape.linears.items():
-        if name in ("o", "down"):
+        if blocks and name not in ("q", "k", "v", "o"):
+            for m in cut_sizes(shape, setting):
+                yield from [(out, m) if name == "down" else (m, n)] * shape.n_layers
+        elif layers == 1 or name in ("o", "down"):
             yield from [(out, n)] * shape.n_layers
         else:
             yield from [(layers * out, n)] * whole + [(rest * out, n)] * (rest > 0)
@@ -216,14 +210,9 @@ def spectrum_files(shape: Shape, setting: Setting, blocks: bool, layers: int = 1
 
     As blocks in the metric of inputs and gradients, else in that of inputs.
     """
-    units = list(spectrum_units(shape, setting, blocks)) * shape.n_layers
-    if layers > 1:
-        units = list(grouped_units(shape, layers))
-    total = sum(vectors(*unit, blocks) + 8 * min(unit) for unit in units)
-    if blocks:
-        cut = [m for m in cut_sizes(shape, setting) if m < shape.mlp]
-        total += shape.n_layers * sum(4 * shape.hidden * m + 8 * m for m in cut)
-    return total
+    total = sum(vectors(*unit, blocks) + 8 * min(unit) for unit in spectra_units(shape, setting, blocks, layers))
+    cut = [m for m in cut_sizes(shape, setting) if m < shape.mlp] if blocks else []
+    return total + shape.n_layers * sum(4 * shape.hidden * m + 8 * m for m in cut)
 
 
 def compressed_parameters(shape: Shape, size: float) -> int:
@@ -273,10 +262,8 @@ def spectrum_flops(out: int, n: int, kfac: bool) -> float:
 
 
 def spectra_flops(shape: Shape, setting: Setting, kfac: bool, blocks: bool, layers: int = 1) -> float:
-    if layers > 1:
-        return sum(spectrum_flops(out, n, kfac) for out, n in grouped_units(shape, layers))
-    layer = sum(spectrum_flops(out, n, kfac) for out, n in spectrum_units(shape, setting, blocks))
-    return shape.n_layers * (layer + (channel_flops(shape, setting) if blocks else 0.0))
+    matrices = sum(spectrum_flops(*unit, kfac) for unit in spectra_units(shape, setting, blocks, layers))
+    return matrices + (shape.n_layers * channel_flops(shape, setting) if blocks else 0.0)
 
 
 def pivot_rank(out: int, n: int, size: float) -> int:

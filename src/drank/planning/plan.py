@@ -1,21 +1,24 @@
 """Which stages ``dvc repro`` is about to run, about how long each takes here, and where in the whole it is.
 
-DVC's own dry run looks at the workspace as it is, so it misses a stage that runs because one before it will. Here the
-future outputs of a stage count for the stages behind it: by their hashes where DVC's cache has them, else as unknown. A
-stage behind an unknown file may still be skipped, if that file comes out as it was: a plan is at most.
+A stage runs at most if DVC finds it changed, or if a stage before it runs. A stage may still be skipped: DVC may have
+what it made from the same inputs in its cache, or the output before it may come out as it was.
 """
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from re import compile as pattern
 from typing import Any
 
-UNKNOWN = None
+from drank.planning.estimate import costs, read_model, read_test_windows, seconds
+from drank.planning.machine import Speed
+from drank.project.params import Params, ParamsError, read_params
+
 TIMELESS = "time is told when the model is there"
-STAGE = re.compile(r"(?P<running>Running )?[Ss]tage '(?P<name>[^']+)'(:| is cached| didn't change)")
+STAGE = pattern(r"(?P<running>Running )?[Ss]tage '(?P<name>[^']+)'(:| is cached| didn't change)")
 
 
 class Plan:
@@ -27,12 +30,15 @@ class Plan:
 
     def __init__(self, root: Path, targets: Iterable[str], say: Callable[[str], None]) -> None:
         self.root, self.say = root, say
-        self.machine = ""  # what was measured of it, while nothing ran
+        self.speeds: dict[tuple[int, str], Speed] = {}
         names = planned(root, targets)
         self.left: dict[str, float | None] = dict.fromkeys(names or ())
         self.n_stages = len(self.left)
-        if self.left:  # now, even for a model that is yet to come: beside a stage half the speed would be measured
-            self._estimate()
+        with suppress(ParamsError):  # a stage will say what is wrong
+            if self.left:
+                self.params = read_params(root / "params.yaml")
+                self.speeds = speeds(self.params)  # now, for a model to come: beside a stage half of it is measured
+                self._estimate(fetched="raw" not in self.left)
         if names is not None:
             self.say(self.table())
 
@@ -40,11 +46,12 @@ class Plan:
         """Stages that will run."""
         if not self.left:
             return "nothing to run: every stage is up to date"
+        counted = "1 stage" if len(self.left) == 1 else f"up to {len(self.left)} stages"
         if None in self.left.values():
-            return f"{counted(self.left)} to run ({TIMELESS}): {', '.join(self.left)}"
+            return f"{counted} to run ({TIMELESS}): {', '.join(self.left)}"
         width = max(map(len, self.left))
         rows = [f"  {name:{width}}  {duration(seconds or 0.0)}" for name, seconds in self.left.items()]
-        return "\n".join([f"{counted(self.left)} to run, about {duration(self._sum())} here:", *rows])
+        return "\n".join([f"{counted} to run, about {duration(self._sum())} here:", *rows])
 
     def follow(self, line: str) -> None:
         """Take in a line of what ``dvc repro`` says; where a stage begins, say which it is of how many."""
@@ -52,49 +59,31 @@ class Plan:
         if not found or found["name"] not in self.left:
             return
         name = found["name"]
-        if found["running"] and None in self.left.values() and "raw" not in self.left and self._estimate():
+        if found["running"] and None in self.left.values() and "raw" not in self.left and self._estimate(fetched=True):
             self.say(self.table())
         position = f"[{self.n_stages - len(self.left) + 1} of {self.n_stages}] {name}"
-        left, seconds = self._sum(), self.left.pop(name)
+        left, taken = self._sum(), self.left.pop(name)
         if found["running"]:
-            timed = "" if seconds is None else f", about {duration(seconds)}; about {duration(left)} left"
+            timed = "" if taken is None else f", about {duration(taken)}; about {duration(left)} left"
             self.say(position + timed)
 
     def _sum(self) -> float:
         return sum(seconds or 0.0 for seconds in self.left.values())
 
-    def _estimate(self) -> bool:
-        """Give every stage its time; whether that was possible."""
-        folder = model_folder(self.root, fetched="raw" not in self.left)
-        if folder is None and self.machine:
+    def _estimate(self, fetched: bool) -> bool:
+        """Give every stage its time, if the model is at hand: in data/raw/model once that was ``fetched``, or where it
+        will come from."""
+        if not self.speeds:
             return False
-        command = [sys.executable, "-m", "drank.planning.estimate", str(folder or ""), self.machine]
-        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
-        if done.returncode:  # a stage will say what is wrong
-            return False
-        found = json.loads(done.stdout)
-        self.machine = json.dumps(found["machine"])
-        if seconds := found["seconds"]:
-            self.left = {name: seconds.get(name, 0.0) for name in self.left}
-        return bool(seconds)
-
-
-def model_folder(root: Path, fetched: bool) -> Path | None:
-    """Where the model's config.json is: in data/raw/model once that was ``fetched``, or where it will come from."""
-    from drank.project.params import ParamsError, read_params
-
-    try:
-        scheme, _, name = read_params(root / "params.yaml").model.source.partition(":")
-        folder = root / "data/raw/model" if fetched else root / Path(name).expanduser()
-        return folder.resolve() if (fetched or scheme == "local") and (folder / "config.json").is_file() else None
-    except (ParamsError, OSError, RuntimeError, ValueError):
-        return None
-
-
-def counted(stages: Iterable[str]) -> str:
-    """How many at most: a stage behind one whose output comes out as before is skipped."""
-    n = len(list(stages))
-    return "1 stage" if n == 1 else f"up to {n} stages"
+        scheme, _, name = self.params.model.source.partition(":")
+        folder = self.root / "data/raw/model" if fetched else self.root / Path(name).expanduser()
+        at_hand = (fetched or scheme == "local") and (folder / "config.json").is_file()
+        model = read_model(folder) if at_hand else None
+        if model:
+            taken = costs(self.params, model, read_test_windows(self.params, self.root))
+            times = seconds(taken, lambda *place: self.speeds[place])
+            self.left = {name: times.get(name, 0.0) for name in self.left}
+        return model is not None
 
 
 def duration(seconds: float) -> str:
@@ -102,6 +91,17 @@ def duration(seconds: float) -> str:
     if seconds < 95:
         return f"{max(1, round(seconds, 0 if seconds < 10 else -1)):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def speeds(params: Params) -> dict[tuple[int, str], Speed]:
+    """How fast this machine is with the threads and devices that stages will have; empty if it cannot be measured."""
+    places = {(section.threads, section.device) for section in (params.covariance, params.evaluation)}
+    places |= {(v.healing.threads, v.healing.device) for v in params.variants.values() if v.healing}
+    asked = [f"{threads}:{device}" for threads, device in sorted(places)]
+    command = [sys.executable, "-m", "drank.planning.machine", params.compute.dtype, *asked]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = json.loads(done.stdout) if done.returncode == 0 else []
+    return dict(zip(sorted(places), (Speed(**row) for row in rows), strict=False))
 
 
 def planned(root: Path, targets: Iterable[str]) -> list[str] | None:
@@ -121,71 +121,13 @@ def collect(targets: list[str]) -> list[str]:
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
     with Repo() as repo:
-        asked = collect_stages(repo, targets or ["dvc.yaml"])
-        written: dict[str, Any] = {}  # what stages will have written, by path, as DVC's outs with hashes
-        running = []
-        for stage in plan_repro(get_active_graph(repo.index.graph), asked):
-            if stage.frozen or not stage.cmd:
-                continue
-            found = _written(repo, stage, written)
-            if found is UNKNOWN:
-                running.append(stage.addressing)
-                found = {out.fs_path: UNKNOWN for out in stage.outs}
-            written |= found
-    return running
-
-
-def _written(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | None:
-    """Outs by path that a stage puts in place without running; UNKNOWN if it runs."""
-    from dvc.dependency import ParamsDependency
-
-    changed = stage.changed_stage() or any(out.status() for out in stage.outs)
-    for dep in stage.deps:
-        if isinstance(dep, ParamsDependency) or not (near := _near(dep.fs_path, before)):
-            changed = bool(dep.status()) or changed
-        elif near == [dep.fs_path] and before[dep.fs_path] is not UNKNOWN:
-            changed = dep.hash_info != before[dep.fs_path].hash_info or changed
-        elif not all(before[path] is not UNKNOWN and before[path].as_locked for path in near):
-            return UNKNOWN
-    return _cached(repo, stage, before) if changed else {}
-
-
-def _near(path: str, before: dict[str, Any]) -> list[str]:
-    """Parts that earlier stages write: the path itself, a folder around it, or what is in it."""
-    return [out for out in before if f"{path}/".startswith(f"{out}/") or out.startswith(f"{path}/")]
-
-
-def _cached(repo: Any, stage: Any, before: dict[str, Any]) -> dict[str, Any] | None:
-    """Outs by path that DVC would take from its cache of runs, as ``StageCache.restore`` does; UNKNOWN if none.
-
-    Each has ``as_locked``: whether it is what dvc.lock has, so that files and folders around and in it are, too.
-    """
-    from dvc.stage.cache import _get_cache_hash
-    from dvc.stage.serialize import to_single_stage_lockfile
-
-    if stage.always_changed or not (stage.deps and stage.outs):
-        return UNKNOWN
-    for dep in stage.deps:
-        if dep.fs_path in before:
-            dep.hash_info, dep.meta = before[dep.fs_path].hash_info, before[dep.fs_path].meta
-        elif _near(dep.fs_path, before):
-            continue  # as in dvc.lock
-        elif not dep.exists:
-            return UNKNOWN
-        else:
-            dep.save()
-    key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
-    folder = Path(repo.stage_cache._get_cache_dir(key))
-    entries = sorted(folder.glob("*"), key=lambda entry: entry.stat().st_mtime, reverse=True)
-    if not entries or not (entry := repo.stage_cache._load_cache(key, entries[0].name)):
-        return UNKNOWN
-    restored = repo.stage_cache._create_stage(entry, wdir=stage.wdir)
-    if not restored.outs_cached():
-        return UNKNOWN
-    locked = {out.fs_path: out.hash_info for out in stage.outs}
-    for out in restored.outs:
-        out.as_locked = out.hash_info == locked[out.fs_path]
-    return {out.fs_path: out for out in restored.outs}
+        graph = get_active_graph(repo.index.graph)  # from a stage to those that it reads from
+        running: list[Any] = []
+        for stage in plan_repro(graph, collect_stages(repo, targets or ["dvc.yaml"])):
+            changed = stage.changed_stage() or any(file.status() for file in (*stage.deps, *stage.outs))
+            if stage.cmd and (changed or set(graph.successors(stage)) & set(running)):
+                running.append(stage)
+        return [stage.addressing for stage in running]
 
 
 if __name__ == "__main__":

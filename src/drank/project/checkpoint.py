@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drank.project.files import (
-    FileError,
-    file_sha256,
-    read_json,
-    read_tensors,
-    replacing_folder,
-    write_json,
-    write_tensors,
-)
+from drank.project import files
+from drank.project.files import FileError, file_sha256
 
 log = logging.getLogger("drank.checkpoint")
 Curve = list[dict[str, Any]]  # rows of step, loss and learning_rate
@@ -38,27 +31,26 @@ class Checkpoint:
             return None
         state = self.folder / "state.safetensors"
         try:
-            described = read_json(self.folder / "checkpoint.json")
+            described = files.read_json(self.folder / "checkpoint.json")
+            if described["identity"] != self.identity:
+                return None
+            if not state.is_file() or described["sha256"] != file_sha256(state):
+                raise FileError(f"{state}: damaged: not the file that its checkpoint.json is of")
+            tensors = files.read_tensors(state)
         except FileError as error:
             log.warning("%s; training starts anew", error)
             return None
-        if described["identity"] != self.identity:
-            return None
-        if not state.is_file() or described["sha256"] != file_sha256(state):
-            log.warning("%s: damaged: not the file that its checkpoint.json is of; training starts anew", state)
-            return None
-        tensors = read_tensors(state)
         rows = tensors.pop("curve").tolist()
         return [{"step": int(step), "loss": loss, "learning_rate": rate} for step, loss, rate in rows], tensors
 
     def write(self, curve: Curve, state: Mapping[str, Tensor]) -> None:
         """Take the place of the one before, whole or not at all."""
-        with replacing_folder(self.folder) as folder:
+        with files.replacing_folder(self.folder) as folder:
             rows = torch.tensor([list(row.values()) for row in curve], dtype=torch.float64)
             tensors = {key: tensor.cpu() for key, tensor in state.items()} | {"curve": rows}
-            write_tensors(folder / "state.safetensors", tensors)
+            files.write_tensors(folder / "state.safetensors", tensors)
             sha256 = file_sha256(folder / "state.safetensors")
-            write_json(folder / "checkpoint.json", {"identity": self.identity, "sha256": sha256})
+            files.write_json(folder / "checkpoint.json", {"identity": self.identity, "sha256": sha256})
 
     def remove(self) -> None:
         if self.folder.exists():

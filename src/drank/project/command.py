@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -25,7 +25,10 @@ def run_stage(main: Callable[..., None]) -> None:
     Any other exception is a bug, here or in a library, and keeps its traceback.
     """
     if "DVC_STAGE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # processes of a group have a launcher
-        end_without(from_dvc())
+        ancestors = above()
+        if os.getsid(ancestors[-1].pid) != os.getsid(0):
+            raise SystemExit("error: the dvc that started this stage has ended")  # its orphans are adopted elsewhere
+        end_without(ancestors)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     run_app(app)
@@ -70,67 +73,52 @@ def _abandoned(stream: TextIO) -> bool:
     return False
 
 
-def from_dvc() -> list[int]:
-    """The processes that this one comes from, its parent first: shells, if any, and then the DVC that runs the stage.
+def above() -> list[psutil.Process]:
+    """The processes that this one comes from, its parent first: shells, if any, then the DVC that runs the stage."""
+    found = []
+    for process in psutil.Process().parents():
+        found.append(process)
+        try:
+            if "DVC_STAGE" not in process.environ():
+                break
+        except psutil.Error:
+            break
+    return found
 
-    0 in its place if that is gone already: whoever adopts an orphan is of another session.
-    """
-    ancestors = psutil.Process().parents()
-    n_shells = next((n for n, process in enumerate(ancestors) if not _in_stage(process)), len(ancestors))
-    return [process.pid if _session(process) == os.getsid(0) else 0 for process in ancestors[: n_shells + 1]]
 
-
-def end_without(ancestors: list[int]) -> None:
-    """Have this process end soon after one of the processes that it comes from (its parent, that one's parent, ...).
+def end_without(ancestors: Sequence[psutil.Process]) -> None:
+    """Have this process end soon after one of the processes that it comes from.
 
     A stage that outlives a killed ``dvc repro`` would write the files that the next one writes too, and a process of
     a group would wait for the others for ever.
     """
-    threading.Thread(target=_watch, args=[ancestors], daemon=True).start()
+
+    def watch() -> None:
+        while all(map(_runs, ancestors)):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher ends its processes with it
+        time.sleep(30)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _watch(ancestors: list[int]) -> None:
-    while all(map(_runs, ancestors)):
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # a launcher ends its processes with it
-    time.sleep(30)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _runs(pid: int) -> bool:
+def _runs(process: psutil.Process) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _in_stage(process: psutil.Process) -> bool:
-    try:
-        return "DVC_STAGE" in process.environ()
-    except psutil.Error:
-        return False
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
 
 
 def open_closed_streams() -> None:
     """Put something in the place of standard streams that are closed.
 
-    Or the next file that is opened would take the number, and get what a library or a child says there. Text
-    written on a closed standard output still fails, and on a closed standard error is lost.
+    Or the next file that is opened would take the number, and get what a library or a child says there. Text written on
+    a closed standard output still fails, and on a closed standard error is lost.
     """
-    for name, flags, mode in (
-        ("stdin", os.O_RDONLY, "r"),
-        ("stdout", os.O_RDONLY, "w"),
-        ("stderr", os.O_WRONLY, "w"),
-    ):
+    for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), "r" if name == "stdin" else "w"))
 
 
 def quieten_libraries() -> None:

@@ -2,25 +2,35 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from drank.project.dvc import LockError, cache_folder, dvc_md5, entry, outs_by_path, read_listing, read_lock
+from drank.project import dvc
+from drank.project.dvc import Damage, LockError
 
 
-@dataclass(frozen=True)
-class Damage:
-    """A file that is not as ``stage`` wrote it; ``recorded`` is its md5 then, None if it was not there then."""
+@dataclass
+class Findings:
+    """What `drank check` found of the outs of dvc.lock.
 
-    path: Path
-    stage: str
-    recorded: str | None
-    found: str
+    Attributes:
+        damages: files that are not as recorded.
+        whole: outs whose every file was read, in the workspace or as a copy in DVC's cache.
+        absent: outs whose files, or some of them, are in neither: nothing can be said of these.
+        uncached: outs without a copy of every file in DVC's cache.
+    """
+
+    damages: list[Damage] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    uncached: list[str] = field(default_factory=list)
 
 
-def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter) -> Iterator[Damage]:
-    """Compare every out of dvc.lock, and its copy in DVC's cache, with its md5. An absent one is not damaged.
+def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter) -> Findings:
+    """Compare every out of dvc.lock, and its copy in DVC's cache, with its md5.
+
+    Two stages have one path where dvc.yaml no longer has one of them: the out is good if it is what either wrote.
 
     Args:
         bar: shows the progress over paths, as tqdm does.
@@ -28,15 +38,36 @@ def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter
     Raises:
         LockError: no dvc.lock, or not one.
     """
-    cache, read = cache_folder(root), _Reader()
-    outs = outs_by_path(root)
+    cache, outs, found = dvc.cache_folder(root), dvc.outs_by_path(root), Findings()
     for path in bar(outs):
-        yield from _in_workspace(root / path, outs[path], cache, read)
-        for md5, stage in outs[path].items():
-            listed = read_listing(cache, md5) or {}
-            for cached in sorted({md5, *listed.values()}):
-                if cache:
-                    yield from read.compare(entry(cache, cached), stage, cached.removesuffix(".dir"))
+        here, written = root / path, outs[path].items()
+        ways = [dvc.differing(here, md5, cache, stage) for md5, stage in written] if here.exists() else []
+        wrong = ways[-1] if ways and all(ways) else []
+        found.damages += [damage for damage in wrong if damage.found]
+        copies = [_copy(cache, md5, stage) for md5, stage in written]
+        found.damages += [damage for damages, _ in copies for damage in damages]
+        copied = copies[-1][1]
+        if not copied:
+            found.uncached.append(path)
+        if not copied and (not ways or any(damage.found is None for damage in wrong)):
+            found.absent.append(path)
+        else:
+            found.whole.append(path)
+    found.damages = list(
+        {damage.path: damage for damage in found.damages}.values()
+    )  # outs may share a file of the cache
+    return found
+
+
+def _copy(cache: Path | None, md5: str, stage: str) -> tuple[list[Damage], bool]:
+    """Differing entries of DVC's cache, the list of a folder among them, and whether it has an entry for every file."""
+    if cache is None:
+        return [], False
+    members = dvc.cached(cache, md5)
+    entries = {dvc.entry(cache, md5): md5.removesuffix(".dir")} | dict((members or {}).values())
+    there = {file: (one, dvc.dvc_md5(file)) for file, one in entries.items() if file.is_file()}
+    damages = [Damage(file, stage, one, now) for file, (one, now) in sorted(there.items()) if one != now]
+    return damages, members is not None and len(there) == len(entries)
 
 
 def find_torn(root: Path) -> dict[Path, str]:
@@ -48,7 +79,7 @@ def find_torn(root: Path) -> dict[Path, str]:
     lock, rwlock = root / "dvc.lock", root / ".dvc/tmp/rwlock"
     if lock.is_file():
         try:
-            read_lock(lock)
+            dvc.read_lock(lock)
         except LockError as error:
             torn[lock] = str(error)
     if rwlock.is_file():
@@ -68,34 +99,3 @@ def mend(damages: Iterable[Damage]) -> list[Path]:
         else:
             path.unlink()
     return gone
-
-
-class _Reader:
-    """Hashes of files, each read once where workspace and cache are links to one."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], str] = {}
-
-    def md5(self, path: Path) -> str:
-        status = path.stat()
-        inode = status.st_dev, status.st_ino
-        if inode not in self._known:
-            self._known[inode] = dvc_md5(path)
-        return self._known[inode]
-
-    def compare(self, path: Path, stage: str, recorded: str | None) -> Iterator[Damage]:
-        if path.is_file() and (found := self.md5(path)) != recorded:
-            yield Damage(path, stage, recorded, found)
-
-
-def _in_workspace(path: Path, written: dict[str, str], cache: Path | None, read: _Reader) -> Iterator[Damage]:
-    """An out, which is good if it is what any of its writers wrote, and otherwise compared with the last one's."""
-    md5, stage = next(reversed(written.items()))
-    listings = [listed for recorded in written if (listed := read_listing(cache, recorded)) is not None]
-    if path.is_dir() and listings:
-        found = {file: file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()}
-        if not any({name: read.md5(file) for file, name in found.items()} == listed for listed in listings):
-            for file, name in found.items():
-                yield from read.compare(file, stage, listings[-1].get(name))
-    elif path.exists() and (md5_now := dvc_md5(path)) not in written:
-        yield Damage(path, stage, md5, md5_now)

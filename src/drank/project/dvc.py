@@ -7,18 +7,18 @@ import configparser
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from platformdirs import site_config_dir, user_config_dir
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
 from ruamel.yaml.resolver import implicit_resolvers
 
 Stages = dict[str, dict[str, Any]]
-MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 DEEPEST = 64  # a parameter may be a mapping of lists of mappings
 # PyYAML's, ten times as fast where it was built with libyaml, with the rules of YAML 1.2, which DVC writes.
 LOADER: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {"yaml_implicit_resolvers": {}})
@@ -35,15 +35,29 @@ class DamageError(ValueError):
     """A file is not what a stage wrote there; the message names it, its md5 and the recorded one."""
 
 
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not as ``stage`` wrote it.
+
+    Attributes:
+        recorded: its md5 then; None if it was not there.
+        found: its md5 now; None if it is gone.
+    """
+
+    path: Path
+    stage: str
+    recorded: str | None
+    found: str | None
+
+
 class Inputs:
     """A project's files as a stage reads them: ``inputs / "data/sampling/test.safetensors"`` is a path, checked.
 
     DVC knows a file by its size and time of change, and an entry of its cache by being read-only. A bit that flips on
     the disk changes neither, and the stage that reads it would make a wrong result under the name of the right one.
-    So the bytes are compared with the md5 in dvc.lock; of a file within a folder that a stage wrote, with the folder's
-    list in DVC's cache, or the whole folder is, where there is none. Paths that the lock lacks are not compared:
-    a stage that is run by hand needs no DVC. Stages that would spend more than a twentieth of their time on it,
-    spectrum and compression, read without it; `drank check` and `drank audit` read covariances and spectra again.
+    So the bytes are compared with the md5 in dvc.lock. Paths that the lock lacks are not compared: a stage that is run
+    by hand needs no DVC. Stages that would spend more than a twentieth of their time on it, spectrum and compression,
+    read without it; `drank check` and `drank audit` read covariances and spectra again.
 
     Raises:
         LockError: dvc.lock is not one.
@@ -51,17 +65,14 @@ class Inputs:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._cache = cache_folder(root)
-        self._known: dict[Path, str] = {}
-        self._listings: dict[str, dict[str, str] | None] = {}
+        self.root, self._cache, self._known = root, cache_folder(root), dict[Path, str]()
         self._outs = outs_by_path(root) if (root / "dvc.lock").is_file() else {}
 
     def __truediv__(self, name: str) -> Path:
         path = self.root / name
         within = [out for out in self._outs if PurePosixPath(name).is_relative_to(out)]
         if within and path.exists():
-            self._check(name, max(within, key=len))
+            self._check(path, max(within, key=len))
         return path
 
     def sha256(self, name: str) -> str:
@@ -75,45 +86,42 @@ class Inputs:
         self / name
         return sha256.hexdigest()
 
-    def _check(self, name: str, out: str) -> None:
-        recorded = self._listed(name, out)
-        path = self.root / (out if recorded is None else name)
-        recorded = recorded or self._outs[out]
-        found = dvc_md5(path, self._known)
-        if found not in recorded:
-            md5, stage = next(iter(recorded.items()))
+    def _check(self, path: Path, out: str) -> None:
+        folder, written = self.root / out, self._outs[out]
+        found = [differing(folder, md5, self._cache, stage, path, self._known) for md5, stage in written.items()]
+        if all(found):
+            first = found[0][0]
             raise DamageError(
-                f"{self._differing(path, md5)}: damaged, or changed since {stage} wrote it: the md5 of {path} is "
-                f"{found}, dvc.lock has {md5}. `drank check --mend` takes away what is damaged, DVC's cached copy too; "
-                f"`dvc repro` then makes it again"
+                f"{first.path}: damaged, or changed since {first.stage} wrote it: its md5 is {first.found or 'gone'}, "
+                f"recorded is {first.recorded or 'no such file'}. `drank check --mend` takes away what is damaged, "
+                f"DVC's cached copy too; `dvc repro` then makes it again"
             )
 
-    def _listed(self, name: str, out: str) -> dict[str, str] | None:
-        """The stages that wrote this path, by its md5; None where only those of the folder around it are known."""
-        if name == out:
-            return self._outs[out]
-        if (self.root / name).is_dir():
-            return None
-        relative = PurePosixPath(name).relative_to(out).as_posix()
-        rows = {}
-        for md5, stage in self._outs[out].items():
-            listed = self._listing(md5)
-            if listed is None:
-                return None
-            rows[listed.get(relative, "no such file")] = stage
-        return rows
 
-    def _differing(self, path: Path, md5: str) -> Path:
-        """The first file of a folder that is not as in its list; the path itself where that cannot be told."""
-        listed = self._listing(md5) if path.is_dir() else None
-        found = {file["relpath"]: file["md5"] for file in listing(path)} if listed else {}
-        names = {name for name, _ in (listed or {}).items() ^ found.items()}
-        return path / min(names, default="")
+def _within(path: str) -> str:
+    """What is read, compared and, by `drank check --mend`, removed."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError("leads out of the project")
+    return path
 
-    def _listing(self, md5: str) -> dict[str, str] | None:
-        if md5 not in self._listings:
-            self._listings[md5] = read_listing(self._cache, md5)
-        return self._listings[md5]
+
+class _File(BaseModel):
+    path: str
+    md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+
+
+class _Out(_File):
+    path: Annotated[str, AfterValidator(_within)]
+
+
+class _Row(BaseModel):
+    deps: list[_File] = []
+    outs: list[_Out] = []
+    params: dict[str, dict[str, Any]] = {}
+
+
+class _Lock(BaseModel):
+    stages: Annotated[dict[str, _Row], Field(min_length=1)]
 
 
 def read_lock(path: Path) -> Stages:
@@ -137,36 +145,20 @@ def parse_lock(text: str, where: str) -> Stages:
         LockError: not a dvc.lock, or one without stages.
     """
     try:
-        _check_depth(text)
+        depth = 0  # libyaml's loader calls itself for what is nested, and ends the process where the stack does
+        for event in yaml.parse(text, LOADER):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
         document = yaml.load(text, LOADER)
+        _Lock.model_validate(document, strict=True)
+    except ValidationError as error:
+        key, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise LockError(f"{where}: damaged or empty: {key}: {why}; run `dvc repro`, which writes it anew") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that is none
         raise LockError(f"{where}: not YAML: {error}; a merge conflict? `dvc repro` writes it anew") from None
-    if not isinstance(document, dict) or not document.get("stages"):
-        raise LockError(f"{where}: holds no stages; run `dvc repro`")
     stages: Stages = document["stages"]
-    try:
-        files = [file for row in stages.values() for file in (*row.get("deps", ()), *row.get("outs", ()))]
-        outs = [PurePosixPath(out["path"]) for row in stages.values() for out in row.get("outs", ())]
-        complete = all(isinstance(file["path"], str) and MD5.fullmatch(file["md5"]) for file in files)
-        params = [sections for row in stages.values() for sections in row.get("params", {}).values()]
-        complete = complete and all(isinstance(sections, dict) for sections in params)
-    except (AttributeError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise LockError(f"{where}: damaged: a stage's files lack path or md5, or its params names; run `dvc repro`")
-    for out in outs:  # what is read, compared and, by `drank check --mend`, removed
-        if out.is_absolute() or ".." in out.parts:
-            raise LockError(f"{where}: damaged: out {out} leads out of the project; `dvc repro` writes it anew")
     return stages
-
-
-def _check_depth(text: str) -> None:
-    """libyaml's loader calls itself for what is nested, and ends the process where the stack does."""
-    depth = 0
-    for event in yaml.parse(text, LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
 
 
 def outs_by_path(root: Path) -> dict[str, dict[str, str]]:
@@ -185,23 +177,52 @@ def outs_by_path(root: Path) -> dict[str, dict[str, str]]:
     return outs
 
 
+def differing(
+    path: Path,
+    md5: str,
+    cache: Path | None,
+    stage: str = "",
+    within: Path | None = None,
+    known: Mapping[Path, str] = MappingProxyType({}),
+) -> list[Damage]:
+    """Files at ``path`` that are not those of this md5; none if all are.
+
+    Files of a folder are compared with the folder's list in DVC's cache, or the folder as a whole where the cache has
+    no list.
+
+    Args:
+        stage: what wrote it, for the report.
+        within: the part of a folder that is compared, where the folder has a list.
+        known: as in ``dvc_md5``.
+    """
+    listed = read_listing(cache, md5) if path.is_dir() else None
+    if listed is None:
+        now, then = {path: dvc_md5(path, known)}, {path: md5}
+    else:
+        part = within or path
+        now = {file: dvc_md5(file, known) for file in ([part] if part.is_file() else files_of(part))}
+        then = {path / name: one for name, one in listed.items() if (path / name).is_relative_to(part)}
+    names = sorted({file for file, _ in now.items() ^ then.items()})
+    return [Damage(file, stage, then.get(file), now.get(file)) for file in names]
+
+
 def dvc_md5(path: Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
-    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths.
+    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths, sorted.
 
     Files whose md5 is ``known`` are not read.
     """
     if path.is_dir():
-        return hashlib.md5(json.dumps(listing(path, known)).encode(), usedforsecurity=False).hexdigest() + ".dir"
+        rows = [{"md5": dvc_md5(file, known), "relpath": file.relative_to(path).as_posix()} for file in files_of(path)]
+        return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
     if path in known:
         return known[path]
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def listing(folder: Path, known: Mapping[Path, str] = MappingProxyType({})) -> list[dict[str, str]]:
-    """A folder as DVC's cache lists it: every file's md5 and path, sorted."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [{"md5": dvc_md5(file, known), "relpath": file.relative_to(folder).as_posix()} for file in files]
+def files_of(folder: Path) -> list[Path]:
+    """All files below a folder, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def cache_folder(root: Path) -> Path | None:
@@ -236,3 +257,10 @@ def read_listing(cache: Path | None, md5: str) -> dict[str, str] | None:
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
         return None
     return {file["relpath"]: file["md5"] for file in json.loads(content)}
+
+
+def cached(cache: Path | None, md5: str) -> dict[str, tuple[Path, str]] | None:
+    """Where the cache would keep this md5, and of what md5 that is: a file under the empty name, the files of a folder
+    by their names. None of a folder without a whole list there."""
+    listed = read_listing(cache, md5) if md5.endswith(".dir") else {"": md5}
+    return {name: (entry(cache, one), one) for name, one in listed.items()} if cache and listed is not None else None

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,36 +28,40 @@ FOLDER_MODE = 0o755
 WRITABLE = 0o222
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, with line ends as they are; missing parent folders are created.
-
-    Raises:
-        FileError: the system refuses to write it.
-    """
-    write_bytes(path, text.encode("utf-8"))
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write bytes atomically; missing parent folders are created.
 
     Raises:
         FileError: the system refuses to write them.
     """
-    with _replacing_file(path, len(content)) as partial:
+    with replacing_file(path, len(content)) as partial:
         partial.write_bytes(content)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, with line ends as they are, as ``write_bytes``."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document atomically: sorted keys, indented by two, one newline at the end.
+    """Write a JSON document as ``write_bytes``: sorted keys, indented by two, one newline at the end.
 
     Raises:
-        FileError: a number is NaN or infinite, which JSON cannot say; the message names its key. Or the system refuses
-            to write the file.
+        FileError: a number is NaN or infinite, which JSON cannot say; the message names its key.
     """
     for key, number in _numbers(value):
         if not math.isfinite(number):
             raise FileError(f"{path}: not written: '{key}' is {number}, and JSON has finite numbers only")
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float of a nested document with the dotted key that leads to it."""
+    if isinstance(value, float):
+        yield key, value
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in inner:
+        yield from _numbers(item, f"{key}.{name}" if key else str(name))
 
 
 def read_json(path: Path) -> Any:
@@ -66,36 +70,38 @@ def read_json(path: Path) -> Any:
     Raises:
         FileError: the file is missing, is not JSON, or the system refuses to read it.
     """
+    with _reading(path, "JSON", ValueError, RecursionError):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _reading(path: Path, form: str, *damaged: type[Exception]) -> Iterator[None]:
+    """Errors of reading a file as one of the user; ``damaged`` are raised for content that is not ``form``."""
     try:
         check_access(path)
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
-        raise FileError(_missing(path)) from None
+        raise FileError(f"{path}: not found; if an earlier stage writes it, `dvc repro` runs that first") from None
     except FileError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: damaged, not JSON: {error}; fetch or build it again") from None
+    except damaged as error:
+        raise FileError(f"{path}: damaged, not {form}: {error}; fetch or build it again") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, atomically; equal tensors and metadata give equal bytes.
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Write named tensors as safetensors, atomically; equal tensors give equal bytes.
 
-    At most one metadata key: safetensors keeps its metadata in a hash map, so two keys come out in an order
-    that changes from save to save (huggingface/safetensors issue 584). Several facts fit into one JSON string.
+    No metadata: safetensors keeps it in a hash map, whose order changes from save to save (huggingface/safetensors
+    issue 584).
 
     Raises:
-        FileError: more than one metadata key, or the system refuses to write the file.
+        FileError: the system refuses to write the file.
     """
     from safetensors.torch import save_file
 
-    if metadata is not None and len(metadata) > 1:
-        raise FileError(
-            f"{path}: not written: {len(metadata)} metadata keys ({', '.join(metadata)}), but bytes are "
-            f"reproducible with 1 at most; put them into one JSON string"
-        )
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with _replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
-        save_file(contiguous, partial, metadata=dict(metadata) if metadata else None)
+    with replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
+        save_file(contiguous, partial)
 
 
 def read_tensors(path: Path) -> dict[str, "Tensor"]:
@@ -111,36 +117,18 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
 
 
 def read_arrays(path: Path) -> dict[str, "ndarray"]:
-    """Read all tensors of a safetensors file as NumPy has them, for stages that can do without the seconds of torch.
-
-    Raises:
-        FileError: as ``read_tensors``.
-    """
+    """``read_tensors`` as NumPy arrays, for stages that can do without the seconds of torch."""
     from safetensors.numpy import load_file
 
     with _safetensors(path):
         return load_file(path)
 
 
-@contextmanager
-def _safetensors(path: Path) -> Iterator[None]:
-    """Errors of reading a safetensors file in the block, as an error of the user."""
-    from safetensors import SafetensorError
-
-    try:
-        check_access(path)
-        yield
-    except FileNotFoundError:
-        raise FileError(_missing(path)) from None
-    except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is cut while it is read
-        raise FileError(f"{path}: damaged, not safetensors: {error}; fetch or build it again") from None
-
-
 def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
     """The first rows of every tensor of a safetensors file; the rest of it is not read.
 
     Raises:
-        FileError: the file is missing, damaged, holds fewer rows than asked, or the system refuses to read it.
+        FileError: as ``read_tensors``, or the file holds fewer rows than asked.
     """
     from safetensors import safe_open
 
@@ -150,6 +138,12 @@ def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
         if held < n_rows:
             raise FileError(f"{path}: holds {held} rows, {n_rows} were asked; does it belong to this allocation?")
         return {name: part[:n_rows] for name, part in slices.items()}
+
+
+def _safetensors(path: Path) -> AbstractContextManager[None]:
+    from safetensors import SafetensorError
+
+    return _reading(path, "safetensors", SafetensorError, RuntimeError)  # torch's, if it is cut while it is read
 
 
 Values = TypeVar("Values")
@@ -211,13 +205,8 @@ class JsonLinesFolder(_Folder[list[Any]]):
 
     def __getitem__(self, name: str) -> list[Any]:
         file = self._file(name)
-        try:
-            with file.open(encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines]
-        except FileNotFoundError:
-            raise FileError(_missing(file)) from None
-        except ValueError as error:
-            raise FileError(f"{file}: damaged, not JSON lines: {error}; fetch or build it again") from None
+        with _reading(file, "JSON lines", ValueError), file.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
 
     def __setitem__(self, name: str, values: Iterable[Any]) -> None:
         lines = (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n" for value in values)
@@ -225,9 +214,7 @@ class JsonLinesFolder(_Folder[list[Any]]):
 
 
 def check_plain(folder: Path) -> None:
-    """Refuse a folder of others' that cannot be read to its end, or means different things to different readers.
-
-    It may hold files, folders, and links to files, such as DVC makes of its cache.
+    """Refuse a folder of others' that cannot be read to its end. Links to files, as DVC's to its cache, may be in it.
 
     Raises:
         FileError: it holds a pipe, a device, a link that leads nowhere or to a folder, or a name that is not UTF-8.
@@ -243,22 +230,16 @@ def check_plain(folder: Path) -> None:
 def copy_files(source: Path, destination: Path) -> None:
     """Copy a file, or the files of a folder into one that is there.
 
-    A file that nobody may write is a link to DVC's cache, and gets one name more; all others are copied.
+    A file that nobody may write is a link to DVC's cache, and gets one name more where the file system has hard links;
+    all others are copied.
     """
     for file in sorted(source.iterdir()) if source.is_dir() else [source]:
         copy = destination / file.name if destination.is_dir() else destination
-        if not (file.stat().st_mode & WRITABLE) and _linked(file, copy):
-            continue
+        if not file.stat().st_mode & WRITABLE:
+            with suppress(OSError):
+                copy.hardlink_to(file)
+                continue
         shutil.copyfile(file, copy)
-
-
-def _linked(file: Path, name: Path) -> bool:
-    """Give a file one name more; False where the file system has no such links, or is another one."""
-    try:
-        name.hardlink_to(file)
-    except OSError:
-        return False
-    return True
 
 
 def file_sha256(path: Path) -> str:
@@ -267,26 +248,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def folder_sha256(folder: Path) -> str:
-    """Hexadecimal SHA-256 of a folder's files: of the lines ``<sha256>  <relative path>``, sorted by path.
-
-    The lines are what ``sha256sum`` prints. Times and modes do not count.
-    """
-    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return _listing_sha256({name: file_sha256(folder / name) for name in names})
-
-
 def weights_sha256(digests: Mapping[str, str]) -> str:
     """One hash for the weights of a model, from the SHA-256 of each of its files by name.
 
     That of the one file, as ``sha256sum`` prints it; of shards, the hash of the lines that it prints, sorted by name.
     """
-    return next(iter(digests.values())) if len(digests) == 1 else _listing_sha256(digests)
-
-
-def _listing_sha256(digests: Mapping[str, str]) -> str:
-    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 @contextmanager
@@ -331,23 +300,12 @@ def replacing_folder(destination: Path) -> Iterator[Path]:
         _remove(old)
 
 
-def remove_partial(destination: Path) -> None:
-    """Remove what killed processes left of a folder that was to be put at ``destination``.
-
-    Raises:
-        FileError: another process fills it.
-    """
-    if _partial(destination).exists():
-        with scratch_folder(_partial(destination)):
-            pass
-
-
 def _partial(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.partial")
 
 
 @contextmanager
-def _replacing_file(path: Path, needed: int) -> Iterator[Path]:
+def replacing_file(path: Path, needed: int | None = None) -> Iterator[Path]:
     partial = _partial(path)
     with refusals(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -376,11 +334,12 @@ def _own(partial: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise taken from None
     try:
-        with suppress(OSError):  # file systems without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise taken from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        except OSError:
+            pass  # a file system without locks
         if not _is_at(descriptor, partial):
             raise taken
         try:
@@ -409,19 +368,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every float of a nested document with the dotted key that leads to it."""
-    if isinstance(value, float):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _numbers(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _numbers(item, f"{key}[{index}]")
-
-
-def _missing(path: Path) -> str:
-    return f"{path}: not found; if an earlier stage writes it, `dvc repro` runs that first"

@@ -16,16 +16,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, distributed
 
 from drank.project.command import end_without
-from drank.project.files import remove_partial, replacing_folder
+from drank.project.files import replacing_folder
 
 # A process may wait for the slowest one for hours; a lost one is noticed by its closed connection.
 PATIENCE = timedelta(weeks=1)
-# With its number: a process that was left before it could look would take another one for its launcher.
-LAUNCHER = "drank-launcher-"
 
 
 class ProcessError(ValueError):
@@ -95,14 +94,10 @@ def must_launch(n_processes: int) -> bool:
     return n_processes > 1 and "WORLD_SIZE" not in os.environ
 
 
-def launch(n_processes: int, module: str, *arguments: str, fills: Path | None = None) -> None:
+def launch(n_processes: int, module: str, *arguments: str) -> None:
     """Run ``python -m module arguments`` as that many processes of one torchrun, and wait for them.
 
     If one fails, the others are ended too.
-
-    Args:
-        fills: the folder that they put in place together. Nothing of it is left when they failed, also where one could
-            not clean up, or another wrote on meanwhile.
 
     Raises:
         ProcessError: one failed.
@@ -114,19 +109,15 @@ def launch(n_processes: int, module: str, *arguments: str, fills: Path | None = 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page of traceback; ours is a line
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=n_processes, run_id=f"{LAUNCHER}{os.getpid()}", max_restarts=0,
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=DefaultLogsSpecs(logs),
+            min_nodes=1, max_nodes=1, nproc_per_node=n_processes, run_id="drank", max_restarts=0, rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", local_addr="localhost", logs_specs=DefaultLogsSpecs(logs),
         )  # fmt: skip
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
-            fills = None
         except ChildFailedError as error:
-            raise ProcessError(_recorded(Path(logs)) or _ending(error.failures)) from None
+            raise ProcessError(_failure(Path(logs), error.failures)) from None
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
-        finally:
-            if fills is not None:
-                remove_partial(fills)
 
 
 def check_device(device: str) -> None:
@@ -158,7 +149,7 @@ def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
     if "WORLD_SIZE" not in os.environ:
         yield Group()
         return
-    end_without([_launcher()])
+    end_without([psutil.Process(os.getppid())])
     os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate, in lm-eval, sets torch's anew where this is missing
     if os.environ["RANK"] != "0":
         logging.disable(logging.WARNING)  # process 0 says it
@@ -168,27 +159,21 @@ def process_group(threads: int, device: str = "cpu") -> Iterator[Group]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         with _peers():
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
-            )
+            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backends, timeout=PATIENCE)
         yield Group(distributed.get_rank(), distributed.get_world_size())
     except ValueError as error:
         if not type(error).__module__.startswith("drank.") or "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+        if not isinstance(error, PeerLostError):  # the consequence of what another process says
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+            get_error_handler().record_exception(error)
         raise SystemExit(1) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending; an exception now would only be noise
         if distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def _launcher() -> int:
-    """The process that started this one of a group: ours, or a person's torchrun."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return int(run.removeprefix(LAUNCHER)) if run.startswith(LAUNCHER) else os.getppid()
 
 
 @contextmanager
@@ -199,29 +184,16 @@ def _peers() -> Iterator[None]:
         raise PeerLostError(f"another process of the stage ended: {error}") from error
 
 
-def _recorded(logs: Path) -> str | None:
-    """The first user's error that a process left behind; that a peer was lost is only its consequence."""
-    messages = [json.loads(file.read_text())["message"] for file in sorted(logs.rglob("error.json"))]
-    return next((_text(m) for m in messages if not m["message"].startswith(PeerLostError.__name__)), None)
-
-
-def _ending(failures: Mapping[int, Any]) -> str:
-    """How the process ended that failed by itself: not by torchrun's SIGTERM, nor because it lost a peer."""
-
-    def consequence(rank: int) -> tuple[bool, bool]:
-        return failures[rank].exitcode == -signal.SIGTERM, isinstance(failures[rank].message, dict)
-
-    rank = min(failures, key=consequence)
+def _failure(logs: Path, failures: Mapping[int, Any]) -> str:
+    """The user's error that a process left behind, or how the process ended that failed by itself."""
+    for file in sorted(logs.rglob("error.json")):
+        text: str = json.loads(file.read_text())["message"]["message"]
+        return text.partition(": ")[2]  # torchrun puts the name of the class before it
+    rank = max(failures, key=lambda rank: failures[rank].exitcode not in (1, -signal.SIGTERM))
     failure = failures[rank]
     if failure.exitcode < 0:
         return (
             f"process {rank} was ended by {failure.signal_name()}, and the others with it. If memory ran out: fewer "
             f"processes, smaller batch_windows, or covariance.offload: true"
         )
-    why = _text(failure.message) if isinstance(failure.message, dict) else "its traceback is above"
-    return f"process {rank} ended with status {failure.exitcode}, and the others with it: {why}"
-
-
-def _text(message: dict[str, Any]) -> str:
-    """An error's text, without the name of its class that torchrun puts before it."""
-    return message["message"].partition(": ")[2]
+    return f"process {rank} ended with status {failure.exitcode}, and the others with it: its traceback is above"

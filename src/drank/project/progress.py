@@ -12,35 +12,21 @@ LINE = "{desc}: {n_fmt} of {total_fmt} {unit}{postfix}, {remaining} left"
 
 
 def progress(
-    items: Iterable[Any] | None = None,
-    *,
-    desc: str,
-    unit: str,
-    total: int | None = None,
-    initial: int = 0,
-    leave: bool = True,
-    quiet: bool = False,
+    items: Iterable[Any] | None = None, *, desc: str, unit: str, quiet: bool = False, **more: Any
 ) -> "tqdm[Any]":
     """Items that say how many of them are done; without items a counter with ``update``, to be closed.
 
     Args:
-        desc: what is at work.
+        desc: name of the step.
         unit: name of the items, in the plural.
-        total: number of items, where ``items`` has no length.
-        initial: number of items that were done before.
-        leave: keep the bar on a terminal when it is full.
         quiet: say nothing, as all processes of a group but the first do.
+        more: tqdm's own, such as ``total``, ``initial`` and ``leave``.
     """
-    shared: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
-    if quiet:
-        return tqdm(items, disable=True, **shared)
-    if sys.stderr.isatty():
-        return tqdm(items, leave=leave, **shared)
+    if quiet or sys.stderr.isatty():
+        return tqdm(items, desc=desc, unit=unit, disable=quiet, **more)
     # TQDM_DISABLE, which keeps the bars of libraries out of a log, does not silence these lines.
-    return tqdm(
-        items, disable=False, file=_Lines(), bar_format=LINE, leave=False,
-        mininterval=INTERVAL, maxinterval=INTERVAL, delay=INTERVAL, miniters=1, **shared,
-    )  # fmt: skip
+    lines = {"file": _Lines(), "bar_format": LINE, "mininterval": INTERVAL, "maxinterval": INTERVAL, "delay": INTERVAL}
+    return tqdm(items, desc=desc, unit=unit, disable=False, miniters=1, **more | lines | {"leave": False})
 
 
 class _Lines:

@@ -8,22 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ACCESS = "let this user read and write there (ls -l, lsattr, chmod, chown)"
+ACCESS = "let this user read and write there (ls -l, chmod, chown)"
 # By number: what is wrong, and what to do.
 REFUSALS = {
     errno.ENOSPC: ("the disk is full", "make space there"),
     errno.EDQUOT: ("the disk quota is used up", "make space there, or ask for more"),
-    errno.EFBIG: ("larger than a file may be there", "raise the limit (ulimit -f), or use another file system"),
-    errno.EACCES: ("permission denied", ACCESS),
-    errno.EPERM: ("not permitted", ACCESS),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), ("permission denied", ACCESS)),
     errno.EROFS: ("the file system is read-only", "mount it to be written, or work in another folder"),
     errno.EISDIR: ("a folder is where a file should be", "move it out of the way"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ("a file is where a folder should be", "move it out of the way")),
-    errno.ENAMETOOLONG: ("the name is too long for the file system", "work in a folder with a shorter path"),
-    errno.ELOOP: ("symbolic links lead in a circle", "remove one of them"),
-    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
     errno.EIO: ("the disk fails to read or write", "look into the system's log, and use another disk"),
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # SQLite has numbers of its own, and names no file.
 SQLITE = "mlflow.db, or the database of MLFLOW_TRACKING_URI"
 IN_WORDS = {
@@ -51,13 +47,16 @@ def refusal(error: BaseException | None, path: Path | None = None, needed: int |
     if error is None:
         return None
     text = str(error)
-    if (number := _errno(text)) not in REFUSALS:
+    # The system's number, as Rust (safetensors) and Python write it, or SQLite's words.
+    said = re.search(r"(?:\(os error |\[Errno )(\d+)[])]", text)
+    number = int(said[1]) if said else next((code for words, code in IN_WORDS.items() if words in text), 0)
+    if number not in REFUSALS:
         return refusal(error.__cause__, path, needed)
     wrong, fix = REFUSALS[number]
     # The second of two names is the one that was to be written; a number is a file that was open.
     named = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
     if named is None or isinstance(named, int):
-        shown = SQLITE if any(words in text for words in IN_WORDS) else text.splitlines()[0]
+        shown = text.splitlines()[0] if said else SQLITE
     else:
         # What is written has a hidden name until it is whole; the user knows it by the name that it gets.
         shown = re.sub(r"(^|/)\.([^/]+)\.(partial|scratch)(?=/|$)", r"\1\2", os.fsdecode(named))
@@ -68,22 +67,16 @@ def refusal(error: BaseException | None, path: Path | None = None, needed: int |
     return FileError(f"{shown}: {wrong}; {fix}, then run the same command again")
 
 
-def _errno(text: str) -> int:
-    """The system's number for what went wrong, as Rust (safetensors) and Python write it; 0 where there is none."""
-    if found := re.search(r"(?:\(os error |\[Errno )(\d+)[])]", text):
-        return int(found[1])
-    return next((number for words, number in IN_WORDS.items() if words in text), 0)
-
-
 def check_access(path: Path, mode: str = "rb") -> None:
     """Open and close a file, for libraries that call a folder or a forbidden file damaged, or try again for minutes.
 
     Raises:
-        FileError: the system refuses to open it so.
+        FileError: the system refuses to open it so, or it is a pointer of Git LFS.
         FileNotFoundError: there is none.
     """
-    with refusals(path):
-        path.open(mode).close()
+    with refusals(path), path.open(mode) as stream:
+        if stream.readable() and stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise FileError(f"{path}: a pointer of Git LFS in the place of the file; `git lfs pull` fetches it")
 
 
 @contextmanager

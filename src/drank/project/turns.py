@@ -1,6 +1,5 @@
 """Commands that must not overlap take turns: the second one waits until the first has ended, or was killed."""
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -8,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
@@ -20,17 +21,16 @@ def turn(place: str, what: str) -> Iterator[None]:
 
     Args:
         place: the absolute path, or the address, of what is used.
-        what: what a process that has to wait says is at work.
+        what: name of the present holder, shown to whoever waits.
     """
     name = f"drank-{os.getuid()}-{hashlib.sha256(place.encode()).hexdigest()[:32]}.lock"
-    lock = os.open(Path(tempfile.gettempdir(), name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    lock = FileLock(Path(tempfile.gettempdir(), name), mode=0o600)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting: %s is at work", what)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting: %s is at work", what)
+        lock.acquire()
+    try:
         yield
     finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # a child of this process may have it open yet
-        os.close(lock)
+        lock.release()

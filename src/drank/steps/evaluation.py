@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 from drank.model.perplexity import perplexity, window_nats
 from drank.model.precision import name_of
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows, n_positions
 from drank.project.params import Evaluation
 from drank.project.processes import Group
 
@@ -85,7 +85,9 @@ def evaluate(
     """
     tasks = load_tasks(items, asked.tasks, tokenizer, group.size)
     for name, windows in tests.items():
-        check_ids(model, windows, f"data/sampling/test.safetensors, {name}")
+        check_windows(model, windows, f"data/sampling/test.safetensors, {name}")
+        if name in last:
+            check_windows(model, last[name][None], f"data/sampling/last.safetensors, {name}")
     figures: dict[str, Any] = {"parameters": count_parameters(model)}
     nats: dict[str, list[float]] = {}
     for name, windows in sorted(tests.items()):
@@ -237,7 +239,7 @@ def run_tasks(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        max_length=min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH),
+        max_length=min(MAX_LENGTH, n_positions(model.config) or MAX_LENGTH),
         logits_cache=False,
     )
     if distributed.is_initialized():

@@ -10,7 +10,7 @@ from drank.model.lora import Healing as Training
 from drank.model.lora import Plan
 from drank.model.precision import name_of
 from drank.model.text import draw_windows
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows
 from drank.project.params import Healing
 
 STEPS_PER_CHECKPOINT = 10
@@ -59,7 +59,7 @@ def heal(
         raise HealingError(
             "healing: no matrix was compressed, so there is nothing to heal; lower size_ratio, or leave `healing` out"
         )
-    check_ids(model, windows, "data/sampling/calibration_text.safetensors")
+    check_windows(model, windows, "data/sampling/calibration_text.safetensors", "healing.window_length")
     teacher = load("dense", passes).eval().to(asked.device) if asked.objective == "distillation" else None
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
     training = Training(model, teacher, windows.to(asked.device), plan, asked.rank, asked.alpha)

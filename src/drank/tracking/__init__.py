@@ -2,9 +2,9 @@
 
 ``track`` reads what ``dvc repro`` left and runs nothing, so a variant that DVC restored from its cache is there like
 one that was computed. The runs of a state are found by the hash of the lock's stages: the same state makes nothing
-the second time, and what a killed call left unfinished is made anew. ``promote`` moves the alias ``champion`` of a
-registered model to a variant, and ``find_runs`` goes back from a model folder to its runs. This package is the only
-one that imports mlflow.
+the second time, and runs that a killed call left unfinished are made anew. ``drank promote`` moves the alias
+``champion`` of a registered model to a variant, and ``find_runs`` goes back from a model folder to its runs. This
+package is the only one that imports mlflow.
 
 Runs have what MLflow's pages can show at once; the rest is in the artifacts:
 
@@ -20,10 +20,9 @@ Runs have what MLflow's pages can show at once; the rest is in the artifacts:
   metrics nor child runs. It lists the variants of the state that was tracked last.
 """
 
-from drank.tracking.projection import Tracked, track, where_to_look
-from drank.tracking.registry import Promotion, PromotionError, VariantRun, find_runs, promote
-from drank.tracking.speed import log_speed
-from drank.tracking.store import TrackingError
+from drank.tracking.projection import Tracked, track
+from drank.tracking.registry import Promotion, PromotionError, VariantRun, find_runs, log_speed, prepare, set_champion
+from drank.tracking.store import TrackingError, open_store
 
 __all__ = [
     "Promotion",
@@ -33,7 +32,8 @@ __all__ = [
     "VariantRun",
     "find_runs",
     "log_speed",
-    "promote",
+    "open_store",
+    "prepare",
+    "set_champion",
     "track",
-    "where_to_look",
 ]

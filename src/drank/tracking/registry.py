@@ -2,17 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from drank.project.dvc import dvc_md5
-from drank.project.params import read_params
 from drank.project.state import State, outs_of
-from drank.tracking.projection import find_variant, folder_of, project
-from drank.tracking.store import EXPERIMENT, Store, existing_store, link, open_store
+from drank.tracking.projection import folder_of, git_tags, project
+from drank.tracking.store import EXPERIMENT, Store, existing_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -21,23 +21,15 @@ if TYPE_CHECKING:
 MODEL = "drank"
 CHAMPION = "champion"
 CARRIED = ("drank.variant", "allocation.sha256", "model.dvc_md5", "dvc.lock_sha256", "git.commit", "git.dirty")
+DESCRIPTION = (
+    "Variants that were promoted, a version per model folder. Versions hold no files: tag `dvc.path` is the folder in "
+    "DVC's cache, `model.dvc_md5` its hash there, `allocation.sha256` what allocation made it, `git.commit` where its "
+    "`dvc.lock` is."
+)
 
 
 class PromotionError(ValueError):
     """A variant that cannot be made champion as it is."""
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """A variant that is champion now, the version of the registered model that it is, and what tells it by hash."""
-
-    variant: str
-    version: int
-    is_new: bool
-    link: str
-    allocation_sha256: str
-    model_md5: str
-    tracking_uri: str
 
 
 @dataclass(frozen=True)
@@ -53,39 +45,43 @@ class VariantRun:
     champion: bool
 
 
-def promote(state: State, name: str) -> Promotion:
-    """Make a variant the champion: track the state, register the variant once, move the alias ``champion`` to it.
+@dataclass(frozen=True)
+class Promotion:
+    """A variant that can be made champion: a run of it, DVC's hash of its folder, and whether its version is new."""
+
+    run: VariantRun
+    model_md5: str
+    is_new: bool
+
+
+def prepare(store: Store, state: State, name: str, root: Path) -> Promotion:
+    """Track the state and register a variant of it, so that only the alias has to move.
 
     A version has no files: its source is the run's logged model, and its tags tell the folder, which DVC keeps, by
     hash. The same folder is the same version, from whichever state of the lock it is promoted.
 
     Raises:
-        ParamsError: params.yaml has no such variant.
         PromotionError: the model folder is not there, or not as the lock has it.
-        TrackingError: a store that cannot be used.
     """
-    read_params(state.root / "params.yaml").variant(name)
     variant = next(variant for variant in state.variants if variant.name == name)
     folder = folder_of(variant)
     md5 = outs_of(variant.stages)[folder]
-    _check_folder(state.root, folder, md5)
-    with open_store(state.root) as store:
-        project(store, state)
-        run = find_variant(store, state, name)
-        version = _versions(store).get(md5)
-        is_new = version is None
-        if version is None:
-            version = _register(store, run, folder)
-        store.client.set_registered_model_alias(MODEL, CHAMPION, version.version)
-    return Promotion(
-        variant=name,
-        version=int(version.version),
-        is_new=is_new,
-        link=link(store, f"runs/{run.info.run_id}"),
-        allocation_sha256=run.data.tags["allocation.sha256"],
-        model_md5=md5,
-        tracking_uri=store.uri,
-    )
+    if not (root / folder).is_dir():
+        raise PromotionError(f"{root / folder}: not found; fetch it with `dvc checkout`, `dvc pull` or `dvc repro`")
+    if (found := dvc_md5(root / folder)) != md5:
+        raise PromotionError(
+            f"{root / folder}: edited or stale: its md5 is {found}, but dvc.lock has {md5}; run `dvc checkout {folder}`"
+        )
+    run, versions = project(store, state, git_tags(root)).runs[name], _versions(store)
+    if is_new := md5 not in versions:
+        versions[md5] = _register(store, run, folder)
+    return Promotion(_variant_run(store, run, versions[md5]), md5, is_new)
+
+
+def set_champion(store: Store, promotion: Promotion) -> None:
+    """Move the alias ``champion`` to the version of a variant, unless it is there."""
+    if not promotion.run.champion:
+        store.client.set_registered_model_alias(MODEL, CHAMPION, str(promotion.run.version))
 
 
 def find_runs(root: Path, model_md5: str) -> list[VariantRun] | None:
@@ -96,34 +92,55 @@ def find_runs(root: Path, model_md5: str) -> list[VariantRun] | None:
     Raises:
         TrackingError: a store that cannot be used.
     """
-    store = existing_store(root)
-    if store is None:
-        return None
+    with existing_store(root) as store:
+        return None if store is None else _runs_of(store, model_md5)
+
+
+def log_speed(
+    root: Path, model_md5: str, figures: Mapping[str, float], conditions: Mapping[str, Any]
+) -> VariantRun | None:
+    """Add metrics to the newest run that logged a model folder; the run, or None where there is none.
+
+    No run is created: `drank track` makes them. Every call adds a value to a metric's history, and MLflow shows the
+    newest. The tag ``speed.conditions`` has, as JSON, the conditions that figures depend on beside the model.
+
+    Args:
+        model_md5: DVC's hash of the folder, with its ``.dir``.
+        figures: by name of the metric, such as ``speed/decode``.
+        conditions: the machine and the protocol.
+
+    Raises:
+        TrackingError: a store that cannot be used.
+    """
+    with existing_store(root) as store:
+        if store is None or not (runs := _runs_of(store, model_md5)):
+            return None
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(figure, value, now, 0) for figure, value in figures.items()]
+        store.client.log_batch(runs[0].run_id, metrics=metrics)
+        store.client.set_tag(runs[0].run_id, "speed.conditions", json.dumps(conditions, sort_keys=True))
+        return runs[0]
+
+
+def _runs_of(store: Store, model_md5: str) -> list[VariantRun]:
     query = f"tags.`drank.run` = 'variant' and tags.`model.dvc_md5` = '{model_md5}'"
     version = _versions(store).get(model_md5)
-    registered = store.client.search_registered_models(f"name = '{MODEL}'")
-    champion = registered[0].aliases.get(CHAMPION) if registered else None
-    return [
-        VariantRun(
-            run_id=run.info.run_id,
-            name=run.data.tags["drank.variant"],
-            experiment=EXPERIMENT,
-            link=link(store, f"runs/{run.info.run_id}"),
-            allocation_sha256=run.data.tags["allocation.sha256"],
-            version=None if version is None else int(version.version),
-            champion=version is not None and str(version.version) == str(champion),
-        )
-        for run in store.client.search_runs([store.experiment_id], query)
-    ]
+    return [_variant_run(store, run, version) for run in store.client.search_runs([store.experiment_id], query)]
 
 
-def _check_folder(root: Path, folder: str, md5: str) -> None:
-    if not (root / folder).is_dir():
-        raise PromotionError(f"{root / folder}: not found; fetch it with `dvc checkout`, `dvc pull` or `dvc repro`")
-    if (found := dvc_md5(root / folder)) != md5:
-        raise PromotionError(
-            f"{root / folder}: edited or stale: its md5 is {found}, but dvc.lock has {md5}; run `dvc checkout {folder}`"
-        )
+def _variant_run(store: Store, run: "Run", version: "ModelVersion | None") -> VariantRun:
+    registered = store.client.search_registered_models(f"name = '{MODEL}'") if version else []
+    return VariantRun(
+        run_id=run.info.run_id,
+        name=run.data.tags["drank.variant"],
+        experiment=EXPERIMENT,
+        link=store.link(f"runs/{run.info.run_id}"),
+        allocation_sha256=run.data.tags["allocation.sha256"],
+        version=int(version.version) if version else None,
+        champion=version is not None and registered[0].aliases.get(CHAMPION) in (version.version, str(version.version)),
+    )
 
 
 def _versions(store: Store) -> dict[str, "ModelVersion"]:
@@ -137,7 +154,8 @@ def _register(store: Store, run: "Run", folder: str) -> "ModelVersion":
         store.client.create_registered_model(MODEL, description=DESCRIPTION)
     (model,) = run.outputs.model_outputs
     tags = {key: run.data.tags[key] for key in CARRIED if key in run.data.tags}
-    with _as_default(store):
+    # MLflow 3.17 looks a version's logged model up in the default store, whichever store the client has.
+    with patch.dict(os.environ, MLFLOW_TRACKING_URI=store.uri):
         version = store.client.create_model_version(
             MODEL,
             source=f"models:/{model.model_id}",
@@ -149,24 +167,3 @@ def _register(store: Store, run: "Run", folder: str) -> "ModelVersion":
     versions = [{"name": MODEL, "version": version.version}]
     store.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(versions)})
     return version
-
-
-@contextmanager
-def _as_default(store: Store) -> Iterator[None]:
-    """MLflow 3.17 looks a version's logged model up in the default store, whichever store the client has."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = store.uri
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MLFLOW_TRACKING_URI"]
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-DESCRIPTION = (
-    "Variants that were promoted, a version a model folder. Versions hold no files: tag `dvc.path` is the folder in "
-    "DVC's cache, `model.dvc_md5` its hash there, `allocation.sha256` what allocation made it, `git.commit` where its "
-    "`dvc.lock` is."
-)

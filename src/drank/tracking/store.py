@@ -32,87 +32,84 @@ class Store:
     client: "MlflowClient"
     experiment_id: str
 
+    def link(self, page: str) -> str:
+        """A page of the experiment, such as ``runs/<id>``: on the server, or where ``mlflow ui`` shows a file."""
+        base = LOCAL_UI
+        if _sqlite_file(self.uri) is None:
+            address = urlsplit(self.uri)
+            # Without the user and password that it may hold.
+            base = urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path.rstrip("/"), "", ""))
+        return f"{base}/#/experiments/{self.experiment_id}/{page}"
+
+    def where_to_look(self, page: str) -> str:
+        """The command to type, if the store has no server, and the address of a page."""
+        if _sqlite_file(self.uri) is None:
+            return self.link(page)
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}\nthen {self.link(page)}"
+
 
 @contextmanager
 def open_store(root: Path) -> Iterator[Store]:
     """The store of ``root`` with our experiment in it, both created where they are missing.
 
-    It is opened to one process of a machine and a user at a time, whichever clone it is in; the others wait.
+    It is ``MLFLOW_TRACKING_URI``, or else ``mlflow.db`` in the folder that DVC names in ``DVC_ROOT`` (an experiment in
+    a temporary folder points to its repository there), or else in ``root``. One process of a machine and a user at a
+    time has it, whichever clone it is in; the others wait.
 
     Raises:
-        TrackingError: a store that cannot be used.
+        TrackingError: a store that cannot be used, or that fails in the block.
     """
-    uri = uri_of(root)
+    uri = _uri_of(root)
+    file = _sqlite_file(uri)
     # Two processes that create one SQLite store break it, and two that look for a run would both make it.
-    with turn(str(_sqlite_file(uri) or uri), "another drank on MLflow's store"):
-        if (file := _sqlite_file(uri)) is not None and file.exists():
+    with turn(str(file or uri), "another drank on MLflow's store"), _explained():
+        if file is not None and file.exists():
             check_access(file, "r+b")
-        yield _open(uri)
+        elif file is not None:
+            _create_database(file)
+        client = _new_client(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT) or _create_experiment(client, file)
+        if experiment.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"MLflow's experiment '{EXPERIMENT}' is deleted; bring it back with "
+                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+            )
+        if file is not None and experiment.artifact_location.startswith("mlflow-artifacts:"):
+            raise TrackingError(
+                f"{file}: its experiment '{EXPERIMENT}' was made through a server, which keeps the artefacts: start "
+                f"it and give its address, as in MLFLOW_TRACKING_URI={LOCAL_UI}"
+            )
+        yield Store(uri, client, experiment.experiment_id)
 
 
-def existing_store(root: Path) -> Store | None:
-    """The store of ``root`` to read from, or None where there is none or no experiment in it; nothing is created.
+@contextmanager
+def existing_store(root: Path) -> Iterator[Store | None]:
+    """The store of ``root``, or None where there is none or no experiment in it; nothing is created.
 
     Raises:
-        TrackingError: a store that cannot be used.
+        TrackingError: a store that cannot be used, or that fails in the block.
     """
-    uri = uri_of(root)
+    uri = _uri_of(root)
     file = _sqlite_file(uri)
     if file is not None and not file.is_file():
-        return None
+        yield None
+        return
     if file is not None:
         check_access(file)
     with _explained():
         client = _new_client(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
-    return None if experiment is None else Store(uri, client, experiment.experiment_id)
+        yield None if experiment is None else Store(uri, client, experiment.experiment_id)
 
 
-def uri_of(root: Path) -> str:
-    """``MLFLOW_TRACKING_URI``, or else ``mlflow.db`` in the folder that DVC names in ``DVC_ROOT``, or else in ``root``.
-
-    DVC_ROOT, because an experiment in a temporary folder points to its repository there, and that folder goes away.
-    """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(_home(root) / 'mlflow.db').as_posix()}"
+def _uri_of(root: Path) -> str:
+    home = Path(os.environ.get("DVC_ROOT") or root).resolve()
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').as_posix()}"
 
 
-def where_to_look_for(uri: str, page: str) -> str:
-    """The next thing to type, or the place to go, to see a page of a store."""
-    if _sqlite_file(uri) is None:
-        return page
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}\nthen {page}"
-
-
-def link(store: Store, page: str) -> str:
-    """A page of the experiment, such as ``runs/<id>``: on the server, or where ``mlflow ui`` shows a file."""
-    base = LOCAL_UI
-    if _sqlite_file(store.uri) is None:
-        address = urlsplit(store.uri)
-        # Without the user and password that it may hold.
-        base = urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path.rstrip("/"), "", ""))
-    return f"{base}/#/experiments/{store.experiment_id}/{page}"
-
-
-def _open(uri: str) -> Store:
-    with _explained():
-        file = _sqlite_file(uri)
-        if file is not None and not file.exists():
-            _create_database(file)
-        client = _new_client(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            experiment = _create_experiment(client, uri)
-    if experiment.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"MLflow's experiment '{EXPERIMENT}' is deleted; bring it back with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-        )
-    if file is not None and experiment.artifact_location.startswith("mlflow-artifacts:"):
-        raise TrackingError(
-            f"{file}: its experiment '{EXPERIMENT}' was made through a server, which keeps the artefacts: start it "
-            f"and give its address, as in MLFLOW_TRACKING_URI={LOCAL_UI}"
-        )
-    return Store(uri, client, experiment.experiment_id)
+def _sqlite_file(uri: str) -> Path | None:
+    address = urlsplit(uri)
+    return Path(address.path.removeprefix("/")).resolve() if address.scheme == "sqlite" else None
 
 
 def _create_database(file: Path) -> None:
@@ -125,11 +122,17 @@ def _create_database(file: Path) -> None:
     partial.replace(file)
 
 
-def _create_experiment(client: "MlflowClient", uri: str) -> "Experiment":
+def _create_experiment(client: "MlflowClient", file: Path | None) -> "Experiment":
+    """Ours, with its artifacts beside the SQLite file or where the server puts them.
+
+    MLflow's own default is the current folder, for ever.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_experiment(client.create_experiment(EXPERIMENT, _artifact_location(uri)))
+        return client.get_experiment(
+            client.create_experiment(EXPERIMENT, None if file is None else (file.parent / "mlartifacts").as_uri())
+        )
     except MlflowException:
         experiment = client.get_experiment_by_name(EXPERIMENT)  # another machine was quicker
         if experiment is None:
@@ -144,21 +147,6 @@ def _new_client(uri: str) -> "MlflowClient":
 
     # A client of our own, never mlflow.start_run: that one re-opens the run of `mlflow run` (MLFLOW_RUN_ID).
     return MlflowClient(tracking_uri=uri)
-
-
-def _home(root: Path) -> Path:
-    return Path(os.environ.get("DVC_ROOT") or root).resolve()
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    address = urlsplit(uri)
-    return Path(address.path.removeprefix("/")).resolve() if address.scheme == "sqlite" else None
-
-
-def _artifact_location(uri: str) -> str | None:
-    """Beside the SQLite file, or what the server decides: MLflow's own default is the current folder, for ever."""
-    file = _sqlite_file(uri)
-    return None if file is None else (file.parent / "mlartifacts").as_uri()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import json
 
 KEY = "variants"
 PAGE = f"runs?workflowType=machine_learning&viewStateShareKey={KEY}"
-WIDTH_OF_LETTER, WIDTH_OF_COLUMN = 7, 95  # pixels
 SECTION = "Size and quality"
 MOST_COLUMNS = 6  # of perplexities, and of accuracies: a tag holds 5000 characters
 MOST_CHARTS = 3
@@ -19,40 +18,25 @@ DESCRIPTION = (
 )
 
 
-def experiment_tags(lock_sha256: str, metrics: list[str], has_dense: bool) -> dict[str, str]:
-    """Tags that describe the experiment, and hold the view of a state.
-
-    Args:
-        lock_sha256: the state.
-        metrics: names of all metrics of its variants.
-        has_dense: whether perplexities over the dense variant's are among them.
-    """
+def experiment_tags(lock_sha256: str, metrics: list[str]) -> dict[str, str]:
+    """Tags that describe the experiment, and hold the view of a state, whose variants have these metrics."""
+    relative = any(metric.startswith("ppl_over_dense/") for metric in metrics)
     perplexities, accuracies = (
         [metric for metric in metrics if metric.startswith(kind)][:MOST_COLUMNS]
-        for kind in ("ppl_over_dense/" if has_dense else "token_perplexity/", "acc/")
+        for kind in ("ppl_over_dense/" if relative else "token_perplexity/", "acc/")
     )
-    search = {
-        "searchFilter": f"tags.`drank.run` = 'variant' and tags.`dvc.lock_sha256` = '{lock_sha256}'",
-        "orderByKey": "metrics.`bytes`",
-        "orderByAsc": False,
-    }
-    columns = [
-        *(f"params.`{p}`" for p in ("preset", "size_ratio")),
-        "metrics.`bytes`",
-        *(f"metrics.`{m}`" for m in perplexities + accuracies),
-    ]
+    columns = ["params.`preset`", "params.`size_ratio`"]
+    columns += [f"metrics.`{metric}`" for metric in ("bytes", *perplexities, *accuracies)]
     charts = [
         {"type": "SCATTER", "xaxis": _axis("bytes"), "yaxis": _axis(perplexity), "runsCountToCompare": 100}
         for perplexity in perplexities[:MOST_CHARTS]
     ]
-    charts.append(
-        {
-            "type": "PARALLEL",
-            "selectedParams": ["preset"],
-            "selectedMetrics": ["bytes", *perplexities[:1], *accuracies[:1]],
-        }
-    )
-    page = {
+    compared = ["bytes", *perplexities[:1], *accuracies[:1]]
+    charts.append({"type": "PARALLEL", "selectedParams": ["preset"], "selectedMetrics": compared})
+    view = {
+        "searchFilter": f"tags.`drank.run` = 'variant' and tags.`dvc.lock_sha256` = '{lock_sha256}'",
+        "orderByKey": "metrics.`bytes`",
+        "orderByAsc": False,
         "compareRunCharts": [
             {"uuid": f"drank-{number}", "metricSectionId": SECTION, "deleted": False, "isGenerated": False, **chart}
             for number, chart in enumerate(charts)
@@ -61,15 +45,16 @@ def experiment_tags(lock_sha256: str, metrics: list[str], has_dense: bool) -> di
             {"uuid": SECTION, "name": SECTION, "display": True, "isReordered": False, "deleted": False}
         ],
         "isAccordionReordered": True,
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        # In pixels: wide enough for the heading.
+        "columnWidths": {column: max(95, 7 * len(column.split("`")[1]) + 30) for column in columns},
     }
-    widths = {column: max(WIDTH_OF_COLUMN, WIDTH_OF_LETTER * len(column.split("`")[1]) + 30) for column in columns}
-    view = search | page | {"selectedColumns": columns, "columnOrder": columns, "columnWidths": widths}
+    shared = {"name": "Variants", "createdAt": 0, "updatedAt": 0, "state": json.dumps(view)}
     return {
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.note.content": DESCRIPTION,
-        f"mlflow.sharedViewState.{KEY}": json.dumps(
-            {"name": "Variants", "createdAt": 0, "updatedAt": 0, "state": json.dumps(view)}
-        ),
+        f"mlflow.sharedViewState.{KEY}": json.dumps(shared),
     }
 
 

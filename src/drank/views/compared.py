@@ -1,13 +1,12 @@
-"""What ``drank diff`` compares: variants of the working tree, model folders anywhere, git revisions. Reads only.
+"""What ``drank diff`` compares, read only: variants of the working tree, folders of models, revisions of git.
 
-Nothing is checked out: what git holds of a revision (params.yaml, allocations, results) is read from git itself.
+Nothing is checked out: params.yaml, allocations and results of a revision are read from git itself.
 """
 
 import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +16,29 @@ from drank.project.documents import (
     Read,
     Results,
     StatementDocument,
-    parameters_of,
     parse_document,
     read_document,
 )
 from drank.project.git import file_at, has_history, resolve
 from drank.project.params import ParamsError
-from drank.project.state import flat
-from drank.views.difference import Side, compare
-
-
-class DifferenceError(ValueError):
-    """What was to be compared is not there; the message says what was looked for."""
+from drank.views.difference import DifferenceError, Side, compare
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a name on the command line stands for.
+class Place:
+    """A working tree, a commit, or the folder of a model.
 
     Attributes:
-        label: what it is called in messages.
-        variant: the variant it stands for; None for a whole revision.
+        label: its name in messages.
+        chosen: the variant that the command line names; None for all of them.
         variants: names of the variants that it has.
         side: reads one of them.
     """
 
     label: str
-    variant: str | None
+    chosen: str | None
     variants: tuple[str, ...]
     side: Callable[[str], Side]
-
-    def __str__(self) -> str:
-        return f"{self.label} has {', '.join(self.variants)}"
-
-    def read(self, variant: str) -> Side:
-        if variant not in self.variants:
-            raise DifferenceError(f"no variant {variant!r} to compare: {self}")
-        return self.side(variant)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The documents of a repository: of its working tree or, under a label, of a commit."""
-
-    root: Path
-    commit: str = ""
-    label: str = ""
-
-    def read(self, path: str) -> bytes | None:
-        if self.commit:
-            return file_at(self.root, self.commit, path)
-        return (self.root / path).read_bytes() if (self.root / path).is_file() else None
-
-    def name(self, path: str) -> str:
-        return f"{self.label}: {path}" if self.label else str(self.root / path)
-
-    @cached_property
-    def variants(self) -> tuple[str, ...]:
-        """Names in params.yaml, of which nothing else is read, since it may be of any age; none without the file."""
-        content = self.read("params.yaml")
-        if content is None:
-            return ()
-        try:
-            document = plain_yaml.load(content.decode())
-        except (plain_yaml.YamlError, UnicodeDecodeError) as error:
-            raise DifferenceError(f"{self.name('params.yaml')}: not YAML: {error}") from None
-        sections = [document.get(key) for key in ("variants", "healing")] if isinstance(document, dict) else []
-        if not sections or not isinstance(sections[0], dict):
-            raise DifferenceError(f"{self.name('params.yaml')}: has no section 'variants', so nothing to compare")
-        return tuple(str(name) for section in sections if isinstance(section, dict) for name in section)
-
-    def side(self, variant: str) -> Side:
-        label = f"{self.label}:{variant}" if self.label else variant
-        remarks: list[str] = []
-        allocation = self._document(f"data/allocation/{variant}.json", AllocationDocument)
-        results = self._document(f"results/{variant}.json", Results)
-        if allocation is None:
-            remarks.append(f"{label}: no data/allocation/{variant}.json, so no ranks to compare")
-        if results is None:
-            remarks.append(f"{label}: no results/{variant}.json, so no metrics to compare")
-        parameters = None
-        try:
-            parameters = _parameters(parameters_of(self.read("params.yaml") or b"", variant))
-        except ParamsError:
-            remarks.append(
-                f"{label}: params.yaml is not of this version of drank, so its parameters are not compared; "
-                f"`dvc params diff` does"
-            )
-        if parameters and allocation:
-            remarks += _stale(label, parameters, allocation)
-        return Side(label, parameters, allocation, results, tuple(remarks))
-
-    def _document(self, path: str, kind: type[Read]) -> Read | None:
-        content = self.read(path)
-        return None if content is None else parse_document(content, self.name(path), kind)
 
 
 def compare_targets(root: Path, a: str, b: str) -> dict[str, Any]:
@@ -124,87 +52,91 @@ def compare_targets(root: Path, a: str, b: str) -> dict[str, Any]:
         FileError: a document is damaged.
     """
     left, right = find(root, a), find(root, b)
-    if left.variant or right.variant:
-        ours, theirs = left.variant or right.variant or "", right.variant or left.variant or ""
-        return _document([], [], {ours: compare(left.read(ours), right.read(theirs))})
+    chosen = left.chosen or right.chosen
     common = [name for name in left.variants if name in right.variants]
-    if not common:
-        raise DifferenceError(
-            f"no variant in common: {left}, {right}; name one of each, as {a}:{(*left.variants, 'VARIANT')[0]}"
-        )
-    only_a, only_b = ([name for name in side.variants if name not in common] for side in (left, right))
-    return _document(only_a, only_b, {name: compare(left.read(name), right.read(name)) for name in common})
+    pairs = [(left.chosen or chosen, right.chosen or chosen)] if chosen else [(name, name) for name in common]
+    lacks = [(p, name) for pair in pairs for p, name in zip((left, right), pair, strict=True) if name not in p.variants]
+    if lacks or not pairs:
+        wanted = f"no variant {lacks[0][1]!r} to compare" if lacks else "no variant in common"
+        raise DifferenceError("; ".join([wanted, *(f"{p.label} has {', '.join(p.variants)}" for p in (left, right))]))
+    only_a, only_b = ([n for n in p.variants if n not in common and not chosen] for p in (left, right))
+    variants = {one: compare(left.side(one), right.side(other)) for one, other in pairs}
+    return {"format_version": 1, "only_a": only_a, "only_b": only_b, "variants": variants}
 
 
-def find(root: Path, name: str) -> Target:
-    """What a name on the command line stands for.
+def find(root: Path, name: str) -> Place:
+    """The place that a name on the command line stands for.
 
     Raises:
-        DifferenceError: nothing; the message lists what was tried.
+        DifferenceError: none; the message lists what was tried.
         FileError: a file of a model folder is damaged.
     """
     if (Path(name) / "allocation.json").is_file():
         return _folder(Path(name))
-    tree = Tree(root)
-    if name in tree.variants:
-        return Target(name, name, tree.variants, tree.side)
+    here = _tree(root, None)
+    if name in here.variants:
+        return Place(name, name, here.variants, here.side)
     revision, _, variant = name.rpartition(":")
     for revised, chosen in ((name, None), (revision, variant)):
         if revised and has_history(root) and (commit := resolve(root, revised) or _experiment(root, revised)):
-            return _revision(root, revised, commit, chosen)
-    history = "no git revision and no experiment" if has_history(root) else "in no git repository with a commit"
+            return _tree(root, chosen, commit, f"{revised} ({commit[:7]})")
     raise DifferenceError(
         f"{name!r} is nothing that can be compared:\n  no folder of a model: no {Path(name) / 'allocation.json'}\n"
-        f"  no variant: {tree.name('params.yaml')} has {', '.join(tree.variants) or 'none, or is not there'}\n"
-        f"  {history}: {root.absolute()}"
+        f"  no variant: {root / 'params.yaml'} has {', '.join(here.variants) or 'none, or is not there'}\n"
+        f"  no git revision and no experiment{'' if has_history(root) else ': no repository with a commit'}: "
+        f"{root.absolute()}"
     )
 
 
-def _document(only_a: list[str], only_b: list[str], variants: dict[str, Any]) -> dict[str, Any]:
-    return {"format_version": 1, "only_a": only_a, "only_b": only_b, "variants": variants}
-
-
-def _folder(folder: Path) -> Target:
-    allocation = read_document(folder / "allocation.json", AllocationDocument)
+def _folder(folder: Path) -> Place:
+    allocation, parameters, results = read_document(folder / "allocation.json", AllocationDocument), None, None
     if (folder / "provenance.json").is_file():
         statement = read_document(folder / "provenance.json", StatementDocument)
+        parameters = statement.parameters
         results = parse_document(json.dumps(statement.results), f"{folder}/provenance.json: results", Results)
-        side = Side(str(folder), _parameters(statement.parameters), allocation, results)
-    else:
-        remark = f"{folder}: no provenance.json, so neither parameters nor metrics to compare"
-        side = Side(str(folder), None, allocation, None, (remark,))
-    return Target(str(folder), allocation.variant, (allocation.variant,), lambda _: side)
+    side = Side(str(folder), parameters, allocation, results)
+    return Place(str(folder), allocation.variant, (allocation.variant,), lambda _: side)
 
 
-def _revision(root: Path, name: str, commit: str, variant: str | None) -> Target:
-    label = commit[:7] if len(name) >= 7 and commit.startswith(name) else f"{name} ({commit[:7]})"
-    tree = Tree(root, commit, label)
-    if tree.read("params.yaml") is None:
+def _tree(root: Path, chosen: str | None, commit: str = "", label: str = "") -> Place:
+    """The working tree, or a commit; its params.yaml may be of any age, since names are all that it must have."""
+    within = f"{label}: " if commit else f"{root}/"
+
+    def read(path: str) -> bytes | None:
+        if commit:
+            return file_at(root, commit, path)
+        return (root / path).read_bytes() if (root / path).is_file() else None
+
+    def document(path: str, kind: type[Read]) -> Read | None:
+        found = read(path)
+        return None if found is None else parse_document(found, within + path, kind)
+
+    def side(variant: str) -> Side:
+        try:
+            parameters = parse_as(content or b"", f"{within}params.yaml", Params).parameters_of(variant)
+        except ParamsError:  # another version's
+            parameters = None
+        return Side(
+            f"{label}:{variant}" if commit else variant,
+            parameters,
+            document(f"data/allocation/{variant}.json", AllocationDocument),
+            document(f"results/{variant}.json", Results),
+        )
+
+    content = read("params.yaml")
+    if content is None and commit:
         raise DifferenceError(f"{label}: has no params.yaml at the place of {root.absolute()}; was it elsewhere then?")
-    return Target(label, variant, tree.variants, tree.side)
+    try:
+        names = {} if content is None else dict(plain_yaml.load(content.decode())["variants"])
+    except (plain_yaml.YamlError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DifferenceError(f"{within}params.yaml: not YAML with a section 'variants': {error}") from None
+    return Place(label, chosen, tuple(map(str, names)), side)
 
 
 def _experiment(root: Path, name: str) -> str | None:
     """The commit of a DVC experiment: refs/exps/<2 digits>/<38 digits>/<name>, after its base commit."""
-    command = ["git", "for-each-ref", "--format=%(refname)", f"refs/exps/??/*/{name}"]
+    command = ["git", "for-each-ref", "--format=%(objectname)", f"refs/exps/??/*/{name}"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.split()
     if len(found) > 1:
-        raise DifferenceError(
-            f"{name!r} names {len(found)} experiments: {', '.join(found)}; write one of these in full"
-        )
-    return resolve(root, found[0]) if found else None
-
-
-def _parameters(document: dict[str, Any]) -> dict[str, str]:
-    """As text by dotted key, under keys that do not have the variant's name in them."""
-    return {key: value for key, value in flat(document).items() if key != "variant.name"}
-
-
-def _stale(label: str, parameters: dict[str, str], allocation: AllocationDocument) -> list[str]:
-    """Where the parameters beside an allocation are not those that it was made with."""
-    used = {f"variant.{key}": str(getattr(allocation, key)) for key in ("preset", "spectrum", "size_ratio")}
-    return [
-        f"{label}: {key} is {parameters[key]}, but its allocation was made with {value}; run `dvc repro`"
-        for key, value in used.items()
-        if value != parameters[key]
-    ]
+        raise DifferenceError(f"{name!r} names {len(found)} experiments: name the commit of one, {' or '.join(found)}")
+    return found[0] if found else None

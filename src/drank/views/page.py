@@ -77,10 +77,10 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for column in table.columns:
         metric, _, task = column.partition("/")
         if metric.startswith("acc") and not metric.endswith("_stderr"):
-            # A group of tasks has no error of its own.
-            errors = table.get(f"{metric}_stderr/{task}", pd.Series(float("nan"), table.index))
-            cells = [_accuracy(p, e) for p, e in zip(table[column], errors, strict=True)]
-            columns[f"{metric}, {task.replace('_', ' ')}"] = pd.Series(cells)
+            errors = table.get(f"{metric}_stderr/{task}", pd.Series(float("nan"), table.index))  # a group has none
+            columns[f"{metric}, {task.replace('_', ' ')}"] = table[column].map(_figure) + errors.map(
+                lambda error: f" ± {error:.2f}" if error == error else ""
+            )
     return pd.DataFrame(columns)
 
 
@@ -89,11 +89,15 @@ def pictures(
 ) -> dict[str, Picture]:
     """Panels below the page's table, by file name, in its order. Dense variants have panels only if all are."""
     compressed = [a for a in allocations if a["allocation"] != "dense"] or list(allocations)
+    bases = {column: reference(table, column) for column in perplexity_columns(table)}
+    beyond = pd.DataFrame({c: table[c] / base > HIGHEST_RATIO for c, base in bases.items() if base is not None})
+    left_out = int(beyond.any(axis=1).sum())
     shown = {
         "perplexity": Picture(
             "Quality against size",
             "Lower and further left is better; no variant that is as small beats those on the grey band, the Pareto "
-            f"frontier.{_left_out(table)}",
+            "frontier."
+            + (f" Left out, beyond {HIGHEST_RATIO} times the dense model's: {left_out} variants." if left_out else ""),
             perplexity_by_size(table),
         ),
         "ranks": Picture(
@@ -128,10 +132,13 @@ def pictures(
 
 def page(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[Picture, bytes]]) -> str:
     """One self-contained HTML page: what is compared, the table of variants, every picture with how to read it."""
-    table = readable(summary(rows)).to_html(index=False, border=0)
-    figures = "\n".join(_section(picture, data) for picture, data in shown.values())
-    head = f"{PAGE_HEAD}<h1>drank: variants</h1>\n<p>{escape(lead(rows))}</p>\n"
-    return f'{head}<div class="table">\n{table}\n</div>\n{figures}\n</body></html>\n'
+    parts = [f"{PAGE_HEAD}<h1>drank: variants</h1>\n<p>{escape(lead(rows))}</p>"]
+    parts.append(f'<div class="table">\n{readable(summary(rows)).to_html(index=False, border=0)}\n</div>')
+    for picture, data in shown.values():
+        title, source = escape(picture.title), f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        parts.append(f"<h2>{title}</h2>\n<p>{escape(picture.caption)}</p>")
+        parts.append(f'<div class="picture"><img alt="{title}" src="{source}"></div>')
+    return "\n".join([*parts, "</body></html>\n"])
 
 
 def lead(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -148,12 +155,6 @@ def lead(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _section(picture: Picture, data: bytes) -> str:
-    title, source = escape(picture.title), f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    image = f'<div class="picture"><img alt="{title}" src="{source}"></div>'
-    return f"<h2>{title}</h2>\n<p>{escape(picture.caption)}</p>\n{image}"
-
-
 def _protocol(protocol: Mapping[str, Any]) -> str:
     shapes = protocol["test_windows"].items()
     windows = " and ".join(f"{n} windows of {length} tokens of {text}" for text, (n, length) in shapes)
@@ -162,20 +163,6 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
         limit = protocol["lm_eval_max_length"]
         sentence += f" Accuracies ({', '.join(tasks)}) are lm-eval's, at most {limit} tokens, ± one standard error."
     return sentence
-
-
-def _left_out(table: pd.DataFrame) -> str:
-    """How many variants the picture of perplexities leaves out, in some panel."""
-    bases = {column: reference(table, column) for column in perplexity_columns(table)}
-    beyond = pd.DataFrame({c: table[c] / base > HIGHEST_RATIO for c, base in bases.items() if base is not None})
-    count = int(beyond.any(axis=1).sum())
-    return f" Left out, beyond {HIGHEST_RATIO} times the dense model's: {count} variants." if count else ""
-
-
-def _accuracy(value: float, error: float) -> str:
-    if value != value:
-        return ""
-    return f"{value:.2f}" if error != error else f"{value:.2f} ± {error:.2f}"
 
 
 def _figure(value: float) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from drank.views.pictures import FEW
@@ -36,11 +35,23 @@ def perplexity_by_size(table: pd.DataFrame) -> Figure:
             order = rows.sort_values("bytes").index
             axes.plot(megabytes[order], ratios[order], color=colormaps["tab10"](number % 10), linewidth=1.2,
                       marker="osD^vP"[number // 10 % 6], markersize=5, label=str(preset))  # fmt: skip
-        _ratio_axis(axes, ratios, relative=base is not None)
+        axes.set_yscale("log")
+        axes.grid(visible=True, linewidth=0.3)
         axes.set_title(column.removeprefix("token_perplexity/"), fontsize=10)
         axes.set_xlabel("megabytes on disk")
+        axes.set_ylabel("token perplexity / dense" if base is not None else "token perplexity")
+        if base is not None:
+            lowest, highest = min(0.93, float(ratios.min()) * 0.95), min(float(ratios.max()) * 1.15, HIGHEST_RATIO)
+            axes.set_ylim(lowest, highest)
+            axes.set_yticks([tick for tick in (RATIOS if highest > 5 else FINE_RATIOS) if lowest < tick < highest])
+            axes.set_yticks([], minor=True)
+            axes.yaxis.set_major_formatter("{x:g}")
         if few:
-            _name_points(axes, table["variant"].tolist(), megabytes.tolist(), ratios.tolist())
+            left, right = axes.get_xlim()
+            axes.set_xlim(left, right + 0.2 * (right - left))  # falling curves leave room above to the right
+            for name, x, y in zip(table["variant"], megabytes, ratios, strict=True):
+                if y <= axes.get_ylim()[1]:
+                    axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if few:
         figure.axes[0].legend(handles[:1], labels[:1], fontsize=8, frameon=False)
@@ -55,15 +66,12 @@ def frontier(sizes: Sequence[float], values: Sequence[float]) -> list[int]:
     A point is beaten by one that is no larger in size and in value, and smaller in one of the two. The first of equal
     points is named; one without a value (NaN) is none.
     """
-    best: list[int] = []
-    for index in sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: (sizes[i], values[i])):
-        if not best or values[index] < values[best[-1]]:
-            best.append(index)
-    return best
+    points = pd.DataFrame({"size": sizes, "value": values}).dropna().sort_values(["size", "value"], kind="stable")
+    return points.index[points["value"] < points["value"].cummin().shift(fill_value=math.inf)].tolist()
 
 
 def perplexity_columns(table: pd.DataFrame) -> list[str]:
-    """Columns of the token perplexities, one a text."""
+    """Columns of the token perplexities, one per text."""
     return [column for column in table.columns if column.startswith("token_perplexity/")]
 
 
@@ -71,24 +79,3 @@ def reference(table: pd.DataFrame, column: str) -> float | None:
     """The dense model's figure; None where no dense variant was run."""
     dense = table.loc[table["preset"] == "dense", column]
     return float(dense.iloc[0]) if len(dense) else None
-
-
-def _ratio_axis(axes: Axes, ratios: pd.Series, relative: bool) -> None:
-    axes.set_yscale("log")
-    axes.grid(visible=True, linewidth=0.3)
-    axes.set_ylabel("token perplexity / dense" if relative else "token perplexity")
-    if relative:
-        lowest, highest = min(0.93, float(ratios.min()) * 0.95), min(float(ratios.max()) * 1.15, HIGHEST_RATIO)
-        axes.set_ylim(lowest, highest)
-        axes.set_yticks([tick for tick in (RATIOS if highest > 5 else FINE_RATIOS) if lowest < tick < highest])
-        axes.set_yticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-
-
-def _name_points(axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
-    """Names above the points to the right, where falling curves leave room."""
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, right + 0.2 * (right - left))
-    for name, a, b in zip(names, x, y, strict=True):
-        if b <= axes.get_ylim()[1]:
-            axes.annotate(name, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8)

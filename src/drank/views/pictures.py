@@ -1,13 +1,9 @@
-"""Where ranks, parameters and loss are, as pictures. Takes allocations and spectra, returns figures; knows no files.
-
-An allocation is what data/allocation/<variant>.json holds (docs/data.md).
-"""
+"""Where ranks, parameters and loss are, as pictures. Takes allocations and spectra, returns figures; knows no files."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,9 +12,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-Allocation = Mapping[str, Any]
+from drank.views.matrices import CHANNELS, Allocation, by_layer, matrices
+
 FEW = 12  # up to so many variants are named in pictures and have large panels
-CHANNELS = "channels"
 SMALLEST_SHARE = 1e-4
 
 
@@ -44,10 +40,10 @@ def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
     """
     panels = {}
     for allocation in allocations:
-        rows = _by_member(allocation, [unit["rank"] / unit["full_rank"] for unit in allocation["units"]])
-        rows += [(layer, CHANNELS, block["channels"] / block["full_channels"]) for layer, block in _blocks(allocation)]
-        panels[allocation["variant"]] = f"kept {allocation['kept_ratio']:.3f}", _table(rows, "mean")
-    return _heat_maps(panels, "viridis", Normalize(0, 1), "rank / full rank (dense = 1)")
+        rows = matrices(allocation)
+        rows["share"] = rows["rank"] / rows["full_rank"]
+        panels[allocation["variant"]] = f"kept {allocation['kept_ratio']:.3f}", by_layer(rows, "share", "mean")
+    return heat_maps(panels, "viridis", Normalize(0, 1), "rank / full rank (dense = 1)")
 
 
 def budget(allocations: Sequence[Allocation]) -> Figure:
@@ -55,11 +51,10 @@ def budget(allocations: Sequence[Allocation]) -> Figure:
     figure = Figure(figsize=(12, 1.3 + 0.21 * len(allocations)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kinds = list(dict.fromkeys(unit["kind"] for unit in allocations[0]["units"]))
-    by_layer = []
+    layers = []
     for row, allocation in enumerate(allocations):
-        kept = _table(_by_member(allocation, [unit["price"] for unit in allocation["units"]], split=True), "sum")[kinds]
-        whole = _table(_by_member(allocation, original_parameters(allocation), split=True), "sum")[kinds]
-        by_layer.append(kept.sum(axis=1) / whole.sum(axis=1))
+        kept, whole = (by_layer(matrices(allocation), column)[kinds] for column in ("price", "size"))
+        layers.append(kept.sum(axis=1) / whole.sum(axis=1))
         widths = whole.sum() / whole.sum().sum()
         shares, starts = kept.sum() / whole.sum(), widths.cumsum() - widths
         colors = [colormaps["Set2"](number % 8) for number in range(len(kinds))]
@@ -76,10 +71,9 @@ def budget(allocations: Sequence[Allocation]) -> Figure:
     )
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
-    layers = range(1 + max(int(shares.index.max()) for shares in by_layer))
-    image = right.imshow(
-        pd.DataFrame(by_layer).reindex(columns=layers).to_numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis"
-    )
+    n_layers = 1 + max(int(shares.index.max()) for shares in layers)
+    shares_by_layer = pd.DataFrame(layers).reindex(columns=range(n_layers))
+    image = right.imshow(shares_by_layer, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     right.set_ylim(len(allocations) - 0.5, -0.5)
     right.set_xlabel("layer", fontsize=8)
     right.tick_params(length=0, labelsize=8, labelleft=False)
@@ -89,17 +83,6 @@ def budget(allocations: Sequence[Allocation]) -> Figure:
     return figure
 
 
-def original_parameters(allocation: Allocation) -> list[int]:
-    """Parameters of each unit in the dense model: out * in, channels that its MLP has lost included."""
-    blocks = {block["name"]: block for _, block in _blocks(allocation)}
-    parameters = []
-    for unit in allocation["units"]:
-        block = blocks.get(_block_name(unit), {"channels": 1, "full_channels": 1})
-        size = unit["out_features"] * unit["in_features"]  # one of the two is the number of channels
-        parameters.append(size * block["full_channels"] // block["channels"])
-    return parameters
-
-
 def losses(allocation: Allocation, spectrum: Spectrum) -> pd.DataFrame:
     """Energy dropped by layer (index) and kind (columns), in the unit of the metric; the sum is the whole loss.
 
@@ -107,14 +90,12 @@ def losses(allocation: Allocation, spectrum: Spectrum) -> pd.DataFrame:
     cost; no rank's doing, it has a column of its own, "channels". A basis that several layers share counts for them in
     equal parts.
     """
-    costs = {block["name"]: block["loss"] for _, block in _blocks(allocation)}
-    by_rank = []
-    for unit in allocation["units"]:
-        base = costs.get(_block_name(unit), 0.0) if unit["role"] == "down" else 0.0
-        energy = float(spectrum.energies[unit["factors"]].sum()) + base
-        by_rank.append(0.0 if unit["form"] == "dense" else max(0.0, unit["relative_loss"] * energy - base))
-    rows = _by_member(allocation, by_rank, split=True)
-    return _table(rows + [(layer, CHANNELS, block["loss"]) for layer, block in _blocks(allocation)], "sum")
+    rows = matrices(allocation)
+    energy = rows["factors"].map(lambda file: float(spectrum.energies[file].sum()), na_action="ignore")
+    by_rank = rows["relative_loss"] * (energy + rows["base_loss"]) - rows["base_loss"]
+    by_rank = by_rank.clip(lower=0.0).where(rows["form"] != "dense", 0.0) / rows["sharing"]
+    rows["loss"] = rows["base_loss"].where(rows["form"] == CHANNELS, by_rank)
+    return by_layer(rows, "loss")
 
 
 def loss_heat_map(allocations: Sequence[Allocation], spectra: Mapping[str, Spectrum]) -> Figure:
@@ -134,7 +115,7 @@ def loss_heat_map(allocations: Sequence[Allocation], spectra: Mapping[str, Spect
             energy = sum(float(spectrum.energies[unit["factors"]].sum()) for unit in allocation["units"])
             title = f"{spectrum.metric}: {100 * total / (energy or 1.0):.2g} % of energy"
         panels[allocation["variant"]] = title, (table / (total or 1.0)).replace(0.0, np.nan)
-    return _heat_maps(panels, "magma_r", LogNorm(SMALLEST_SHARE, 1), "share of the summed loss")
+    return heat_maps(panels, "magma_r", LogNorm(SMALLEST_SHARE, 1), "share of the summed loss")
 
 
 def spectrum_curves(spectrum: Spectrum) -> Figure:
@@ -167,8 +148,8 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _heat_maps(panels: Mapping[str, tuple[str, pd.DataFrame]], cmap: str, norm: Normalize, label: str) -> Figure:
-    """A panel a variant (second line of its title, table), all with the same columns; white where there is nothing."""
+def heat_maps(panels: Mapping[str, tuple[str, pd.DataFrame]], cmap: str, norm: Normalize, label: str) -> Figure:
+    """A panel per variant (second line of its title, table), all with the same columns; white where nothing is."""
     few = len(panels) <= FEW
     across = min(len(panels), 6 if few else 8)
     down = math.ceil(len(panels) / across)
@@ -197,31 +178,3 @@ def _heat_maps(panels: Mapping[str, tuple[str, pd.DataFrame]], cmap: str, norm: 
 
 def _short(kind: str) -> str:
     return kind.removesuffix("_proj")
-
-
-def _block_name(unit: Mapping[str, Any]) -> str:
-    """The MLP that a matrix would be part of, if that loses channels; "" for a matrix that never does."""
-    return unit["name"].rpartition(".")[0] if unit["role"] in ("gate", "up", "down") else ""
-
-
-def _blocks(allocation: Allocation) -> list[tuple[int, Mapping[str, Any]]]:
-    """MLPs that could lose channels, with their layers."""
-    layers = {unit["name"].rpartition(".")[0]: unit["layer"] for unit in allocation["units"]}
-    return [(layers[block["name"]], block) for block in allocation.get("blocks", ())]
-
-
-def _by_member(
-    allocation: Allocation, values: Sequence[int | float], split: bool = False
-) -> list[tuple[int, str, float]]:
-    """Layer, kind and value of each unit; one that several consecutive layers share once a layer, split or repeated."""
-    return [
-        (unit["layer"] + offset, unit["kind"], value / len(unit["members"]) if split else value)
-        for unit, value in zip(allocation["units"], values, strict=True)
-        for offset in range(len(unit["members"]))
-    ]
-
-
-def _table(rows: Sequence[tuple[int, str, float]], aggregate: Literal["mean", "sum"]) -> pd.DataFrame:
-    """Rows by layer and kind, kinds in the order of their first rows."""
-    frame = pd.DataFrame(rows, columns=["layer", "kind", "value"])
-    return frame.pivot_table(index="layer", columns="kind", values="value", aggfunc=aggregate)[frame["kind"].unique()]
