@@ -20,8 +20,12 @@ from drank.audit import audit
 from drank.model.divergence import divergence
 from drank.model.layers import FactorLinear, PivotLinear
 from drank.model.lora import CURVE, Healing, Plan, matrices
+from drank.project.checkpoint import Checkpoint
 from drank.project.files import file_sha256, read_json, write_json, write_text
+from drank.project.params import Healing as HealingSection
 from drank.project.params import ParamsError, read_params
+from drank.project.progress import progress
+from drank.steps.healing import HealingError, heal
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.tracking import track
 from tests import tiny
@@ -268,6 +272,13 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed):
 def test_what_cannot_be_healed_is_refused(tmp_path, change, message):
     with pytest.raises(ParamsError, match=message):
         read(tmp_path, "kfac-80", HEALED | change)
+
+
+def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained(tmp_path):
+    """Such as a variant at size_ratio 1.0, or one whose ranks on offer all cost more than its matrices."""
+    text, asked = {"tokens": torch.arange(300)}, HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
+    with pytest.raises(HealingError, match="no matrix was compressed"):
+        heal(lambda *_: tiny.llama(), text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
 
 
 def test_the_dense_model_is_not_healed(tmp_path):
