@@ -479,7 +479,7 @@ def spoil_add(**weights):
 
 
 def spoil_lora(folder):
-    """What peft saves of a model under training: its own names for every weight."""
+    """Every weight under peft's own name, as peft saves a model under training."""
     weights = {f"base_model.model.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
     weights["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 64)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -678,7 +678,7 @@ print(json.dumps([said(*call) for call in json.loads(sys.argv[1])]))
 
 
 def run_calls(time: str, home: Path, **environment: str) -> dict[str, str]:
-    """What was logged or raised, by the name of what was to be written."""
+    """Messages, logged or raised, by the name of the output."""
     calls = [(name, *call) for name, call in FETCHED[time].items()]
     calls += [(f"never-{number}", source, keys) for number, (source, keys, _) in enumerate(REFUSED[time])]
     environment |= {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -208,7 +208,7 @@ def test_code_of_a_tokenizer_does_not_run(folder, witness, declared):
 
 
 def test_a_chat_template_reaches_nothing_of_python(folder, witness):
-    """What runs, where a text asks for it, is transformers' sandbox of Jinja."""
+    """Transformers' sandbox of Jinja runs it, where a text asks for that."""
     evil, escape = tokenizer(), "''.__class__.__mro__[1].__subclasses__()"
     evil.chat_template = f"{{{{ cycler.__init__.__globals__.os.system('touch {witness}') }}}}{{{{ {escape} }}}}"
     evil.save_pretrained(folder)

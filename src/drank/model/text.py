@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice, pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import regex
@@ -40,7 +40,6 @@ SENTENCE_END = regex.compile(rf"(?V1)[.!?](?=\s+[¿¡]?[\p{{Lu}}\p{{Lo}}])|[{STO
 # Lower case, or a script that has no cases: what an abbreviation's stop ("Sen.", "Mr.") cuts off is no sentence.
 LAST_WORD = regex.compile(rf"([\p{{Ll}}\p{{Lo}}\p{{Lm}}\p{{M}}\u200c\u200d]{{3,}})(?: ?[!?]|{STOP})$")
 
-Item = TypeVar("Item")
 Tokenizer = Any  # of transformers
 Begin = Literal["window", "document", "text"]  # what begin tokens are put in front of
 Stream = Int[Tensor, "n_tokens"]
@@ -150,7 +149,7 @@ def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def token_stream(documents: Iterable[str], tokenizer: Tokenizer, begin: Begin = "window") -> Stream:
-    """All documents as one sequence of token ids, int32.
+    """All documents as one sequence of token ids (int32).
 
     ``begin`` says where special tokens go, of a tokenizer that has any: nowhere yet, each ``window`` will get its begin
     token when it is cut; to the one ``text`` that the documents are, joined by an empty line (the literature's test
@@ -372,7 +371,7 @@ def _choose(n_found: int, n_items: int, seed: int, what: str, documents: Sequenc
 
 
 def _reason(documents: Sequence[str]) -> str:
-    """What a text is like that can have no items, as part of a message."""
+    """Why a text can have no items, as part of a message; empty where nothing is known."""
     text = "\n".join(document[:1000] for document in islice(documents, 100))
     scripts = sorted({unicodedata.name(letter).split()[0] for letter in UNSPACED.findall(text)})
     if not regex.search(STOP, text):

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Drawn:
-    """What a run calibrates and tests on.
+    """Everything that a run calibrates and tests on.
 
     Attributes:
         calibration: (n, length) windows by calibration seed.
