@@ -45,7 +45,7 @@ if step == "covariance":
 if step == "allocation":
     preset, ratio = params["presets"][variant["preset"]], variant["size_ratio"]
     units = [
-        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "layer": layer, "full_rank": 10,
+        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "role": None, "layer": layer, "full_rank": 10,
          "members": [f"model.layers.{layer}.{kind}"], "factors": f"{layer}.{kind}", "rank": int(ratio * (layer + 5)),
          "effective_rank": layer + 0.5, "relative_loss": 1 - ratio, "objective_share": 0.1, "form": "factors",
          "price": 20, "out_features": 10, "in_features": 10}

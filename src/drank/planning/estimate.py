@@ -193,9 +193,10 @@ def _numbers(file: Path) -> int:
 
 
 def read_test_windows(params: Params, root: Path) -> int:
-    """Windows of all test texts at four characters per token, by the sizes of the texts; the calibration text gives a
-    share."""
-    files = {name: root / f"data/raw/text/{name}.jsonl" for name in params.text}
-    sizes = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
-    share = {params.sampling.calibration_text: params.sampling.held_out_share}
-    return int(sum(share.get(name, 1.0) * n / 4 for name, n in sizes.items()) / params.sampling.window_length)
+    """Windows of all test texts at four characters per token, by the sizes of the texts that are there."""
+    tokens = 0.0
+    for name in params.text:
+        file = root / f"data/raw/text/{name}.jsonl"
+        share = params.sampling.held_out_share if name == params.sampling.calibration_text else 1.0
+        tokens += share * file.stat().st_size / 4 if file.is_file() else 0.0
+    return int(tokens / params.sampling.window_length)

@@ -11,19 +11,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from drank.preflight.facts import Facts, Finding, Level, cached_snapshot, offline
+from drank.project.refusals import LFS_POINTER
 
-LFS_POINTER = b"version https://git-lfs"
 PATIENCE = 1.0  # seconds for a server's answer
 
 
 def sources(facts: Facts) -> Iterator[Finding]:
     """Local paths that are not there or hold pointers of Git LFS; what the network is needed for."""
-    if facts.has_sources:
+    if facts.fetched == facts.sources:
         return
-    named = {"model.source": facts.params.model.source}
-    named |= {f"text.{name}.source": text.source for name, text in facts.params.text.items()}
-    for key, source in named.items():
-        scheme, _, name = source.partition(":")
+    for section, source in facts.sources.items():
+        key, (scheme, _, name) = f"{section}.source", source.partition(":")
         path = facts.root / Path(name).expanduser()
         if scheme == "local" and not path.exists():
             yield Finding(
@@ -32,7 +30,7 @@ def sources(facts: Facts) -> Iterator[Finding]:
         elif scheme == "local" and (pointer := lfs_pointer(path)):
             yield Finding("error", f"{key} = '{source}': {pointer} is a pointer of Git LFS; `git lfs pull` there first")
         elif scheme == "hub":
-            kind = "models" if key == "model.source" else "datasets"
+            kind = "models" if section == "model" else "datasets"
             if cached_snapshot(kind, name) is None:
                 level: Level = "error" if offline() else "remark"
                 fix = "HF_HUB_OFFLINE is set: unset it" if offline() else "the hub will be asked for it"
