@@ -125,7 +125,7 @@ def _mlflow(folder: Folder, root: Path, runs: "list[VariantRun]") -> str:
 
 
 def _chain(folder: Folder) -> dict[str, Any]:
-    """What the folder alone tells of its origin."""
+    """The origin of the folder, as the folder alone tells it."""
     statement, allocation = folder.statement, folder.allocation
     made = {
         "sha256": folder.digests["allocation.json"],
@@ -145,7 +145,7 @@ def _chain(folder: Folder) -> dict[str, Any]:
 
 
 def _made_by(record: Record, root: Path) -> dict[str, Any]:
-    """What the repository tells of it, and commands that build the same folder again in an empty one."""
+    """The origin as the repository tells it, and commands that build the same folder again in an empty one."""
     commit, rebuild = record.commit, f"dvc repro {record.stage}"
     if commit is None:
         return {"stages": list(record.stages), "commit": None, "rebuild": [rebuild]}

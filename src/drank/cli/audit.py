@@ -36,7 +36,7 @@ seed {seed}
 
 
 class Missing(StrEnum):
-    """What links may be checked against, and what need not be at hand."""
+    """Sources that links are checked against; any of them may be left out."""
 
     CARD = "card"
     GIT = "git"

@@ -206,7 +206,7 @@ def _ask(executor: ProcessPoolExecutor, part: str) -> dict[str, float]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What figures depend on beside the model and the options."""
+    """Circumstances that figures depend on, beside the model and the options."""
     import torch
 
     from drank.model.precision import cpu_fact

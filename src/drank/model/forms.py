@@ -1,4 +1,4 @@
-"""What config.json may say of a module in each form of storage, and which tensors the form has then."""
+"""The forms of storage: keys of a module in config.json, and the tensors that follow from them."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ def class_of(spec: Spec) -> type[LowRankLinear]:
 
 
 def keys_of(spec: Spec) -> dict[str, Any]:
-    """What the class of a spec takes beside sizes, rank and basis; None where the spec lacks it."""
+    """Arguments of the class of a spec beside sizes, rank and basis; None where the spec lacks them."""
     return {key: getattr(spec, key, None) for key in class_of(spec).keys}
 
 

@@ -1,4 +1,4 @@
-"""What every stage takes here, from params.yaml and a model's shape: memory, disk, and about how long.
+"""The cost of every stage here, from params.yaml and a model's shape: memory, disk, and about how long.
 
 Times are FLOPs over speeds that were just measured, right to within a factor of two for decoders like Llama; another
 architecture is taken for one of as many parameters. Tasks of lm-eval's own are not counted, nor are downloads. Numbers
@@ -39,7 +39,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage takes, as far as it is known from shapes; zero is next to nothing.
+    """The cost of a stage, as far as it is known from shapes; zero is next to nothing.
 
     Attributes:
         on: the section whose threads, device and processes it has.

@@ -1,4 +1,4 @@
-"""What can be known before anything computes, and would otherwise be found out after hours.
+"""Mistakes that can be known before anything computes, and would otherwise be found out after hours.
 
 A check is a function from the facts, or from the project's folder, to findings; ``CHECKS`` and ``AROUND`` are the
 tables of all. All findings are said at once. No check imports torch, transformers, mlflow or lm-eval, so that all of

@@ -1,4 +1,4 @@
-"""What is around the project: its sources, git, and MLflow's store."""
+"""The surroundings of the project: its sources, git, and MLflow's store."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What checks look at, and what they find."""
+"""Facts that checks look at, and their findings."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What checks look at: the project's parameters and, as far as they are at hand, its model's files."""
+    """The project as checks see it: the project's parameters and, as far as they are at hand, its model's files."""
 
     root: Path
     params: Params

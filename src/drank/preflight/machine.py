@@ -10,7 +10,7 @@ import psutil
 from drank.preflight.facts import Facts, Finding
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
-# What makes a stage smaller, on the disk and in memory.
+# Ways to make a stage smaller, on the disk and in memory.
 FIXES = {
     "raw": ("a smaller model", "a machine with more memory"),
     "covariance": (

@@ -27,7 +27,7 @@ def sizes(facts: Facts) -> Iterator[Finding]:
 
 
 def tokens(facts: Facts) -> Iterator[Finding]:
-    """What tasks need of a tokenizer, and special tokens that have no embedding."""
+    """Needs of tasks of a tokenizer, and special tokens that have no embedding."""
     if facts.folder is None:
         return
     rolling = [task for task in facts.params.evaluation.tasks if task.endswith("_rolling") or task == "wikitext"]

@@ -98,7 +98,7 @@ class SpectrumBlock(Document):
 
 
 class SpectrumSummary(Document):
-    """What summary.json of a spectrum has of the matrices that a rank may be chosen for."""
+    """The part of a spectrum's summary.json on matrices that a rank may be chosen for."""
 
     units: tuple[SpectrumRow, ...]
     blocks: tuple[SpectrumBlock, ...]
@@ -110,7 +110,7 @@ class SpectrumSummary(Document):
 
 
 class Results(Document):
-    """What results/<variant>.json has: figures by name, and how they were measured."""
+    """The content of results/<variant>.json: figures by name, and how they were measured."""
 
     model_config = ConfigDict(extra="allow")
     protocol: dict[str, Any] = {}

@@ -249,11 +249,11 @@ class Spectrum(Section):
     calibration_seed: Seed
     """The draw of calibration windows whose covariances are used, one of `sampling.calibration_seeds`."""
     metric: MetricName
-    """What error is measured in. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
+    """The metric of errors. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
     `alpha` (ASVD); `input`: weighted by the covariance of the layer's inputs (SVD-LLM, D-Rank); `kfac`: by inputs
     and output gradients, in nats of the loss."""
     units: UnitsName
-    """What is factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
+    """Matrices factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
     `block`: matrices, and an MLP may also lose whole channels."""
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
     """Exponent of the mean magnitude in metric `diagonal`."""
@@ -336,7 +336,7 @@ class Preset(Section):
 
 class Healing(Section):
     objective: Literal["text", "distillation"]
-    """What is learned from the calibration text's documents that are not held out. `text`: its next tokens;
+    """The lesson taken from the calibration text's documents that are not held out. `text`: its next tokens;
     `distillation`: the dense model's predictions of them."""
     n_windows: Count
     """Windows to learn from, drawn from the calibration text."""
@@ -394,9 +394,9 @@ class Params(Section):
     text: dict[Name, TextSource]
     """Texts by name. One of them is calibrated on; every one of them is a test set."""
     sampling: Sampling
-    """What is drawn from the texts."""
+    """Draws from the texts."""
     covariance: Covariance
-    """What is measured of the model on the calibration windows, and of which linears."""
+    """Measurements of the model on the calibration windows, and the linears that they are of."""
     compute: Compute = Compute()
     """How passes through a model are computed."""
     spectrum: dict[Name, Spectrum]
@@ -404,7 +404,7 @@ class Params(Section):
     presets: dict[Name, Preset]
     """Methods by name: metric and units (of a spectrum), allocation, storage."""
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
-    """What is built and compared, by name."""
+    """Models that are built and compared, by name."""
     evaluation: Evaluation
     """How variants are measured."""
 

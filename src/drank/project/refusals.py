@@ -1,4 +1,4 @@
-"""What the operating system refuses and a user can mend: one message with the path, what is wrong and what to do."""
+"""Refusals of the operating system that a user can mend: one message with the path, what is wrong and what to do."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ class FileError(ValueError):
 
 
 def refusal(error: BaseException | None, path: Path | None = None, needed: int | None = None) -> FileError | None:
-    """What the operating system refused, as an error of the user: the path, what is wrong, what to do.
+    """A refusal of the operating system as an error of the user: the path, what is wrong, what to do.
 
     Args:
         error: anything. Its causes are looked at too, since libraries wrap what the system says.
@@ -58,7 +58,7 @@ def refusal(error: BaseException | None, path: Path | None = None, needed: int |
     if named is None or isinstance(named, int):
         shown = text.splitlines()[0] if said else SQLITE
     else:
-        # What is written has a hidden name until it is whole; the user knows it by the name that it gets.
+        # A file has a hidden name until it is whole; the user knows it by its later name.
         shown = re.sub(r"(^|/)\.([^/]+)\.(partial|scratch)(?=/|$)", r"\1\2", os.fsdecode(named))
         if number in (errno.ENOSPC, errno.EDQUOT):
             folder = next(parent for parent in Path(shown).absolute().parents if parent.is_dir())
@@ -81,7 +81,7 @@ def check_access(path: Path, mode: str = "rb") -> None:
 
 @contextmanager
 def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
-    """What the system refuses in the block becomes an error of the user, which names the file or else ``path``.
+    """Refusals of the system in the block become errors of the user, each of which names the file or else ``path``.
 
     Raises:
         FileError: such a thing.
