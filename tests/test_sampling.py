@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stages.sampling import main as stage
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from drank.model import text
 from drank.model.text import (
@@ -382,7 +382,9 @@ def root(tmp_path):
     }  # fmt: skip
     params["covariance"]["fisher_windows"] = 5
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    byte_tokenizer(uses_begin=True).save_pretrained(tmp_path / "data/raw/model")
+    tokenizer = byte_tokenizer(uses_begin=True)
+    tokenizer.save_pretrained(tmp_path / "data/raw/model")
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "data/raw/model")
     folder = tmp_path / "data/raw/text"
     folder.mkdir()
     for name, documents in (("news", [*DOCUMENTS, DOCUMENTS[0]]), ("commons", DOCUMENTS[::-1])):

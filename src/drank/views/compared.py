@@ -20,7 +20,7 @@ from drank.project.documents import (
     read_document,
 )
 from drank.project.git import file_at, has_history, resolve
-from drank.project.params import ParamsError
+from drank.project.params import Params, ParamsError, parse_as
 from drank.views.difference import DifferenceError, Side, compare
 
 
