@@ -35,11 +35,11 @@ from tests.faults.campaign import (
     differing,
     run,
 )  # fmt: skip
+from tests.toy import serving
 
 VARIANT = "d-rank-80"
 RATIO = 0.7  # which the project is not reproduced with
 REPRO, RUN, TRACK = (*DVC, "repro"), (*DRANK, "run"), (*DRANK, "track")
-from tests.toy import serving
 
 # What DVC says when two of it meet: both sentences name what is in the way and what to do.
 MET = ("is busy, it is being blocked by", "Unable to acquire lock. Most likely another DVC process is running")
