@@ -1,4 +1,4 @@
-"""One question a script, answered in ratios within one run: ``python -m benchmarks.<script>``."""
+"""One question per script, answered in ratios within one run: ``python -m benchmarks.<script>``."""
 
 import os
 

@@ -26,7 +26,7 @@ from drank.model.linears import Linear, find_linears, shared_inputs
 from drank.model.precision import has_units
 from drank.project.files import read_tensors
 
-# What is proportional to d³ in a symmetric eigenproblem whatever the matrix: reduction to tridiagonal form, 4/3, and
+# Operations over d³ in a symmetric eigenproblem, whatever the matrix: reduction to tridiagonal form, 4/3, and
 # transformation of the vectors back, 2. Divide and conquer between the two costs up to 8/3 more; it is not counted.
 EIGH = 10 / 3
 

@@ -123,21 +123,17 @@ def test_perplexity_is_drawn_over_the_dense_one_and_few_variants_are_named():
     lines = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
     assert lines == {"Pareto frontier": [2.0, 1.0], "dense": [1.0], "x": [2.0]}
     assert [text.get_text() for text in axes.texts] == ["dense", "b"]
+    alone = perplexity_by_size(summary(ROWS[:1])).axes[0]
+    assert (alone.lines[1].get_ydata().tolist(), alone.get_ylabel()) == ([20.0], "token perplexity")
 
 
 def test_many_variants_have_a_legend_and_far_ones_are_left_out():
     rows = ROWS + [ROWS[0] | {"variant": f"v{i}", "token_perplexity/news": 20.0 + 40 * i} for i in range(FEW)]
     shown = pictures(summary(rows), [ALLOCATION], {"s": SPECTRUM})["perplexity"]
-    assert not shown.figure.axes[0].texts
-    labels = [text.get_text() for text in shown.figure.legends[0].get_texts()]
-    assert labels == ["Pareto frontier", "dense", "x"]
+    axes, legend = shown.figure.axes[0], shown.figure.legends[0]
+    assert (axes.texts[:], axes.get_ylim()[1]) == ([], 32)
+    assert [text.get_text() for text in legend.get_texts()] == ["Pareto frontier", "dense", "x"]
     assert shown.caption.endswith("beyond 32 times the dense model's: 4 variants.")  # i = 8, 9, 10, 11
-    assert shown.figure.axes[0].get_ylim()[1] == 32
-
-
-def test_without_a_dense_variant_plain_perplexities_are_drawn():
-    axes = perplexity_by_size(summary(ROWS[:1])).axes[0]
-    assert (axes.lines[1].get_ydata().tolist(), axes.get_ylabel()) == ([20.0], "token perplexity")
 
 
 def image(axes):

@@ -1,4 +1,4 @@
-"""What an experiment will take, stage by stage, before anything is fetched: from its parameters and a model's shape."""
+"""The cost of an experiment, stage by stage, before anything is fetched: from its parameters and a model's shape."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Size:
 
 
 def sizes(params: Params, shape: Shape) -> list[Size]:
-    """Of every variant, as if its size ratio were met exactly."""
+    """The size of every variant, as if its size ratio were met exactly."""
     return [
         Size(
             name,
@@ -46,7 +46,7 @@ def sizes(params: Params, shape: Shape) -> list[Size]:
 
 
 def costs(params: Params, shape: Shape, test_tokens: int, bf16: float, float64: float) -> list[Cost]:
-    """Of every stage; raw is what is kept of the download, compression and evaluation are of all variants together.
+    """The cost of every stage. raw is the model that is kept; compression and evaluation count all variants together.
 
     Args:
         test_tokens: tokens that evaluation reads.

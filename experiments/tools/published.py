@@ -31,7 +31,7 @@ Verdict = Literal["reached", "higher", "lower", "not run"]
 
 
 class GatedConfig(Section):
-    """What a config.json says of a decoder's sizes, in its words."""
+    """Sizes of a decoder, in the words of its config.json."""
 
     model_type: Literal["llama", "mistral"]
     hidden_size: Count
@@ -85,7 +85,7 @@ class PublishedRow(Section):
 
 
 class Published(Section):
-    """What was published of an experiment, and what is needed to foresee its cost without any weights."""
+    """Published figures of an experiment, and the facts that foresee its cost without any weights."""
 
     config: Annotated[GatedConfig | OptConfig, Field(discriminator="model_type")]
     test_tokens: Annotated[int, Field(ge=0)]
@@ -194,7 +194,7 @@ def compare(
 
 
 def outcome(findings: Sequence[Finding]) -> dict[tuple[str, str], Literal["reached", "missed", "not run"]]:
-    """Of every figure, a metric of a variant. Where sources disagree about it, it is enough to reach one of them."""
+    """Verdict per figure, a metric of a variant. Where sources disagree about it, it is enough to reach one of them."""
     verdicts: dict[tuple[str, str], set[Verdict]] = {}
     for found in findings:
         verdicts.setdefault((found.variant, found.metric), set()).add(found.verdict)

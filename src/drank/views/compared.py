@@ -1,4 +1,4 @@
-"""What ``drank diff`` compares, read only: variants of the working tree, folders of models, revisions of git.
+"""Both sides of ``drank diff``, read only: variants of the working tree, folders of models, revisions of git.
 
 Nothing is checked out: params.yaml, allocations and results of a revision are read from git itself.
 """
