@@ -39,13 +39,17 @@ def pivot_rank(n_in: int, n_out: int, size: float) -> int:
 
 def factor_layer(n_in: int, n_out: int, size: float, dtype: torch.dtype) -> FactorLinear:
     rank = factor_rank(n_in, n_out, size)
-    return FactorLinear.from_factors(random(n_out, rank, dtype), random(rank, n_in, dtype))
+    layer = FactorLinear(n_in, n_out, rank, bias=False, dtype=dtype)
+    layer.load_state_dict({"weight": random(n_out, rank, dtype), "basis": random(rank, n_in, dtype)})
+    return layer
 
 
 def pivot_layer(n_in: int, n_out: int, size: float, dtype: torch.dtype) -> PivotLinear:
     rank = pivot_rank(n_in, n_out, size)
+    layer = PivotLinear(n_in, n_out, rank, bias=False, dtype=dtype, in_order=False)
     kept, coefficients = random(rank, n_in, dtype), random(n_out - rank, rank, dtype)
-    return PivotLinear.from_factors(kept, coefficients, torch.randperm(n_out))
+    layer.load_state_dict({"weight": kept, "coefficients": coefficients, "places": torch.randperm(n_out)})
+    return layer
 
 
 def random(n_rows: int, n_columns: int, dtype: torch.dtype) -> Tensor:
@@ -85,8 +89,9 @@ def main() -> None:
                 times = round_robin({case: partial(seconds, run) for case, run in runs.items()}, rounds)
                 for size in SIZES:
                     pivot = layers[size, "pivot"]
-                    places_in_weights = pivot.index_bytes / dtype.itemsize if n_tokens == 1 else 0
-                    limit = (pivot.n_parameters + places_in_weights) / dense.weight.numel()
+                    places_in_weights = pivot.places.numel() * 4 / dtype.itemsize if n_tokens == 1 else 0
+                    numbers = sum(parameter.numel() for parameter in pivot.parameters())
+                    limit = (numbers + places_in_weights) / dense.weight.numel()
                     factors, whole, order = (
                         median(map(truediv, times[size, name], times[reference]))
                         for name, reference in (

@@ -6,13 +6,12 @@ from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
 from drank.project.params import read_params
-from drank.project.resolved import resolved
 from drank.steps import release as step
 
 
 def main(variant: str, root: Path = Path()) -> None:
     params, inputs = read_params(root / "params.yaml"), Inputs(root)
-    parameters, source = resolved(params, variant), root / "data/compression" / variant
+    parameters, source = params.parameters_of(variant), root / "data/compression" / variant
     results, allocation = (read_json(inputs / f"{place}/{variant}.json") for place in ("results", "data/allocation"))
     config = read_json(source / "config.json")
     weights = [file.name for file in (root / "data/raw/model").glob("*.safetensors")]

@@ -2,21 +2,25 @@
 
 from pathlib import Path
 
+from drank.model.vocabulary import check_windows
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import JsonLinesFolder, TensorFolder, replacing_folder, write_json
 from drank.project.params import read_params
+from drank.project.texts import Text
 from drank.steps.sampling import sample
 
 
 def main(root: Path = Path()) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     params, inputs = read_params(root / "params.yaml"), Inputs(root)
-    tokenizer = AutoTokenizer.from_pretrained(inputs / "data/raw/model")
-    read = JsonLinesFolder(inputs / "data/raw/text")
-    texts = {name: [row["text"] for row in read[name]] for name in params.text}
-    drawn = sample(texts, tokenizer, params.sampling)
+    base = inputs / "data/raw/model"
+    config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    texts = {name: Text(inputs / f"data/raw/text/{name}.jsonl", tokenizer) for name in params.text}
+    drawn = sample(texts, tokenizer, params.sampling, params.evaluation.tasks)
+    for name, windows in [*drawn.calibration.items(), *drawn.tests.items()]:
+        check_windows(config, windows, f"windows drawn for {name}")
     with replacing_folder(root / "data/sampling") as folder:
         store, tasks = TensorFolder(folder), JsonLinesFolder(folder / "tasks")
         for name, windows in drawn.calibration.items():

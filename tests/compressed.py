@@ -1,8 +1,8 @@
-"""Small compressed folders: every form, two layers of unequal MLPs, Linear and Conv1D."""
+"""Small compressed folders and layers: every form, two layers of unequal MLPs, Linear and Conv1D."""
 
 import torch
 
-from drank.model.quantizer import attach, swap_modules
+from drank.model.quantizer import attach
 from tests import tiny
 
 PROVENANCE = {"variant": "kfac-80", "allocation_sha256": "0" * 64, "base_model_sha256": "1" * 64}
@@ -33,16 +33,36 @@ GPT2 = {
 }
 
 
+def filled(kind, tensors, **keys):
+    """A layer of that class from its tensors by name; a Parameter is taken as it is, so that layers can share it."""
+    shapes = {name: torch.as_tensor(tensor).shape for name, tensor in tensors.items()}
+    (basis,) = [shapes[name] for name in ("basis", "basis.weight", "weight") if name in shapes][:1]
+    n_out = next(shapes[name][0] for name in ("places", "bias", "weight") if name in shapes)
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    module = kind(basis[1], n_out, basis[0], "bias" in tensors, dtype=dtype, **keys)
+    module.load_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, tensor)
+    return module
+
+
+@torch.no_grad()
+def randomise(module):
+    """Random parameters and, where there is one, a random order of outputs."""
+    for parameter in module.parameters():
+        parameter.normal_(std=0.3)
+    if getattr(module, "places", None) is not None:
+        module.places.copy_(torch.randperm(module.out_features))
+    return module
+
+
 def write(dense, specs, folder):
     """A folder with random factors, biases and orders in the place of what these specs name."""
-    model = swap_modules(dense, specs)
-    with torch.no_grad():
-        for name in specs:
-            module = model.get_submodule(name)
-            for parameter in module.parameters():
-                parameter.normal_(std=0.3)
-            if getattr(module, "places", None) is not None:
-                module.places.copy_(torch.randperm(module.out_features))
-    attach(model, specs, PROVENANCE).save_pretrained(folder)
+    model = attach(dense, specs, PROVENANCE)
+    for name in specs:
+        randomise(model.get_submodule(name))
+    model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder

@@ -23,7 +23,7 @@ from tests import tiny, warm
 
 # The same examples on every run and no time limit, so that a red test is red for everyone, on a busy machine too.
 # HYPOTHESIS_PROFILE=default searches new examples.
-settings.register_profile("drank", derandomize=True, deadline=None)
+settings.register_profile("drank", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "drank"))
 
 

@@ -64,10 +64,8 @@ def test_run_reproduces_logs_and_shows_the_variants(project, tmp_path):
     assert "evaluation@d-rank-80" in executed(done.stdout)
     stages = executed(done.stdout)
     told = [line for line in done.stderr.splitlines() if line.startswith(("up to", "["))]
-    assert told[0] == f"up to {len(stages)} stages to run ({TIMELESS}): {', '.join(stages)}"
-    assert [line for line in told if line.startswith("[")] == [
-        f"[{i} of {len(stages)}] {name}" for i, name in enumerate(stages, 1)
-    ]
+    first = f"up to {len(stages)} stages to run ({TIMELESS}): {', '.join(stages)}"
+    assert told == [first, *(f"[{i} of {len(stages)}] {name}" for i, name in enumerate(stages, 1))]
     assert states(project) == [(lock_sha256(project), set(VARIANTS))]
     (row,) = (line for line in done.stdout.splitlines() if "d-rank-80" in line and "1.25" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")][2:] == ["0.800", "2.0", "25.00", "1.25", "0.25 ± 0.01"]

@@ -15,7 +15,6 @@ from drank.cli.diff import rendered
 from drank.project.documents import AllocationDocument, Results, parse_document
 from drank.project.files import FileError, write_json
 from drank.project.params import read_params
-from drank.project.resolved import resolved
 from drank.project.tolerance import DTYPE_TOLERANCE
 from drank.views.compared import compare_targets
 from drank.views.difference import DifferenceError, Side, compare, heat_map
@@ -309,7 +308,7 @@ def test_the_folder_of_a_model_anywhere_knows_its_ranks(project, tmp_path, monke
 
 
 def test_a_folder_with_provenance_has_every_parameter_and_its_results(project, tmp_path):
-    parameters = resolved(read_params(project / "params.yaml"), SMALL)
+    parameters = read_params(project / "params.yaml").parameters_of(SMALL)
     parameters["sampling"]["seed"] = 7
     results = {"token_perplexity/news": 33.0, "bytes": 1000}
     statement = {

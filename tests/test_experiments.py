@@ -337,15 +337,6 @@ def test_the_table_of_the_page_is_what_the_dry_run_says():
         assert f"| {' | '.join([name, *row])} |" in page
 
 
-@pytest.mark.parametrize("layers", [2, 3, 5, 40])
-def test_groups_take_every_matrix_once(layers):
-    shape = footprint.Shape("odd", 7, 16, 24, 4, 4, 32)
-    units = list(footprint.spectra_units(shape, footprint.Setting(), False, layers))
-    assert sum(out * n for out, n in units) == shape.n_layers * shape.n_parameters
-    assert max(out for out, _ in units) == min(layers, 7) * 24
-    assert len(units) == 2 * 7 + 5 * -(-7 // layers)
-
-
 def test_the_dry_run_prints_sizes_and_stages_and_needs_no_weights():
     done = CliRunner().invoke(app, ["llama-7b", "--dry-run", "--root", str(REPOSITORY)])
     assert done.exit_code == 0, done.output

@@ -22,10 +22,23 @@ raw.main(); sampling.main(); covariance.main("0"); spectrum.main("moments")
 for stage in (allocation, compression, evaluation, release):
     stage.main("mine-80")
 report.main()
+
+from drank.audit import audit
+from transformers import AutoModelForCausalLM
+
+folder = Path("data/models/mine-80")
+assert {link.name: link.finding for link in audit(folder, None).links}["ranks"] == "holds"
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.save_pretrained("again")
+assert Path("again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+ids = model.dummy_inputs["input_ids"]
+logits = model(ids).logits
+difference = (model.dequantize()(ids).logits - logits).norm() / logits.norm()
+assert difference < 0.05, difference
 """
 
 
-def test_a_metric_and_a_rule_of_ones_own_are_a_row_each(tmp_path):
+def test_a_metric_a_rule_and_a_storage_of_ones_own_are_rows(tmp_path):
     tiny.project(tmp_path)
     for folder in ("src", "stages"):
         shutil.copytree(
@@ -50,6 +63,7 @@ def test_a_metric_and_a_rule_of_ones_own_are_a_row_each(tmp_path):
     assert done.returncode == 0, done.stderr
     allocation = read_json(tmp_path / "data/allocation/mine-80.json")
     assert allocation["allocation"] == "equal_energy"
+    assert {row["form"] for row in allocation["units"]} >= {"columns"}
     assert allocation["price"] <= allocation["budget"]
     dropped = [row["relative_loss"] for row in allocation["units"] if row["form"] != "dense"]
     assert max(dropped) < 1.0

@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from drank.audit import audit
+from drank.model.divergence import divergence
 from drank.model.layers import FactorLinear, PivotLinear
-from drank.model.lora import CURVE, Healing, Plan, divergence, matrices
-from drank.model.vocabulary import TokenError
+from drank.model.lora import CURVE, Healing, Plan, matrices
 from drank.project.checkpoint import Checkpoint
 from drank.project.files import file_sha256, read_json, write_json, write_text
 from drank.project.params import Healing as HealingSection
 from drank.project.params import ParamsError, read_params
 from drank.project.progress import progress
-from drank.steps.healing import heal
+from drank.steps.healing import HealingError, heal
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.tracking import track
 from tests import tiny
+from tests.compressed import filled
 from tests.conftest import run
 
 PLAN = Plan(n_windows=6, batch_windows=2, epochs=2, learning_rate=1e-2, seed=0)
@@ -40,9 +41,10 @@ def compressed():
     layer = model.model.layers[0]
     W = layer.self_attn.q_proj.weight.detach()
     U, S, V = torch.linalg.svd(W)
-    layer.self_attn.q_proj = FactorLinear.from_factors((U[:, :9] * S[:9]).contiguous(), V[:9].contiguous())
+    layer.self_attn.q_proj = filled(FactorLinear, {"weight": U[:, :9] * S[:9], "basis": V[:9]})
     kept, rest = layer.mlp.up_proj.weight.detach()[:12], torch.randn(52, 12) / 10
-    layer.mlp.up_proj = PivotLinear.from_factors(kept.clone(), rest, torch.randperm(64))
+    tensors = {"weight": kept, "coefficients": rest, "places": torch.randperm(64)}
+    layer.mlp.up_proj = filled(PivotLinear, tensors, in_order=False)
     return model.bfloat16()
 
 
@@ -147,7 +149,8 @@ def test_a_basis_of_several_modules_is_left_as_it_is():
     q, k = model.model.layers[0].self_attn.q_proj, model.model.layers[1].self_attn.q_proj
     basis = torch.nn.Parameter(torch.randn(5, 32))
     for module, parent in ((q, model.model.layers[0]), (k, model.model.layers[1])):
-        parent.self_attn.q_proj = FactorLinear.from_factors(module.weight.detach()[:, :5].contiguous(), basis)
+        weight = module.weight.detach()[:, :5]
+        parent.self_attn.q_proj = filled(FactorLinear, {"weight": weight, "basis": basis})
     names = matrices(model)
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.1.self_attn.q_proj.weight" in names
@@ -271,11 +274,11 @@ def test_what_cannot_be_healed_is_refused(tmp_path, change, message):
         read(tmp_path, "kfac-80", HEALED | change)
 
 
-def test_token_ids_beyond_the_vocabulary_are_told(tmp_path):
-    text, kept = {"tokens": torch.full((64,), 999)}, Checkpoint(tmp_path, {})
-    asked = HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
-    with pytest.raises(TokenError, match="calibration_text.safetensors: holds token id 999"):
-        heal(lambda name, dtype: compressed().to(dtype), text, asked, torch.float32, "0" * 64, kept, progress)
+def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained(tmp_path):
+    """Such as a variant at size_ratio 1.0, or one whose ranks on offer all cost more than its matrices."""
+    text, asked = {"tokens": torch.arange(300)}, HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
+    with pytest.raises(HealingError, match="no matrix was compressed"):
+        heal(lambda *_: tiny.llama(), text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
 
 
 def test_the_dense_model_is_not_healed(tmp_path):

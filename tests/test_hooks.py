@@ -140,6 +140,32 @@ def test_loading_calls_what_the_quantizer_overrides(folder, calls):
     assert model.is_quantized
 
 
+@canary("peft", "model/adapters.py")
+def test_peft_adapts_registered_classes():
+    """LoraConfig._register_custom_module, LoraLayer._get_in_out_features and resolve_lora_variant: a class registered
+    for a config adapts its modules and parameters, and asks these methods for sizes and variants."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2, 3))
+
+    seen = []
+
+    def adapt(target, adapter_name, **options):
+        seen.append((type(target), adapter_name, options["parameter_name"]))
+        return torch.nn.Identity()
+
+    for asked in ({"target_modules": ["odd"]}, {"target_modules": [], "target_parameters": ["odd.weight"]}):
+        config = LoraConfig(**asked)
+        config._register_custom_module({Odd: adapt})
+        inject_adapter_in_model(config, torch.nn.ModuleDict({"odd": Odd()}))
+    assert seen == [(Odd, "default", None), (Odd, "default", "weight")]
+    assert {"_get_in_out_features", "resolve_lora_variant", "update_layer"} <= vars(LoraLayer).keys()
+
+
 @canary("transformers", PLUGIN)
 def test_saving_asks_whether_the_quantizer_can(folder, calls, tmp_path):
     """HfQuantizer.is_serializable: save_pretrained asks it."""

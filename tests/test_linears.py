@@ -28,10 +28,14 @@ def test_a_llama_has_seven_linears_a_layer_and_its_head_is_none_of_them():
     assert (linears[1].out_features, linears[1].in_features) == (16, 32)
 
 
-def test_conv1d_weights_are_given_as_out_by_in():
-    linear = find_linears(tiny.gpt2(), ["c_attn"])[0]
-    assert (linear.out_features, linear.in_features) == (96, 32) == tuple(linear.weight.shape)
-    assert linear.role == "query_key_value"
+def test_a_gpt2_has_out_by_in_weights_and_kinds_that_tell_its_linears_apart():
+    linears = find_linears(tiny.gpt2(), ["re:.*"])
+    assert [x.kind for x in linears] == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"] * 2
+    assert (linears[0].out_features, linears[0].in_features) == (96, 32) == tuple(linears[0].weight.shape)
+    assert linears[0].role == "query_key_value"
+    alone = [x.kind for x in find_linears(tiny.gpt2(), ["mlp.c_proj"])]
+    assert alone == ["mlp.c_proj"] * 2, "whatever is targeted"
+    assert [layer_index(n) for n in ("model.layers.11.mlp.up", "transformer.h.0.attn", "lm_head")] == [11, 0, None]
 
 
 def test_shared_inputs_are_seen_not_assumed():
@@ -51,11 +55,7 @@ def test_shared_inputs_are_seen_not_assumed():
         (["model.layers.0.self_attn.q_proj"], [], 1),
         (["mlp.up_proj", "down_proj"], [], 4),
         (["re:.*"], ["re:.*layers\\.0\\..*"], 7),
-        (
-            ["re:.*self_attn"],
-            [],
-            8,
-        ),  # from the beginning on, but not to the end: re.match, as compressed-tensors has it
+        (["re:.*self_attn"], [], 8),  # from the beginning on, not to the end: re.match, as in compressed-tensors
         (["Linear"], ["lm_head"], 14),
         (["Linear"], ["re:.*mlp", "Embedding"], 8),
     ],
@@ -179,13 +179,6 @@ def test_modules_that_are_more_than_a_matrix_are_left():
     assert layers + "extra.weight" not in left, "another spelling of the same"
 
 
-def test_a_kind_tells_a_linear_from_the_others_of_its_layer():
-    kinds = [x.kind for x in find_linears(tiny.gpt2(), ["re:.*"])]
-    assert kinds == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"] * 2
-    alone = [x.kind for x in find_linears(tiny.gpt2(), ["mlp.c_proj"])]
-    assert alone == ["mlp.c_proj"] * 2, "whatever is targeted"
-
-
 ROLES_OF = {
     "bloom": "query_key_value output up down",
     "codegen": "query_key_value output up down",
@@ -207,10 +200,3 @@ ROLES_OF = {
 def test_roles_of_other_names(architecture):
     roles = [x.role for x in find_linears(tiny.decoder(architecture), ["re:.*"]) if x.layer == 1]
     assert set(roles) == set(ROLES_OF[architecture].split())
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"), [("model.layers.11.mlp.up", 11), ("transformer.h.0.attn", 0), ("lm_head", None)]
-)
-def test_layer_index_is_the_first_number(name, layer):
-    assert layer_index(name) == layer

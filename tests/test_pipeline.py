@@ -190,7 +190,7 @@ def test_deps_of_a_stage_are_its_script_and_what_that_imports_of_the_layers_that
 LAYERS = {
     "method": {"method"},
     "model": {"model", "method"},
-    "project": {"project", "method"},  # params.yaml is checked against the tables of choices
+    "project": {"project", "method", "model"},  # the tables of choices; of models the format of config.json alone
     "steps": {"method", "model", "project"},  # of the project its parameters and processes alone
     "views": {"views", "project"},
     "planning": {"planning", "project", "model", "steps", "method"},
@@ -208,6 +208,8 @@ def test_a_layer_imports_what_it_may_and_only_tracking_imports_mlflow(name):
     for path in files:
         assert {layer(file) for file in imported_by(path)} - {"__init__.py", ""} <= LAYERS[name], path
         assert name == "tracking" or "import mlflow" not in path.read_text(), path
+        if name == "project":
+            assert {file.stem for file in imported_by(path) if layer(file) == "model"} <= {"format", "__init__"}, path
         if name == "steps":
             of_project = {file.stem for file in imported_by(path) if layer(file) == "project"}
             assert of_project <= {"params", "processes", "__init__"}, path

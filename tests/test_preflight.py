@@ -39,7 +39,7 @@ def project(small, tmp_path, monkeypatch):
 
 
 def found(root):
-    return [(finding.level, finding.text) for finding in preflight(root, read_params(root / "params.yaml"))]
+    return [(finding.level, finding.text) for finding in preflight(root)]
 
 
 def change(root, **sections):
@@ -71,6 +71,11 @@ def without_tokenizer_json(root):
     (root / "source/model/tokenizer.json").rename(root / "source/model/tokenizer.model")
 
 
+def large(root):
+    (root / "source/model/model.safetensors").unlink()
+    edit(root, "config.json", **LARGE)
+
+
 def gpt2(root):
     tiny.gpt2().config.save_pretrained(root / "source/model")
     change(root, sampling={"window_length": 300})
@@ -83,7 +88,7 @@ def gpt2(root):
         (lambda root: pointer(root, "news.jsonl"), "error", "git lfs pull"),
         (lambda root: pointer(root, "model/model.safetensors"), "error", "model.safetensors is a pointer of Git LFS"),
         (lambda root: change(root, model={"source": "hub:some/model"}), "error", "HF_HUB_OFFLINE is set"),
-        (lambda root: change(root, model={"source": "hub:some/model"}), "cannot say", "'hub:some/model' is not here"),
+        (lambda root: change(root, model={"source": "hub:some/model"}), "cannot say", "no config.json is here yet"),
         (lambda root: change(root, evaluation={"tasks": ["arc_esy"]}), "error", "did you mean arc_easy"),
         (lambda root: change(root, evaluation={"tasks": ["mmlu", "gsm8k"]}), "error", "HF_HUB_OFFLINE is set"),
         (lambda root: change(root, sampling={"n_task_items": 0}), "error", "sampling.n_task_items = 0, and each of"),
@@ -94,17 +99,19 @@ def gpt2(root):
         (lambda root: edit(root, "config.json", **LLAVA), "warning", "sampling.window_length = 64: the model has 32"),
         (without_tokenizer_json, "error", "`pip install sentencepiece`"),
         (lambda root: change(root, covariance={"device": "cuda"}), "error", "device = cuda, and there is no GPU"),
-        (lambda root: edit(root, "config.json", **LARGE), "error", "covariance.offload: true"),
-        (lambda root: edit(root, "config.json", **LARGE), "error", "will be written (half of it DVC's copy: "),
+        (large, "error", "covariance.offload: true"),
+        (large, "error", "will be written (half of it DVC's copy: "),
         (lambda root: edit(root, "config.json", num_hidden_layers=None), "cannot say", "does not tell the model's"),
         (lambda root: shutil.rmtree(root / ".git"), "remark", "is in no git repository"),
         (lambda root: run(root, "git", "config", "tag.gpgSign", "true"), "warning", "(tag.gpgSign = true)"),
+        (lambda root: change(root, sampling={"n_windows": 0}), "error", "n_windows"),
         (lambda root: (root / "mlflow.db").write_text("a text"), "warning", "is no SQLite file"),
     ],
 )  # fmt: skip
-def test_each_finding(project, provoke, level, words):
+def test_each_finding(project, monkeypatch, provoke, level, words):
     if "there is no" in words and Path("/dev/nvidiactl").exists():
         pytest.skip("there is a GPU")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as if it were not installed
     provoke(project)
     told = found(project)
     assert any(level == one and words in text for one, text in told), told
@@ -122,10 +129,15 @@ def test_each_finding(project, provoke, level, words):
         ({"PATH": "/nowhere"}, "warning", "git is not installed"),
     ],
 )
-def test_what_is_around(project, monkeypatch, variables, level, words):
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_around(project, monkeypatch, variables, level, words, known):
+    """It is said beside what is wrong with params.yaml, too."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (told,) = found(project)
+    if not known:
+        (project / "params.yaml").write_text("a: [")
+    *_, told = found(project)
+    assert len(found(project)) == 1 + (not known)
     assert told[0] == level
     assert words in told[1]
     assert "secret" not in told[1]
@@ -186,8 +198,7 @@ def test_to_find_nothing_takes_less_than_three_seconds(project):
     program = (
         "import sys, time; from pathlib import Path; begun = time.process_time()\n"
         "from drank.preflight import preflight\n"
-        "from drank.project.params import read_params\n"
-        "print(preflight(Path(), read_params(Path('params.yaml'))), time.process_time() - begun)\n"
+        "print(preflight(Path()), time.process_time() - begun)\n"
         "print({'torch', 'transformers', 'mlflow', 'lm_eval'} & set(sys.modules))"
     )
     told, heavy = run(project, sys.executable, "-c", program, real=True).stdout.splitlines()

@@ -131,6 +131,16 @@ def test_what_cannot_be_compared_is_counted_and_never_called_as_recorded(small, 
         check(small)
 
 
+def test_nothing_is_taken_away_where_git_cannot_say_what_it_keeps(small, capsys, monkeypatch):
+    run(small, "git", "init", "-q")
+    write_text(small / "data/a.json", "edited")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(CommandError, match="1 files are not as recorded; 0 taken away"):
+        check(small, mend=True)
+    assert "cannot say what git keeps" in capsys.readouterr().out
+    assert (small / "data/a.json").read_text() == "edited"
+
+
 def test_a_file_that_outs_share_in_the_cache_is_damaged_once(small):
     shutil.copytree(small / "data/b", small / "data/c")
     record(small, {"first": "data/b", "second": "data/c"})

@@ -60,6 +60,9 @@ def test_the_card_tells_method_size_results_protocol_and_limits():
     ):
         assert told in text
     assert "acc_stderr" not in text
+    protocol = RESULTS["protocol"] | {"not_measured": {"news_rolling": "there is no begin token"}}
+    text = release.card(PARAMETERS, ALLOCATION, RESULTS | {"protocol": protocol})
+    assert "by rolling windows. Not measured: news_rolling, there is no begin token." in text
 
 
 def test_the_card_lists_what_is_left_as_it_is():

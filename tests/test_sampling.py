@@ -1,5 +1,7 @@
 import json
+import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stages.sampling import main as stage
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from drank.model import text
 from drank.model.text import (
     CONTEXT_WORDS,
     N_CHOICES,
@@ -78,11 +81,11 @@ def byte_tokenizer(uses_begin: bool) -> PreTrainedTokenizerFast:
     ],
 )
 def test_a_damaged_document_is_repaired(damaged, repaired):
-    assert clean([damaged]) == [repaired]
+    assert list(clean([damaged])) == [repaired]
 
 
 def test_empty_documents_are_dropped_and_of_equal_ones_the_first_is_kept():
-    assert clean(["b", " ", "a", "b\u00a0", "", "\ufffd"]) == ["b", "a"]
+    assert list(clean(["b", " ", "a", "b\u00a0", "", "\ufffd"])) == ["b", "a"]
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=0xA1, max_codepoint=0x2FFF, exclude_categories=["Cs"]), min_size=1))
@@ -91,7 +94,7 @@ def test_text_read_once_with_the_wrong_encoding_is_read_back(text):
         bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
         for byte in text.encode("utf-8")
     )
-    assert clean(["x" + wrong + "x"]) == ["x" + text + "x"]
+    assert list(clean(["x" + wrong + "x"])) == ["x" + text + "x"]
 
 
 @given(n=st.integers(2, 200), share=st.floats(0.05, 0.95), seed=st.integers(0, 2**32))
@@ -102,9 +105,9 @@ def test_a_split_is_a_partition_of_the_asked_size(n, share, seed):
             split_documents(documents, share, seed)
         return
     calibrated, held_out = split_documents(documents, share, seed)
-    assert sorted(calibrated + held_out) == sorted(documents)
+    assert sorted([*calibrated, *held_out]) == sorted(documents)
     assert len(held_out) == round(share * n)
-    assert split_documents(documents, share, seed) == (calibrated, held_out)
+    assert [*map(list, split_documents(documents, share, seed))] == [list(calibrated), list(held_out)]
 
 
 # --- token windows --------------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def test_a_begin_token_counts_only_where_the_tokenizer_uses_it():
 def test_the_token_stream_decodes_to_the_joined_documents_without_special_tokens(uses_begin):
     tokenizer = byte_tokenizer(uses_begin)
     stream = token_stream(DOCUMENTS[:3], tokenizer)
-    assert stream.dtype == torch.int64
+    assert stream.dtype == torch.int32
     assert tokenizer.decode(stream) == "\n\n".join(DOCUMENTS[:3])
 
 
@@ -169,6 +172,51 @@ def test_whole_windows_and_the_short_one_are_the_stream_again(n_tokens, length, 
     assert set(rows) <= {tuple(row) for row in whole.tolist()}
 
 
+def llama_tokenizer(kind):
+    """Tokenizers that know no boundary of words (as Llama's and Gemma's), of subword merges or of a unigram model."""
+    model, trainer = {
+        "bpe": (models.BPE(byte_fallback=True), trainers.BpeTrainer(vocab_size=300, show_progress=False)),
+        "unigram": (models.Unigram(), trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", show_progress=False)),
+        "words": (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(vocab_size=300, show_progress=False)),
+    }[kind]
+    tokenizer = Tokenizer(model)
+    if kind == "words":
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer.special_tokens = ["<unk>"]
+    tokenizer.train_from_iterator([word for text in DOCUMENTS for word in text.split()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.one_of(st.sampled_from(DOCUMENTS), st.text(max_size=60), st.just("a" * 700), st.just(" \n" * 90))),
+    st.sampled_from(["bytes", "bpe", "unigram", "words"]), st.integers(200, 3000),
+)  # fmt: skip
+def test_a_text_that_is_tokenised_in_chunks_has_the_tokens_of_the_whole(documents, kind, chunk):
+    tokenizer = byte_tokenizer(uses_begin=True) if kind == "bytes" else llama_tokenizer(kind)
+    whole = tokenizer.encode("\n\n".join(documents), add_special_tokens=False)
+    with patch.multiple("drank.model.text", CHUNK=chunk, CONTEXT=96):
+        assert token_stream(documents, tokenizer).tolist() == whole
+
+
+def test_no_more_than_a_chunk_is_tokenised_at_once():
+    tokenizer, seen = byte_tokenizer(uses_begin=False), []
+
+    class Watched:
+        is_fast, encode = True, tokenizer.encode
+
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+    with patch.multiple("drank.model.text", CHUNK=2000, CONTEXT=100):
+        stream = token_stream((text for _ in range(10) for text in DOCUMENTS), Watched())
+    assert stream.tolist() == tokenizer.encode("\n\n".join(10 * DOCUMENTS), add_special_tokens=False)
+    assert max(seen) < 2000 + max(map(len, DOCUMENTS)) + 200
+
+
 def test_begin_tokens_go_where_they_are_asked_for():
     tokenizer, documents = byte_tokenizer(uses_begin=True), ["b", "", "b"]
     (b,) = tokenizer.encode("b", add_special_tokens=False)
@@ -187,6 +235,79 @@ def test_a_last_word_is_what_the_passage_ends_with():
     context = "Word " + " ".join(["word"] * 27) + " so he finally went"
     text = f"One two three. {context} home. He asked Gov."
     assert last_word_items([text], 1, seed=0) == [{"context": context, "target": "home"}]
+
+
+SPANISH = "¿Adónde fue {} aquella mañana tan fría de enero? Él salió de su casa muy temprano sin decirle nada a nadie. "
+HINDI = "{} सुबह बहुत जल्दी उठकर अपने खेत की ओर पैदल चला गया। शाम को वह थका हुआ अपने पुराने घर वापस आया। "
+ARABIC = (
+    "ذهب {} في الصباح الباكر إلى السوق القديم ليشتري الخبز الطازج. هل عاد إلى البيت قبل غروب الشمس مع أخيه الصغير؟ "
+)
+GREEK = (
+    "Ο {} έφυγε νωρίς το πρωί από το σπίτι του χωρίς να μιλήσει. Γύρισε αργά το βράδυ στο μικρό του χωριό κουρασμένος. "
+)
+CHINESE = "{}昨天早上很早就离开了家去城里的市场买东西。晚上他带着许多水果和蔬菜高兴地回到了家里。"
+JAPANESE = (
+    "{}は昨日の朝とても早く家を出て町の市場へ行きました。夜になると彼は「ただいま。」と言って家に帰ってきました。"
+)
+THAI = "{}ออกจากบ้านตั้งแต่เช้าตรู่เพื่อไปตลาดในเมือง ตอนเย็นเขากลับบ้านพร้อมผลไม้มากมาย "
+
+
+def told_of(sentence):
+    """Six documents, each of someone else."""
+    return [sentence.format(f"{name}") * 4 for name in ("AB", "CD", "EF", "GH", "IJ", "KL")]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "targets"),
+    [
+        (SPANISH, {"enero", "nadie"}),
+        (HINDI, {"गया", "आया"}),
+        (ARABIC, {"الطازج", "الصغير"}),
+        (GREEK, {"μιλήσει", "κουρασμένος"}),
+    ],
+)
+def test_last_words_are_those_of_any_script_that_sets_words_apart(sentence, targets):
+    items = last_word_items(told_of(sentence), 20, seed=0)
+    assert {item["target"] for item in items} == targets
+    assert all(CONTEXT_WORDS <= len(item["context"].split()) < PASSAGE_WORDS for item in items)
+
+
+@pytest.mark.parametrize("sentence", [SPANISH, HINDI, ARABIC, GREEK, CHINESE])
+def test_next_sentences_are_whole_in_any_script_that_ends_sentences(sentence):
+    first, second = (part.strip() for part in re.findall(r"[^.?!।؟。]+[.?!।؟。]", sentence))
+    for item in next_sentence_items(told_of(sentence), 6, seed=0):
+        pair = item["context"], item["choices"][item["label"]]
+        assert pair in {(first.format(name), second) for name in ("AB", "CD", "EF", "GH", "IJ", "KL")} | {
+            (second, first.format(name)) for name in ("AB", "CD", "EF", "GH", "IJ", "KL")
+        }
+
+
+def test_a_quote_within_a_sentence_of_japanese_ends_with_its_bracket():
+    assert text._sentences("彼は「ただいま。」と言った。「はい！？」") == [
+        "彼は「ただいま。」",
+        "と言った。",
+        "「はい！？」",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence", "reason"),
+    [
+        (last_word_items, CHINESE, r"spaces do not set apart the words of this text, which is CJK\)"),
+        (last_word_items, JAPANESE, r"spaces do not set apart the words of this text, which is CJK and HIRAGANA\)"),
+        (last_word_items, THAI, "no sentence of this text ends with a stop"),
+        (next_sentence_items, THAI, "no sentence of this text ends with a stop"),
+    ],
+)
+def test_a_text_that_has_no_items_by_its_script_says_so(make, sentence, reason):
+    with pytest.raises(SamplingError, match=reason):
+        make(told_of(sentence), 2, 0)
+
+
+def test_a_rolling_document_without_spaces_is_cut_at_its_length_before_a_whole_character():
+    assert [len(item["text"]) for item in rolling_items(["标题 " + "字" * 5000])] == [ROLLING_DOCUMENT]
+    (item,) = rolling_items(["ก" * (ROLLING_DOCUMENT - 1) + "กี้" * 9])
+    assert item["text"] == "ก" * (ROLLING_DOCUMENT - 1)
 
 
 def test_last_word_items_are_distinct_passages_of_the_documents_within_the_asked_length():
@@ -301,6 +422,23 @@ def test_another_draw_of_calibration_windows_changes_no_test(root):
     stage(root)
     assert {name: (root / "data/sampling" / name).read_bytes() for name in files} == first
     assert (root / "data/sampling/calibration/7.safetensors").read_bytes() != first["calibration/0.safetensors"]
+
+
+def test_a_task_that_the_text_cannot_give_is_refused_only_where_it_is_evaluated(root, caplog):
+    news = root / "data/raw/text/news.jsonl"
+    news.write_text("".join(json.dumps({"text": text}) + "\n" for text in told_of(CHINESE)))
+    with pytest.raises(
+        SamplingError, match=r"^text\.news: .* which is CJK\).*; or take last_word out of evaluation.tasks"
+    ):
+        stage(root)
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["evaluation"]["tasks"], params["sampling"]["n_task_items"] = ["next_sentence"], 2
+    params["sampling"]["held_out_share"] = 0.7
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    stage(root)
+    assert "text.news: no task last_word: " in caplog.text
+    tasks = sorted(path.stem for path in (root / "data/sampling/tasks").iterdir())
+    assert tasks == ["commons_rolling", "news_rolling", "next_sentence"]
 
 
 def test_nothing_of_the_calibrated_documents_is_in_a_task(root):

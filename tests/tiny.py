@@ -76,7 +76,10 @@ def decoder(architecture, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = AutoConfig.for_model(architecture)
-    sizes = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    own = {
+        name for name in SIZES if hasattr(known, name) and not isinstance(getattr(type(known), name, None), property)
+    }
+    sizes = {name: size for name, size in SIZES.items() if name in own}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | changes)).eval()
 

@@ -45,7 +45,7 @@ if step == "covariance":
 if step == "allocation":
     preset, ratio = params["presets"][variant["preset"]], variant["size_ratio"]
     units = [
-        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "layer": layer, "full_rank": 10,
+        {"name": f"model.layers.{layer}.{kind}", "kind": kind, "role": None, "layer": layer, "full_rank": 10,
          "members": [f"model.layers.{layer}.{kind}"], "factors": f"{layer}.{kind}", "rank": int(ratio * (layer + 5)),
          "effective_rank": layer + 0.5, "relative_loss": 1 - ratio, "objective_share": 0.1, "form": "factors",
          "price": 20, "out_features": 10, "in_features": 10}
@@ -63,7 +63,7 @@ if step == "evaluation":
     sizes = {"size_ratio": ratio, "kept_ratio": ratio, "parameters": 1000, "bytes": 2000000}
     figures = {"token_perplexity/news": 20 / ratio, "protocol": {"windows": 1, "dtype": "float32"}}
     figures |= {"acc/last_word": 0.25, "acc_stderr/last_word": 0.01, "word_perplexity/news": 9.0}
-    figures |= {"bits_per_byte/news": 1.5, "targeted_parameters": 900}
+    figures |= {"bits_per_byte/news": 1.5, "targeted_parameters": 900, "exact_match,strict-match/gsm8k": 0.5}
     write(f"results/{name}.json", {"variant": name, "preset": variant["preset"], **sizes, **figures})
     write(f"data/evaluation/{name}.json", {"nats": []})
 if step == "release":
@@ -75,8 +75,8 @@ if step == "release":
 if step == "report":
     rows = [json.loads(Path(f"results/{name}.json").read_text()) for name in params["variants"]]
     columns = [key for key, value in rows[0].items() if not isinstance(value, dict)]
-    lines = [",".join(columns), *(",".join(str(row[key]) for key in columns) for row in rows)]
-    write("results/summary.csv", "\\n".join(lines) + "\\n")
+    lines = [columns, *([str(row[key]) for key in columns] for row in rows)]
+    write("results/summary.csv", "".join(",".join(f'"{cell}"' for cell in line) + "\\n" for line in lines))
     write("results/figures/ranks.png", "picture")
     write("results/report.html", "<h1>variants</h1>")
 """

@@ -10,8 +10,8 @@ The method on one page (docs/method.md derives it; the letters are the code's na
     min Σ_u f_u(k_u)        ranks k_u within a parameter budget                      allocation.py
     W_k = A_k B_k           the rank-k slice of cached factors                       compression.py
 
-``import drank`` imports nothing heavy: it asks to be called when transformers' loader is first imported, and
-then registers the format, so that plain ``from_pretrained`` loads a compressed folder.
+``import drank`` imports nothing heavy. It asks to be called when transformers' loader is first imported, and then
+registers the format, so that plain ``from_pretrained`` loads a compressed folder; and when peft is, for LoRA on it.
 """
 
 from importlib import import_module
@@ -22,3 +22,4 @@ __version__ = "0.1.0"
 
 # Imported, not called by name: where the plug-in is what imports transformers, it is half-way through here.
 register_post_import_hook(lambda _: import_module("drank.model.quantizer"), "transformers.quantizers.auto")
+register_post_import_hook(lambda _: import_module("drank.model.adapters"), "peft")

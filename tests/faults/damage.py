@@ -147,7 +147,7 @@ def dvc_names(root: Path, file: str) -> bool:
 
 
 def audit_names(root: Path) -> bool:
-    return not audit(root / MODEL, root).holds
+    return bool(audit(root / MODEL, root).broken)
 
 
 def use(root: Path, kept: Kept, file: str, expected: object) -> str:

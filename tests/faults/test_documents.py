@@ -73,10 +73,6 @@ def test_what_dvc_would_read_otherwise_or_could_not_name_a_file_by_is_refused(tm
     path.write_text(PARAMS.replace(*change, 1))
     with pytest.raises(ParamsError, match=f"(?s){message}"):
         read_params(path)
-
-
-def test_parameters_in_another_encoding_are_refused(tmp_path):
-    path = tmp_path / "params.yaml"
     path.write_bytes(PARAMS.encode("utf-16"))
     with pytest.raises(ParamsError, match="not UTF-8"):
         read_params(path)

@@ -3,13 +3,15 @@
 ``python -m tests.faults.kill --n 100`` does it over all stages.
 """
 
-import random
 import shutil
 import sys
+from functools import partial
 
 import pytest
+import yaml
 
-from tests.faults.kill import Counts, Pipeline, Tracking, kill_fetch
+from tests.faults.campaign import Counts, contents
+from tests.faults.kill import Repro, Track, fetching
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -22,24 +24,43 @@ def counts():
     return Counts()
 
 
-def test_a_killed_repro_ends_with_the_bytes_of_an_undisturbed_one(reproduced, tmp_path, counts):
-    pipeline = Pipeline(reproduced, tmp_path, random.Random(0), counts)
-    killed = pipeline.clone(n_kills=3, n_stages=2)
-    assert counts.told == []
-    assert killed == sum(counts.kills.values()) > 0
+@pytest.fixture
+def copy(reproduced):
+    return partial(shutil.copytree, reproduced, symlinks=True, ignore=shutil.ignore_patterns("runs"))
 
 
-def test_a_killed_track_leaves_one_whole_run_a_variant(reproduced, tmp_path, counts):
-    root = tmp_path / "project"
-    shutil.copytree(reproduced, root, symlinks=True)
-    tracking = Tracking(random.Random(0), counts)
-    tracking.seconds = 4.0  # less than importing MLflow and making its database take
-    tracking.kill(root, n_kills=1)
+def forget(root, copy, n_stages):
+    """A copy in which the last stages were not run, and made nothing."""
+    copy(root)
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    for stage in list(lock["stages"])[-n_stages:]:
+        for out in lock["stages"].pop(stage)["outs"]:
+            path = root / out["path"]
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def test_a_killed_repro_ends_with_the_bytes_of_an_undisturbed_one(copy, reproduced, tmp_path, counts):
+    copy = partial(forget, copy=copy, n_stages=2)
+    repro = Repro(copy, tmp_path, counts, seed=1983)  # kills 1.1, 1.1 and 0.5 seconds after a stage began
+    repro.expected = contents(reproduced)
+    repro.clone(n_kills=3)
     assert counts.told == []
-    assert counts.kills["track", "all"] == 1
+    assert repro.n_kills > 0
+
+
+def test_a_killed_track_leaves_one_whole_run_a_variant(copy, tmp_path, counts):
+    track = Track(copy, tmp_path, counts)
+    track.seconds = 1.0  # less than making its database takes
+    track.clone(n_kills=1)
+    assert counts.told == []
+    assert track.n_kills == 1
 
 
 def test_a_killed_download_is_taken_up_again(tmp_path, counts):
-    kill_fetch("tiny", tmp_path, random.Random(0), counts, n=1)
+    with fetching("tiny", tmp_path, counts) as fetch:
+        fetch.clone(n_kills=0)
+        fetch.seconds = 1.0
+        fetch.clone(n_kills=1)
     assert counts.told == []
-    assert sum(counts.kills.values()) == 1
+    assert fetch.n_kills == 1

@@ -16,7 +16,7 @@ from drank.project.dvc import LOADER, LockError, parse_lock
 from drank.project.files import FileError, JsonLinesFolder, read_json, read_tensors
 from drank.project.params import ParamsError, read_params
 from drank.project.sources import SourceError
-from drank.steps.evaluation import run_tasks
+from drank.steps.evaluation import load_tasks, run_tasks
 from tests.conftest import REPOSITORY
 from tests.test_sources import fetch_model, fetch_text
 from tests.tiny import PARAMS, llama, tokenizer
@@ -208,7 +208,7 @@ def test_code_of_a_tokenizer_does_not_run(folder, witness, declared):
 
 
 def test_a_chat_template_reaches_nothing_of_python(folder, witness):
-    """drank applies none; it carries them along, so that what would run is transformers' sandbox of Jinja."""
+    """Transformers' sandbox of Jinja runs it, where a text asks for that."""
     evil, escape = tokenizer(), "''.__class__.__mro__[1].__subclasses__()"
     evil.chat_template = f"{{{{ cycler.__init__.__globals__.os.system('touch {witness}') }}}}{{{{ {escape} }}}}"
     evil.save_pretrained(folder)
@@ -231,6 +231,7 @@ def test_a_task_of_lm_eval_beside_ours_is_not_read(tmp_path, witness):
     (tmp_path / "evil.py").write_text(CODE.format(path=str(witness)))
     (tmp_path / "evil.yaml").write_text("task: evil\nprocess_docs: !function evil.run\n")
     (tmp_path / "last_word.jsonl").write_text('{"context": "a b", "target": "c"}\n' * 2)
-    figures = run_tasks(llama().bfloat16(), tokenizer(), JsonLinesFolder(tmp_path), ["last_word"], 2)
+    tasks = load_tasks(JsonLinesFolder(tmp_path), ["last_word"], tokenizer())
+    figures = run_tasks(llama().bfloat16(), tokenizer(), tasks, 2)
     assert "acc/last_word" in figures
     assert not any("include_path" in file.read_text() for file in FILES if "tests" not in file.parts)

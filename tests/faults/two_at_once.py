@@ -9,14 +9,11 @@
                of the cache, a leftover, a run of MLflow that is missing, there twice, or a mixture of two states
 """
 
-import contextlib
 import random
 import shutil
-import socket
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -177,7 +174,7 @@ def tracks_on_a_server(projects: Projects) -> str:
         run(root, *REPRO)
     roots.append(projects.scratch / str(projects.n_copies) / "clone")
     shutil.copytree(roots[0], roots[1], symlinks=True)
-    with server(other) as uri:
+    with serving(store(other), other) as uri:
         directly = Started(other, *TRACK)
         together(projects, roots, MLFLOW_TRACKING_URI=uri)
         met(directly, allowed=())
@@ -258,28 +255,6 @@ def check_said(started: list[Started]) -> None:
     check(all(status == 0 for status, _ in results), outputs)
     check(outputs.count("created: pipeline-") == 1, outputs)
     check(outputs.count("created: none") == len(results) - 1, f"not said that it is there:\n{outputs}")
-
-
-@contextlib.contextmanager
-def server(root: Path) -> Iterator[str]:
-    """`mlflow server` on the database of a project, on this machine only."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    process = Started(
-        root, sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", store(root), "--artifacts-destination", str(root / "mlartifacts"),
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{uri}/health").close()
-                break
-            time.sleep(0.1)
-        yield uri
-    finally:
-        process.kill()
 
 
 CASES: dict[str, Callable[[Projects], str]] = {

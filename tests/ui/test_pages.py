@@ -101,13 +101,6 @@ def test_two_variants_are_compared_side_by_side(open_page, two):
         assert values[key] == pytest.approx([run.data.metrics[key] for run in two], rel=1e-3)
 
 
-def test_the_compare_page_has_a_scatter_plot(open_page, two):
-    page = compare(open_page, two)
-    page.get_by_role("tab", name="Scatter Plot").click()
-    page.wait_for_function(f"({POINTS}).length > 0")
-    assert page.evaluate(POINTS) == [2]
-
-
 def test_a_run_says_how_to_rebuild_it_and_what_it_is_by_hash(open_page, two):
     run = two[1]
     page = open_page(f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}")

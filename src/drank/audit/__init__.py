@@ -4,24 +4,21 @@
 ``rebuilt`` compares it with one that was built again. Each link holds, does not hold, or cannot be checked here.
 """
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drank.audit.folder import Folder, check_folder
-from drank.audit.ledger import BrokenLinkError, Ledger, Link, UncheckableError
+from drank.audit.ledger import BrokenLinkError, Ledger, Link, Source, UncheckableError
 from drank.audit.repository import Record, check_repository
-from drank.project.files import check_plain
+from drank.project.files import FileError, check_plain
 from drank.project.git import origin
 
 if TYPE_CHECKING:
     from drank.tracking import VariantRun
 
-__all__ = ["Audit", "AuditError", "Link", "audit", "find_root"]
-
-
-class AuditError(ValueError):
-    """There is nothing to audit at this place."""
+__all__ = ["Audit", "Link", "audit", "find_root"]
 
 
 @dataclass(frozen=True)
@@ -32,59 +29,72 @@ class Audit:
         folder: the folder as it was named.
         links: every claim that was looked at, in order.
         chain: what made the model, as far as it is known: a JSON document.
+        without: sources whose links may stay unchecked.
     """
 
     folder: str
     links: tuple[Link, ...]
     chain: dict[str, Any]
+    without: tuple[Source, ...] = ()
+
+    @property
+    def broken(self) -> tuple[Link, ...]:
+        return tuple(link for link in self.links if link.finding == "does not hold")
+
+    @property
+    def unchecked(self) -> tuple[Link, ...]:
+        """Links that nobody looked at and nobody gave up. MLflow's is none of them: runs are made from dvc.lock."""
+        free = (*self.without, "mlflow")
+        return tuple(x for x in self.links if x.finding == "cannot be checked here" and x.source not in free)
 
     @property
     def holds(self) -> bool:
-        """Whether nothing that could be checked is broken."""
-        return all(link.finding != "does not hold" for link in self.links)
+        """Whether every link was checked and holds, but for those that may stay unchecked."""
+        return not self.broken and not self.unchecked
 
 
-def audit(path: Path, root: Path | None, rebuilt: Path | None = None) -> Audit:
+def audit(path: Path, root: Path | None, rebuilt: Path | None = None, without: tuple[Source, ...] = ()) -> Audit:
     """Check a model folder against itself and, where ``root`` is a drank repository, against what that knows.
 
     Args:
         path: the folder, at any place.
         root: the folder of dvc.lock; None where there is none.
         rebuilt: a folder that was built again, to compare with.
+        without: sources whose links may stay unchecked; MLflow is then not asked at all.
 
     Raises:
-        AuditError: ``path`` is no folder with a model.
-        FileError: it holds what is no file.
+        FileError: ``path`` is no folder with files, or holds what is no file.
     """
     if not path.is_dir() or not any(path.iterdir()):
-        raise AuditError(f"{path}: no folder with files in it; give a model folder, such as data/models/kfac-80")
+        raise FileError(f"{path}: no folder with files in it; give a model folder, such as data/models/kfac-80")
     check_plain(path)
     folder, ledger = Folder(path), Ledger()
     check_folder(ledger, folder)
     record = None
     runs: list[VariantRun] = []
     if root is None:
-        ledger.check("dvc.lock", _no_repository)
+        ledger.check("dvc.lock", _no_repository, source="git")
     else:
         record = check_repository(ledger, folder, root)
-        ledger.check("MLflow", lambda: _mlflow(folder, root, runs), needs=("allocation",))
+        if "mlflow" not in without:
+            ledger.check("MLflow", lambda: _mlflow(folder, root, runs), needs=("allocation",), source="mlflow")
     if rebuilt is not None:
         from drank.audit.rebuilt import check_rebuilt
 
         windows = root / "data/sampling/test.safetensors" if root else None
-        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt), windows), needs=("allocation",))
-    chain = _chain(folder, record, root) if ledger.holds("allocation") else {}
+        ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt), windows), ("allocation",), "rebuilt")
+    chain = _chain(folder) if ledger.holds("allocation") else {}
+    if chain and record and root:
+        chain |= _made_by(record, root)
     if runs:
         chain["mlflow"] = [asdict(run) for run in runs]
-    return Audit(str(path), tuple(ledger), chain)
+    return Audit(str(path), tuple(ledger), chain, without)
 
 
 def find_root(near: Path) -> Path | None:
     """The closest folder around ``near`` (itself included) that holds dvc.yaml and params.yaml."""
-    for folder in (near.resolve(), *near.resolve().parents):
-        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
-            return folder
-    return None
+    around = (near.resolve(), *near.resolve().parents)
+    return next((f for f in around if (f / "dvc.yaml").is_file() and (f / "params.yaml").is_file()), None)
 
 
 def _no_repository() -> str:
@@ -103,58 +113,52 @@ def _mlflow(folder: Folder, root: Path, runs: "list[VariantRun]") -> str:
     if not found:
         raise UncheckableError("MLflow has no run of this folder: `drank track` in the commit above makes one")
     runs += found
+    sha256 = folder.digests["allocation.json"]
     for run in found:
-        if run.allocation_sha256 != folder.digests["allocation.json"]:
+        if run.allocation_sha256 != sha256:
             raise BrokenLinkError(
-                f"run {run.run_id} has an allocation of sha256 {run.allocation_sha256}, the folder has "
-                f"{folder.digests['allocation.json']}"
+                f"run {run.run_id} has an allocation of sha256 {run.allocation_sha256}, the folder has {sha256}"
             )
     newest = found[0]
     version = "" if newest.version is None else f", version {newest.version} of the registered model"
     return f"run {newest.name} {newest.run_id}{version}{', which is champion' if newest.champion else ''}"
 
 
-def _chain(folder: Folder, record: Record | None, root: Path | None) -> dict[str, Any]:
+def _chain(folder: Folder) -> dict[str, Any]:
+    """The origin of the folder, as the folder alone tells it."""
     statement, allocation = folder.statement, folder.allocation
-    header = allocation.model_dump(exclude={"units", "blocks", "inputs"})
-    compressed = [unit for unit in allocation.units if unit.form != "dense"]
-    document: dict[str, Any] = {
+    made = {
+        "sha256": folder.digests["allocation.json"],
+        "n_units": len(allocation.units),
+        "n_compressed": sum(unit.form != "dense" for unit in allocation.units),
+        "removed_channels": sum(block.full_channels - block.channels for block in allocation.blocks),
+    }
+    return {
         "variant": statement.variant,
         "model_md5": folder.md5,
-        "allocation": header
-        | {
-            "sha256": folder.digests["allocation.json"],
-            "n_units": len(allocation.units),
-            "n_compressed": len(compressed),
-            "removed_channels": sum(block.full_channels - block.channels for block in allocation.blocks),
-        },
-        "materials": [
-            r.model_dump(exclude_none=True, exclude={"annotations"}) for r in statement.predicate.build.dependencies
-        ],
+        "allocation": allocation.model_dump(exclude={"units", "blocks", "inputs"}) | made,
+        "materials": [r.model_dump(exclude_none=True, exclude={"annotations"}) for r in statement.materials],
         "parameters": statement.parameters,
         "results": statement.results,
         "computed_in": statement.computed_in,
     }
-    if record is not None and root is not None:
-        commit = record.commit
-        document |= {
-            "stages": list(record.stages),
-            "commit": None if commit is None else {"sha": commit.sha, "date": commit.date, "subject": commit.subject},
-            "rebuild": rebuild_commands(record, root),
-        }
-    return document
 
 
-def rebuild_commands(record: Record, root: Path) -> list[str]:
-    """Commands that, in an empty folder, build the same folder again."""
-    if record.commit is None:
-        return [f"dvc repro {record.stage}"]
-    fetch = [] if record.commit.on_head else ["git fetch origin '+refs/exps/*:refs/exps/*'"]
-    return [
-        f"git clone {origin(root)} rebuild",
-        "cd rebuild",
-        *fetch,
-        f"git checkout {record.commit.sha}",
-        "make .venv/installed",
-        f"PATH=$PWD/.venv/bin:$PATH dvc repro {record.stage}",
-    ]
+def _made_by(record: Record, root: Path) -> dict[str, Any]:
+    """The origin as the repository tells it, and commands that build the same folder again in an empty one."""
+    commit, rebuild = record.commit, f"dvc repro {record.stage}"
+    if commit is None:
+        return {"stages": list(record.stages), "commit": None, "rebuild": [rebuild]}
+    fetch = [] if commit.on_head else ["git fetch origin '+refs/exps/*:refs/exps/*'"]
+    return {
+        "stages": list(record.stages),
+        "commit": {"sha": commit.sha, "date": commit.date, "subject": commit.subject},
+        "rebuild": [
+            f"git clone {shlex.quote(origin(root))} rebuild",
+            "cd rebuild",
+            *fetch,
+            f"git checkout {commit.sha}",
+            "make .venv/installed",
+            f"PATH=$PWD/.venv/bin:$PATH {rebuild}",
+        ],
+    }

@@ -1,6 +1,5 @@
 """A model folder by itself: does it hold together? Needs nothing but the folder."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.model.format import Spec
 from drank.project.documents import (
     AllocationDocument,
     Config,
-    ModuleSpec,
     Quantization,
     StatementDocument,
     UnitRow,
@@ -25,6 +24,7 @@ from drank.project.state import flat
 from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums
 
 Shapes = dict[str, tuple[int, ...]]
+UNKNOWN = ModuleSpec(form="", out_features=0, in_features=0)  # of a module that config.json lacks
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def check_folder(ledger: Ledger, folder: Folder) -> None:
     ledger.check("parameters", lambda: _parameters(folder), needs=("allocation",))
     ledger.check("ranks", lambda: _ranks(folder), needs=("allocation",))
     ledger.check("sizes", lambda: _sizes(folder), needs=("allocation",))
-    ledger.check("model card", lambda: _card(folder), needs=("allocation",))
+    ledger.check("model card", lambda: _card(folder), needs=("allocation",), source="card")
 
 
 def _files(folder: Folder) -> str:
@@ -102,12 +102,9 @@ def _files(folder: Folder) -> str:
     if listed == checksums(folder.digests).encode():
         return f"{len(folder.digests)} files, all as {CHECKSUMS} lists them"
     lines = [line.partition("  ") for line in listed.decode(errors="replace").splitlines()]
-    before = {name: digest for digest, _, name in lines}
-    found = {
-        "missing": before.keys() - folder.digests.keys(),
-        "not listed": folder.digests.keys() - before.keys(),
-        "changed": {n for n, digest in folder.digests.items() if before.get(n, digest) != digest},
-    }
+    before, now = {name: digest for digest, _, name in lines}, folder.digests
+    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    found = {"missing": before.keys() - now.keys(), "not listed": now.keys() - before.keys(), "changed": changed}
     told = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names)
     raise BrokenLinkError(
         f"{CHECKSUMS} and the files disagree: {told or 'its lines are not sorted lines of sha256sum'}"
@@ -115,30 +112,26 @@ def _files(folder: Folder) -> str:
 
 
 def _statement(folder: Folder) -> str:
-    subjects = {s.name: s.digest.sha256 if s.digest else "" for s in folder.statement.subject}
-    expected = {name: digest for name, digest in folder.digests.items() if name != STATEMENT}
-    for name in sorted(subjects.keys() | expected.keys()):
-        if subjects.get(name) != expected.get(name):
-            raise BrokenLinkError(
-                f"{STATEMENT} has sha256 {subjects.get(name, 'none')} for {name}, the file has "
-                f"{expected.get(name, 'none')}"
-            )
+    subjects = {s.name: s.digest.sha256 if s.digest else "none" for s in folder.statement.subject}
+    files = {name: digest for name, digest in folder.digests.items() if name != STATEMENT}
+    for name in sorted(subjects.keys() | files.keys()):
+        _same(f"sha256 of {name} in {STATEMENT}", subjects.get(name, "none"), "the file", files.get(name, "none"))
     return f"in-toto statement of SLSA provenance over {len(subjects)} files"
 
 
 def _allocation(folder: Folder) -> str:
     statement, allocation = folder.statement, folder.allocation
     digest, variant = folder.digests["allocation.json"], statement.variant
-    _same("allocation.json", digest, f"{STATEMENT}", statement.digests.get(f"data/allocation/{variant}.json"))
+    _same("allocation.json", digest, STATEMENT, statement.digests.get(f"data/allocation/{variant}.json"))
     _same("variant of allocation.json", allocation.variant, f"variant of {STATEMENT}", variant)
-    _same("by-product", statement.predicate.run.byproducts[0].name, "variant's results", f"results/{variant}.json")
+    _same("by-product", statement.byproducts[0].name, "variant's results", f"results/{variant}.json")
     if folder.quantization:
         provenance, base = folder.quantization.provenance, "data/raw/model/"
         weights = {name.removeprefix(base): d for name, d in statement.digests.items() if name.startswith(base)}
+        healed = statement.digests.get(f"{variant} before healing", "none")
         _same("sha256 of allocation.json in config.json", provenance.allocation_sha256, "the file", digest)
         _same("variant of config.json", provenance.variant, "allocation.json", variant)
-        source = statement.digests.get(f"{variant} before healing")
-        _same_or_none("weights of config.json that were healed", provenance.healed_from_sha256, STATEMENT, source)
+        _same("weights of config.json that were healed", provenance.healed_from_sha256 or "none", STATEMENT, healed)
         _same("base model of config.json", provenance.base_model_sha256, STATEMENT, weights_sha256(weights))
     for name, recorded in allocation.inputs.items():
         path = f"data/spectrum/{allocation.spectrum}/{name}"
@@ -159,68 +152,47 @@ def _parameters(folder: Folder) -> str:
 def _ranks(folder: Folder) -> str:
     allocation, (shapes, _) = folder.allocation, folder.tensors
     modules = folder.quantization.modules if folder.quantization else {}
-    compressed = set()
     for unit in allocation.units:
         _same(f"full_rank of {unit.name}", unit.full_rank, "its shape", min(unit.out_features, unit.in_features))
+        _same(f"price of {unit.name}", unit.price, f"{unit.form} of rank {unit.rank}", unit.price_of_form)
         if unit.form == "dense":
             _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
-        if unit.price != unit.price_of_form:
-            raise BrokenLinkError(
-                f"{unit.name}: {unit.form} of rank {unit.rank} takes {unit.price_of_form} parameters, not {unit.price}"
-            )
         for tensor, shape in _expected(unit, modules):
             stored = shapes.get(tensor)
             if stored not in (shape, shape[::-1] if unit.form == "dense" else shape):  # Conv1D stores its transpose
                 raise BrokenLinkError(f"{tensor}: stored as {stored}, {unit.form} of rank {unit.rank} has {shape}")
+        rank = None if unit.form == "dense" else unit.rank
+        asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features)
         for member in unit.members:
             spec = modules.get(member)
-            if spec is None and unit.form != "dense":
-                raise BrokenLinkError(f"{member}: {unit.form} in allocation.json, not in config.json")
-            if spec is not None:
-                compressed.add(member)
-                told = (spec.form, spec.rank, spec.out_features, spec.in_features)
-                rank = None if unit.form == "dense" else unit.rank
-                asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features)
+            told = spec and (spec.form, spec.rank, spec.out_features, spec.in_features)
+            if spec or unit.form != "dense":
                 _same(f"form, rank, out, in of {member} in config.json", told, "allocation.json", asked)
-    if modules.keys() - compressed:
-        raise BrokenLinkError(f"{sorted(modules.keys() - compressed)[0]}: in config.json, not in allocation.json")
+    if unknown := modules.keys() - {member for unit in allocation.units for member in unit.members}:
+        raise BrokenLinkError(f"{min(unknown)}: in config.json, not in allocation.json")
     return f"{len(allocation.units)} units: shapes of the weights, config.json and allocation.json agree"
 
 
-def _expected(unit: UnitRow, modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each tensor that a unit is stored in."""
-    owner, n_out = unit.members[0], unit.out_features // len(unit.members)
-    shared = len(unit.members) > 1
-    if unit.form == "dense":
-        yield from ((f"{member}.weight", (n_out, unit.in_features)) for member in unit.members)
-    elif unit.form == "factors":
-        yield f"{owner}.basis", (unit.rank, unit.in_features)
-        yield from ((f"{member}.weight", (n_out, unit.rank)) for member in unit.members)
-    elif shared:
-        yield f"{owner}.basis.weight", (unit.rank, unit.in_features)
-        for member in unit.members:
-            kept = modules[member].kept if member in modules else 0
-            yield f"{member}.weight", (n_out - kept, unit.rank)
-    else:
-        yield f"{owner}.weight", (unit.rank, unit.in_features)
-        yield f"{owner}.coefficients", (n_out - unit.rank, unit.rank)
-        if not (owner in modules and modules[owner].in_order):
-            yield f"{owner}.places", (n_out,)
+    from drank.model.forms import stored_shapes
+
+    n_out = unit.out_features // len(unit.members)
+    told = Spec(form=unit.form, rank=unit.rank, out_features=n_out, in_features=unit.in_features)
+    sizes = told.model_dump(include=told.model_fields_set)
+    specs = {member: modules.get(member, told).model_copy(update=sizes) for member in unit.members}
+    yield from stored_shapes(specs).items()
 
 
 def _sizes(folder: Folder) -> str:
     allocation, results, (_, n_numbers) = folder.allocation, folder.statement.results, folder.tensors
     price = sum(unit.price for unit in allocation.units)
     stored = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
+    kept = price / allocation.targeted_parameters
     _same("price of allocation.json", allocation.price, "sum over its units", price)
     _same("budget of allocation.json", allocation.budget, "price + slack", price + allocation.slack)
-    _same(
-        "kept_ratio of allocation.json",
-        allocation.kept_ratio,
-        "price / parameters",
-        price / allocation.targeted_parameters,
-    )
-    _same("kept_ratio of the results", results.get("kept_ratio"), "allocation.json", allocation.kept_ratio)
+    _same("kept_ratio of allocation.json", allocation.kept_ratio, "price / parameters", kept)
+    _same("kept_ratio of the results", results.get("kept_ratio"), "allocation.json", kept)
     _same("parameters of the results", results.get("parameters"), "numbers in the weights", n_numbers)
     _same("bytes of the results", results.get("bytes"), "size of the weight files", stored)
     shares, objective = [unit.objective_share for unit in allocation.units], allocation.objective.value
@@ -234,14 +206,13 @@ def _sizes(folder: Folder) -> str:
             f"objective of allocation.json is {objective}, its units' shares sum to {math.fsum(shares)}, "
             f"the largest is {max(shares)}"
         )
-    return f"{allocation.kept_ratio:.4f} of the targeted parameters kept, {n_numbers:,} parameters, {stored:,} bytes"
+    return f"{kept:.4f} of the targeted parameters kept, {n_numbers:,} parameters, {stored:,} bytes"
 
 
 def _card(folder: Folder) -> str:
-    made_by = folder.statement.predicate.run.builder.version.get("drank")
-    if made_by != __version__:
+    if (made_by := folder.statement.versions.get("drank")) != __version__:
         raise UncheckableError(f"drank {made_by} wrote the card, this is {__version__}: its wording may be another")
-    document = json.loads((folder.path / "allocation.json").read_text(encoding="utf-8"))
+    document = read_json(folder.path / "allocation.json")
     try:
         expected = card(folder.statement.parameters, document, folder.statement.results)
     except (KeyError, TypeError, ValueError) as error:
@@ -249,11 +220,6 @@ def _card(folder: Folder) -> str:
     if (folder.path / CARD).read_text(encoding="utf-8") != expected:
         raise BrokenLinkError(f"{CARD} is not what parameters, allocation and results give; it was edited")
     return "what the parameters, the allocation and the results give"
-
-
-def _same_or_none(what: str, value: Any, where: str, expected: Any) -> None:
-    if value is not None or expected is not None:
-        _same(what, value, where, expected)
 
 
 def _same(what: str, value: Any, where: str, expected: Any) -> None:

@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from drank.project.documents import VersionError
+from drank.project.git import GitError
+from drank.project.refusals import refusal
+
 Finding = Literal["holds", "does not hold", "cannot be checked here"]
+Source = Literal["folder", "card", "git", "artefacts", "mlflow", "rebuilt"]
 
 
 class BrokenLinkError(ValueError):
@@ -17,11 +22,12 @@ class UncheckableError(ValueError):
 
 @dataclass(frozen=True)
 class Link:
-    """One claim about a model folder, whether it holds, and why."""
+    """One claim about a model folder, whether it holds, and why; ``source`` is what can tell."""
 
     name: str
     finding: Finding
     detail: str
+    source: Source = "folder"
 
 
 @dataclass
@@ -30,23 +36,29 @@ class Ledger:
 
     links: dict[str, Link] = field(default_factory=dict)
 
-    def check(self, name: str, check: Callable[[], str], needs: tuple[str, ...] = ()) -> None:
+    def check(
+        self, name: str, check: Callable[[], str], needs: tuple[str, ...] = (), source: Source = "folder"
+    ) -> None:
         """Record what ``check`` finds: its answer where the link holds, or one of the two errors above.
 
-        A user error of drank's (a damaged file, a lock that is none) breaks the link too; any other exception is a bug.
+        A user error of drank's (a damaged file, a lock that is none) breaks the link too. That git or the system
+        refuses to look says nothing of the link. Any other exception is a bug.
         """
-        for need in needs:
-            if not self.holds(need):
-                self.links[name] = Link(name, "cannot be checked here", f"needs '{need}', which was not found to hold")
-                return
+        self.links[name] = Link(name, *self._found(check, needs), source)
+
+    def _found(self, check: Callable[[], str], needs: tuple[str, ...]) -> tuple[Finding, str]:
+        if lacking := [need for need in needs if not self.holds(need)]:
+            return "cannot be checked here", f"needs '{lacking[0]}', which was not found to hold"
         try:
-            self.links[name] = Link(name, "holds", check())
-        except UncheckableError as error:
-            self.links[name] = Link(name, "cannot be checked here", str(error))
-        except ValueError as error:
+            return "holds", check()
+        except (UncheckableError, GitError, VersionError) as error:
+            return "cannot be checked here", str(error)
+        except (ValueError, OSError) as error:
+            if refused := refusal(error):
+                return "cannot be checked here", str(refused)
             if not type(error).__module__.startswith("drank."):
                 raise
-            self.links[name] = Link(name, "does not hold", str(error))
+            return "does not hold", str(error)
 
     def holds(self, name: str) -> bool:
         return name in self.links and self.links[name].finding == "holds"

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from drank.audit.folder import Folder
-from drank.audit.ledger import BrokenLinkError
-from drank.project.files import FileError, read_tensors
+from drank.audit.ledger import BrokenLinkError, UncheckableError
+from drank.project.files import read_tensors
 from drank.project.tolerance import other_dtypes
 from drank.steps.release import STATEMENT
 
-# Nats a token. Building kfac-80 of the default model with AVX2 in the place of AVX-512 moved 29 of 210 ranks and gave
+# Nats per token. Building kfac-80 of the default model with AVX2 in the place of AVX-512 moved 29 of 210 ranks and gave
 # .0056 and .0065 on the two test texts, where compression itself costs .14 and .20 (docs/log.md).
 TOLERANCE = 0.02
 N_WINDOWS = 4
@@ -21,7 +21,7 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
     compared one by one, since one removed channel more or less shifts all that follow: predictions can.
     """
     if not other.path.is_dir():
-        raise FileError(f"{other.path}: no folder; build it with the command that audit prints")
+        raise UncheckableError(f"{other.path}: no folder; build it with the commands that audit prints")
     names = folder.digests.keys() | other.digests.keys()
     differing = sorted(name for name in names if folder.digests.get(name) != other.digests.get(name))
     if not differing:
@@ -31,22 +31,21 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
     ranks = {unit.name: (unit.form, unit.rank) for unit in other.allocation.units}
     moved = [unit.name for unit in folder.allocation.units if ranks.get(unit.name) != (unit.form, unit.rank)]
     figures, again = folder.statement.results, other.statement.results
-    perplexities = [
-        f"{key} {figures[key]:.4f} and {again[key]:.4f}"
-        for key in sorted(figures.keys() & again.keys())
-        if key.startswith("token_perplexity/")
-    ]
-    told = [f"not the same bytes ({', '.join(name for name in differing if name != STATEMENT)} differ)"]
-    told += [f"{len(moved)} of {len(ranks)} ranks differ", *perplexities]
+    measured = [key for key in sorted(figures.keys() & again.keys()) if key.startswith("token_perplexity/")]
     types = other_dtypes(results.get("protocol", {}) for results in (figures, again))
-    told += [types.rstrip(".")] if types else []
+    told = [
+        f"not the same bytes ({', '.join(name for name in differing if name != STATEMENT)} differ)",
+        f"{len(moved)} of {len(ranks)} ranks differ",
+        *(f"{key} {figures[key]:.4f} and {again[key]:.4f}" for key in measured),
+        *([types.rstrip(".")] if types else []),
+    ]
     if test_windows is None or not test_windows.exists():
-        raise BrokenLinkError(f"{'; '.join(told)}; without data/sampling their predictions cannot be compared")
+        raise UncheckableError(f"{'; '.join(told)}; predictions are compared by data/sampling, which is not at hand")
     divergences = _divergences(folder, other, test_windows)
     told += [f"divergence on {text} {value:.2g} nats per token" for text, value in divergences.items()]
     if max(divergences.values()) > TOLERANCE:
         raise BrokenLinkError(
-            f"{'; '.join(told)}; more than the {TOLERANCE} that rounding on another processor explains"
+            f"{'; '.join(told)}; more than the {TOLERANCE} that another processor's rounding explains"
         )
     return f"{'; '.join(told)}: within {TOLERANCE}, which rounding on another processor explains"
 

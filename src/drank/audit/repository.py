@@ -4,17 +4,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drank.audit.artefacts import AbsentError, Artefact, Store
+from drank.audit.artefacts import Artefact, Store
 from drank.audit.folder import Folder
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.project.documents import AllocationDocument, UnitRow, parameters_of
-from drank.project.dvc import Stages, parse_lock, read_lock
-from drank.project.files import file_sha256, read_json, read_tensors
-from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
-from drank.project.params import ParamsError
+from drank.project.documents import AllocationDocument, SpectrumSummary, read_document
+from drank.project.dvc import LockError, Stages, parse_lock, read_lock
+from drank.project.files import FileError, file_sha256, read_tensors
+from drank.project.git import Commit, GitError, file_at, find_commits, has_history, is_shallow
+from drank.project.params import Params, ParamsError, parse_as
 from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
 from drank.project.state import check_order, check_params, flat, lineage, outs_of, writer
@@ -34,46 +35,59 @@ class Record:
 def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | None:
     """Every link from the folder into a repository; what was found of it in the history."""
     found: list[Record] = []
-    ledger.check("dvc.lock", lambda: _find(folder, root, found), needs=("files",))
+    ledger.check("dvc.lock", lambda: _find(folder, root, found), ("files",), "git")
     if not found:
         return None
     (record,) = found
-    ledger.check("working tree", lambda: _working_tree(record, root))
-    ledger.check("chain", lambda: _chain(record, root))
-    ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), needs=("parameters",))
-    present = outs_of(read_lock(root / "dvc.lock")) if ledger.holds("working tree") else {}
-    store = Store(root, present, record.commit.sha if record.commit else None)
+    ledger.check("chain", lambda: _chain(record), (), "git")
+    ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), ("parameters",), "git")
+    store = Store(root, _present(root), record.commit.sha if record.commit else None)
     located: dict[str, Artefact] = {}
     for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
         if path != record.path:
-            ledger.check(path, lambda p=path, h=md5: _artefact(folder, store, located, p, h))  # type: ignore[misc]
-    ledger.check("loss", lambda: _loss(folder.allocation, located), needs=("ranks",))
-    ledger.check("results", lambda: _results(folder, located), needs=("allocation",))
+            check = partial(_artefact, folder, store, located, path, md5)
+            ledger.check(path, check, (), "artefacts")
+    ledger.check("loss", lambda: _loss(folder.allocation, located), ("ranks",), "artefacts")
+    ledger.check("results", lambda: _results(folder, located), ("allocation",), "artefacts")
     return record
 
 
 def _find(folder: Folder, root: Path, found: list[Record]) -> str:
-    if has_history(root):
-        for commit in find_commits(root, folder.md5, "dvc.lock"):
-            text = file_at(root, commit.sha, "dvc.lock")
-            stages = parse_lock(text.decode(), f"dvc.lock at {commit.sha[:10]}") if text else {}
-            if folder.md5 in outs_of(stages).values():
-                found.append(_record(stages, folder.md5, commit))
-                return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
-        if is_shallow(root):
-            raise UncheckableError(
-                f"this clone is shallow and has no dvc.lock with {folder.md5}; `git fetch --unshallow`"
-            )
-    stages = read_lock(root / "dvc.lock")
-    if folder.md5 not in outs_of(stages).values():
+    """The commit whose dvc.lock has the folder; without git's answer, dvc.lock of the workspace is gone by."""
+    try:
+        if in_git := has_history(root):
+            for commit in find_commits(root, folder.md5, "dvc.lock"):
+                if stages := _stages_at(root, commit.sha, folder.md5):
+                    found.append(_record(stages, folder.md5, commit))
+                    return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
+            if is_shallow(root):
+                raise UncheckableError(f"no dvc.lock of this shallow clone has {folder.md5}; `git fetch --unshallow`")
+    except GitError:
+        if folder.md5 in _present(root).values():
+            found.append(_record(read_lock(root / "dvc.lock"), folder.md5, None))
+        raise
+    if not (present := _present(root)) and not in_git:
+        raise UncheckableError("neither a git history nor a dvc.lock here; audit in a clone")
+    if folder.md5 not in present.values():
         raise BrokenLinkError(
             f"no dvc.lock in the history has a folder of md5 {folder.md5}: edited since, or made elsewhere; a commit "
             f"that was not fetched?"
         )
-    if has_history(root):
+    if in_git:
         raise BrokenLinkError("dvc.lock of the working tree has it, and no commit does: commit dvc.lock first")
-    found.append(_record(stages, folder.md5, None))
-    return f"{found[0].stage}; there is no git history here, so no commit"
+    found.append(_record(read_lock(root / "dvc.lock"), folder.md5, None))
+    raise UncheckableError(
+        f"{found[0].stage} by dvc.lock of the workspace, but no git history here says which commit; audit in a clone"
+    )
+
+
+def _stages_at(root: Path, commit: str, md5: str) -> Stages:
+    """The stages of a commit's dvc.lock, if it has this hash and can be read: one with a conflict in it has no say."""
+    try:
+        stages = parse_lock((file_at(root, commit, "dvc.lock") or b"").decode(errors="replace"), commit)
+    except LockError:
+        return {}
+    return stages if md5 in outs_of(stages).values() else {}
 
 
 def _record(stages: Stages, md5: str, commit: Commit | None) -> Record:
@@ -83,27 +97,19 @@ def _record(stages: Stages, md5: str, commit: Commit | None) -> Record:
     return Record(lineage(stages, stage), stage, path, commit)
 
 
-def _working_tree(record: Record, root: Path) -> str:
-    """An edit of dvc.lock that nobody committed, in a row that this folder comes from."""
-    now = read_lock(root / "dvc.lock")
-    if record.commit is None:
-        return "dvc.lock is as read"
-    committed = parse_lock((file_at(root, "HEAD", "dvc.lock") or b"").decode(), "dvc.lock at HEAD")
-    edited = [name for name in record.stages if now.get(name) != committed.get(name)]
-    if edited:
-        raise BrokenLinkError(
-            f"dvc.lock of the working tree differs from HEAD's in {', '.join(edited)}: commit it after `dvc repro`, or "
-            f"`git checkout dvc.lock`"
-        )
-    return "dvc.lock has no uncommitted change in the stages below"
+def _present(root: Path) -> dict[str, str]:
+    """DVC's hash of each path of the workspace; none where its dvc.lock is none, which says nothing of the folder."""
+    try:
+        return outs_of(read_lock(root / "dvc.lock"))
+    except LockError:
+        return {}
 
 
-def _chain(record: Record, root: Path) -> str:
+def _chain(record: Record) -> str:
     check_order(record.stages, f"dvc.lock of {record.stage}")
     for stage, row in record.stages.items():
-        for dependency in row.get("deps", ()):
-            path = dependency["path"]
-            if path.startswith("data/") and writer(record.stages, path) is None:
+        for path in (dependency["path"] for dependency in row.get("deps", ())):
+            if path.startswith("data/") and not writer(record.stages, path):
                 raise BrokenLinkError(f"{stage} read {path}, which no stage of this dvc.lock wrote")
     return " <- ".join(reversed(record.stages))
 
@@ -111,12 +117,16 @@ def _chain(record: Record, root: Path) -> str:
 def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     """The values in dvc.lock against params.yaml of that commit, and that against the folder's statement."""
     where = f"params.yaml at {record.commit.sha[:10]}" if record.commit else "params.yaml"
-    text = file_at(root, record.commit.sha, "params.yaml") if record.commit else (root / "params.yaml").read_bytes()
+    here = root / "params.yaml"
+    if record.commit:
+        text = file_at(root, record.commit.sha, "params.yaml")
+    else:
+        text = here.read_bytes() if here.is_file() else None
     if text is None:
         raise BrokenLinkError(f"{where}: not found")
     try:
         check_params(record.stages, load(text.decode()), where)
-        then = parameters_of(text, folder.statement.variant)
+        then = parse_as(text, where, Params).parameters_of(folder.statement.variant)
     except (ParamsError, UnicodeDecodeError, YamlError) as error:
         raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
     before, told = flat(then), flat(folder.statement.parameters)
@@ -128,19 +138,13 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
 
 def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: str, md5: str) -> str:
     """An artefact's bytes against DVC's hash of them, and against what the folder's statement has of its files."""
-    try:
-        artefact = located[path] = store.locate(path, md5)
-    except AbsentError as error:
-        raise UncheckableError(str(error)) from None
-    told = 0
-    for name, digest in folder.statement.digests.items():
-        relative = name.removeprefix(path).removeprefix("/")
-        if name.startswith(path) and relative in artefact.files:
-            told += 1
-            found = file_sha256(artefact.files[relative])
-            if found != digest:
-                raise BrokenLinkError(f"{name}: sha256 {found}, but {STATEMENT} has {digest}")
-    also = f", and {told} sha256 of {STATEMENT}" if told else ""
+    artefact = located[path] = store.locate(path, md5)
+    told = {name.removeprefix(path).removeprefix("/"): d for name, d in folder.statement.digests.items()}
+    compared = [name for name in told if name in artefact.files]
+    for name in compared:
+        if (found := file_sha256(artefact.files[name])) != told[name]:
+            raise BrokenLinkError(f"{path}/{name}: sha256 {found}, but {STATEMENT} has {told[name]}")
+    also = f", and {len(compared)} sha256 of {STATEMENT}" if compared else ""
     return f"md5 {md5}, recomputed in the {artefact.origin}{also}"
 
 
@@ -149,36 +153,33 @@ def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> st
     spectrum = located.get(f"data/spectrum/{allocation.spectrum}")
     if spectrum is None:
         raise UncheckableError(f"data/spectrum/{allocation.spectrum} is not at hand")
-    summary = read_json(spectrum.file("summary.json"))
+    try:
+        summary = read_document(spectrum.file("summary.json"), SpectrumSummary)
+    except FileError as error:  # its bytes are those of the stage
+        raise UncheckableError(f"the spectrum is not of this version of drank: {error}") from None
     values = read_tensors(spectrum.file("singular_values.safetensors"))
-    rows = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
-    described = {(row["name"], row["out_features"], row["in_features"]): row for row in rows}
+    described = {(row.name, row.out_features, row.in_features): row for row in summary.matrices}
     for unit in allocation.units:
         row = described.get((unit.name, unit.out_features, unit.in_features))
         if row is None:
             raise BrokenLinkError(f"{unit.name}: {unit.out_features} x {unit.in_features} is not in the spectrum")
-        energies = (values[row["factors"]] ** 2).numpy()
-        lost = row["base_loss"] + (0.0 if unit.form == "dense" else float(energies[unit.rank :].sum()))
-        whole = float(energies.sum()) + row["base_loss"]
-        _close(unit, "relative_loss", unit.relative_loss, lost / whole if whole else 0.0)
-        expected = _share(allocation.allocation, unit, lost)
-        if expected is not None:
-            _close(unit, "objective_share", unit.objective_share, expected)
+        energies = (values[row.factors] ** 2).numpy()
+        lost = row.base_loss + (0.0 if unit.form == "dense" else float(energies[unit.rank :].sum()))
+        whole = float(energies.sum()) + row.base_loss
+        _close(f"relative_loss of {unit.name}", unit.relative_loss, lost / whole if whole else 0.0)
+        # Rules whose objective is one of loss or effective rank; of the others, the share is no function of these.
+        shares = {"least_loss": lost, "effective_rank": unit.effective_rank / (unit.rank or 1)}
+        if allocation.allocation in shares:
+            _close(f"objective_share of {unit.name}", unit.objective_share, shares[allocation.allocation])
     objective = allocation.objective
     gap = max(0.0, objective.value - objective.bound) / abs(objective.value) if objective.value else 0.0
-    if not math.isclose(gap, objective.gap, rel_tol=1e-9, abs_tol=1e-12):
-        raise BrokenLinkError(f"gap of allocation.json is {objective.gap}, value and bound give {gap}")
+    _close("gap", objective.gap, gap)
     return f"{len(allocation.units)} units recomputed; objective {objective.value:.6g}, gap {objective.gap:.2g}"
 
 
-def _share(rule: str, unit: UnitRow, lost: float) -> float | None:
-    """A unit's part of the objective; None where the rule's objective is not one of loss or effective rank."""
-    return {"least_loss": lost, "effective_rank": unit.effective_rank / unit.rank}.get(rule)
-
-
-def _close(unit: UnitRow, what: str, told: float, found: float) -> None:
+def _close(what: str, told: float, found: float) -> None:
     if not math.isclose(told, found, rel_tol=1e-9, abs_tol=1e-15):
-        raise BrokenLinkError(f"{unit.name}: {what} is {told} in allocation.json, the spectrum gives {found}")
+        raise BrokenLinkError(f"{what} is {told} in allocation.json, its spectrum and bound give {found}")
 
 
 def _results(folder: Folder, located: Mapping[str, Artefact]) -> str:
@@ -186,9 +187,8 @@ def _results(folder: Folder, located: Mapping[str, Artefact]) -> str:
     if path not in located:
         raise UncheckableError(f"{path} is not at hand")
     recorded: dict[str, Any] = json.loads(located[path].read())
-    for key in sorted(recorded.keys() | folder.statement.results.keys()):
-        if recorded.get(key) != folder.statement.results.get(key):
-            raise BrokenLinkError(
-                f"{key} is {folder.statement.results.get(key)} in {STATEMENT}, but {recorded.get(key)} in {path}"
-            )
+    told = folder.statement.results
+    for key in sorted(recorded.keys() | told.keys()):
+        if recorded.get(key) != told.get(key):
+            raise BrokenLinkError(f"{key} is {told.get(key)} in {STATEMENT}, but {recorded.get(key)} in {path}")
     return f"{len(recorded)} figures, those of {path}"

@@ -1,8 +1,9 @@
 """``drank audit``: which allocation produced this model, and does every link of the answer hold?"""
 
 import json
-import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +12,36 @@ import typer
 from drank.cli.options import CommandError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from drank.audit import Audit
+    from drank.audit import Audit, Link
 
 MARKS = {
-    "holds": "[green]holds[/]",
-    "does not hold": "[bold red]DOES NOT HOLD[/]",
-    "cannot be checked here": "[yellow]not checked[/]",
+    "holds": ("holds", "green"),
+    "does not hold": ("DOES NOT HOLD", "red"),
+    "cannot be checked here": ("not checked", "yellow"),
 }
+# Lines about the chain from the model to its sources, filled in by ``told``.
+LINES = """\
+model|variant {variant}: {results[parameters]:,} parameters, {megabytes:.1f} MB
+allocation|{a[allocation]}, preset {a[preset]}, storage {a[storage]}: {a[n_compressed]} of {a[n_units]} units \
+compressed, {a[removed_channels]} channels removed
+|sha256 {a[sha256]}
+budget|{a[budget]:,} of {a[targeted_parameters]:,} parameters ({a[size_ratio]} asked), {a[price]:,} spent \
+({a[kept_ratio]:.4f} kept)
+objective|{a[objective][value]:.6g}, at most {a[objective][gap]:.2g} of it above the optimum
+spectrum|{a[spectrum]}: {spectrum}
+covariance|{covariance}
+calibration|{sampling[n_windows]} windows of {sampling[window_length]} tokens of {sampling[calibration_text]}, \
+seed {seed}
+"""
+
+
+class Missing(StrEnum):
+    """Sources that links are checked against; any of them may be left out."""
+
+    CARD = "card"
+    GIT = "git"
+    ARTEFACTS = "artefacts"
+    MLFLOW = "mlflow"
 
 
 def audit(
@@ -34,107 +56,88 @@ def audit(
         Path | None,
         typer.Option(help="The same variant built again: are the bytes the same, or how far apart are they?"),
     ] = None,
+    without: Annotated[
+        list[Missing] | None, typer.Option(help="What need not be at hand, so that its links may stay unchecked.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,
 ) -> None:
-    """Say what made a model, and verify every link; exit status 0 only if all that could be checked holds."""
+    """Say what made a model, and verify every link.
+
+    Exit status: 0 if every link holds, 1 if one does not, 2 if one was not checked and --without does not allow that.
+    """
     from drank.audit import audit as run
     from drank.audit import find_root
 
-    found = run(model_dir, root or find_root(Path()) or find_root(model_dir), rebuilt)
+    root = root or find_root(Path()) or find_root(model_dir)
+    found = run(model_dir, root, rebuilt, tuple(source.value for source in without or ()))
     if as_json:
         typer.echo(json.dumps({"holds": found.holds, **asdict(found)}, indent=2, sort_keys=True, ensure_ascii=False))
     else:
-        from rich.console import Console
+        show(found)
+    if found.broken:
+        raise CommandError(f"{model_dir}: {len(found.broken)} broken: {_names(found.broken)}")
+    if found.unchecked:
+        options = " ".join(f"--without {source}" for source in dict.fromkeys(link.source for link in found.unchecked))
+        typer.echo(
+            f"{model_dir}: nothing is broken, but {len(found.unchecked)} of {len(found.links)} links were not checked: "
+            f"{_names(found.unchecked)}. Mend what they lack, or leave them out: {options}",
+            err=True,
+        )
+        raise typer.Exit(2)
 
-        show(found, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
-    if not found.holds:
-        broken = [link.name for link in found.links if link.finding == "does not hold"]
-        raise CommandError(f"{model_dir}: {len(broken)} broken: {', '.join(broken)}")
+
+def _names(links: "Iterable[Link]") -> str:
+    return ", ".join(link.name for link in links)
 
 
-def show(found: "Audit", console: "Console") -> None:
+def show(found: "Audit") -> None:
     """The chain from the model to its sources, then every link, then how to build it again."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    if found.chain:
-        chain = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        chain.add_column(no_wrap=True, style="bold")
-        chain.add_column(overflow="fold")
-        for label, text in told(found.chain):
-            chain.add_row(label, escape(text))
-        console.print(chain)
-        console.print()
-    links = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for _ in range(2):
-        links.add_column(no_wrap=True)
-    links.add_column(overflow="fold")
+    for label, text in told(found.chain) if found.chain else ():
+        typer.echo(f"{label:14}{text}")
+    typer.echo()
+    width = max(len(link.name) for link in found.links) + 2
     for link in found.links:
-        links.add_row(MARKS[link.finding], link.name, escape(link.detail))
-    console.print(links)
+        mark, color = MARKS[link.finding]
+        typer.echo(f"{typer.style(f'{mark:14}', fg=color)}{link.name:{width}}{link.detail}")
     if "rebuild" in found.chain:
-        console.print("\nTo build it again, in an empty folder:", style="bold")
+        typer.echo("\nTo build it again, in an empty folder:")
         for command in found.chain["rebuild"]:
-            console.print(f"  {command}", markup=False, soft_wrap=True)
-        console.print("and compare: drank audit FOLDER --rebuilt THAT_FOLDER", soft_wrap=True)
+            typer.echo(f"  {command}")
+        typer.echo("and compare: drank audit FOLDER --rebuilt THAT_FOLDER")
 
 
-def told(chain: dict[str, Any]) -> list[tuple[str, str]]:
+def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Lines about the chain, from the model to its sources."""
-    allocation, results, parameters = chain["allocation"], chain["results"], chain["parameters"]
-    objective, spectrum, sampling = allocation["objective"], parameters["spectrum"], parameters["sampling"]
-    rows = [
-        ("model", f"variant {chain['variant']}: {results['parameters']:,} parameters, {results['bytes'] / 1e6:.1f} MB"),
-        (
-            "allocation",
-            f"{allocation['allocation']}, preset {allocation['preset']}, storage {allocation['storage']}: "
-            f"{allocation['n_compressed']} of {allocation['n_units']} units compressed, "
-            f"{allocation['removed_channels']} channels removed",
-        ),
-        ("", f"sha256 {allocation['sha256']}"),
-        (
-            "budget",
-            f"{allocation['budget']:,} of {allocation['targeted_parameters']:,} parameters ({allocation['size_ratio']} "
-            f"asked), {allocation['price']:,} spent ({allocation['kept_ratio']:.4f} kept)",
-        ),
-        ("objective", f"{objective['value']:.6g}, at most {objective['gap']:.2g} of it above the optimum"),
-        ("spectrum", f"{allocation['spectrum']}: {_listed(_set(spectrum))}"),
-        ("covariance", _listed(_set(parameters["covariance"]))),
-        (
-            "calibration",
-            f"{sampling['n_windows']} windows of {sampling['window_length']} tokens of {sampling['calibration_text']}, "
-            f"seed {spectrum['calibration_seed']}",
-        ),
-    ]
+    results, parameters = chain["results"], chain["parameters"]
+    values = {
+        "variant": chain["variant"], "results": results, "megabytes": results["bytes"] / 1e6, "a": chain["allocation"],
+        "spectrum": _listed(parameters["spectrum"]), "covariance": _listed(parameters["covariance"]),
+        "sampling": parameters["sampling"], "seed": parameters["spectrum"]["calibration_seed"],
+    }  # fmt: skip
+    for line in LINES.splitlines():
+        label, _, text = line.partition("|")
+        yield label, text.format(**values)
     for material in chain["materials"]:
         if "uri" in material:
             label = "base model" if material["name"] == "model" else material["name"].replace(".", " ")
-            rows.append((label, f"{material['uri']}{_digest(material)}"))
+            digest = f", sha256 {material['digest']['sha256']}" if "digest" in material else ""
+            yield label, f"{material['uri']}{digest}"
     if "commit" in chain:
         commit = chain["commit"]
-        rows.append(
-            ("commit", f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "no git here")
+        yield (
+            "commit",
+            f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "none that is known here",
         )
-    rows += [("results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))}))]
-    rows += [("", _types(chain["computed_in"]))] if chain.get("computed_in") else []
-    rows += [("MLflow", run["link"]) for run in chain.get("mlflow", ())[:1]]
-    return rows
-
-
-def _types(computed_in: dict[str, str]) -> str:
-    others = ", ".join(f"{passes} in {dtype}" for passes, dtype in computed_in.items() if passes != "evaluation")
-    return f"measured in {computed_in.get('evaluation', 'an unknown type')}" + (f"; {others}" if others else "")
+    yield "results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))})
+    if types := chain["computed_in"]:
+        others = ", ".join(f"{passes} in {dtype}" for passes, dtype in types.items() if passes != "evaluation")
+        yield "", f"measured in {types.get('evaluation', 'an unknown type')}" + (f"; {others}" if others else "")
+    yield from (("MLflow", run["link"]) for run in chain.get("mlflow", ())[:1])
 
 
 def _listed(values: dict[str, Any]) -> str:
-    told = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
-    return ", ".join(f"{key} {text}" for key, text in told.items())
-
-
-def _set(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields not zero, empty or off."""
-    return {key: value for key, value in values.items() if value}
-
-
-def _digest(material: dict[str, Any]) -> str:
-    return f", sha256 {material['digest']['sha256']}" if "digest" in material else ""
+    """Fields with their values, but those that are zero, empty or off."""
+    set_ = {key: value for key, value in values.items() if value}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in set_.items()
+    )

@@ -190,7 +190,7 @@ def _load(folder: Path, conditions: Conditions) -> tuple[float, int]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, conditions.dtype)).to(device).eval()
     # The same ids for every model and call: what a pass costs does not depend on them.
     shape = (conditions.batch_size, conditions.prompt_tokens)
-    windows = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(len(model.get_input_embeddings().weight), shape, generator=torch.Generator().manual_seed(0))
     _here["subject"] = Subject(model, windows, conditions.new_tokens)
     _here["subject"]("generation")
     grown = max(1, peak_memory(device) - before)  # a small model may fit into what the libraries have left
@@ -206,7 +206,7 @@ def _ask(executor: ProcessPoolExecutor, part: str) -> dict[str, float]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What figures depend on beside the model and the options."""
+    """Circumstances that figures depend on, beside the model and the options."""
     import torch
 
     from drank.model.precision import cpu_fact

@@ -33,7 +33,7 @@ def check(
         look_ahead(root, typer.echo)
         return
     from drank.project import damage
-    from drank.project.git import keeps
+    from drank.project.git import GitError, keeps
     from drank.project.progress import progress
 
     if torn := damage.find_torn(root):
@@ -46,12 +46,17 @@ def check(
         typer.echo(f"{len(torn)} deleted; `dvc repro` makes them anew, of what its cache remembers")
         return
     found = damage.find_damage(root, lambda paths: progress(list(paths), desc="check", unit="outs"))
-    kept_by_git = {one.path for one in found.damages if keeps(root, one.path)}  # somebody may have edited these
+    files = [one.path for one in found.damages]
+    try:
+        kept_by_git = {path for path in (*files, *(root / path for path in found.uncached)) if keeps(root, path)}
+    except GitError as error:
+        typer.echo(f"cannot say what git keeps, so that nothing is taken away: {error}")
+        kept_by_git = set(files)
     for one in found.damages:
         told = f"damaged: md5 {one.found}, but {one.stage} wrote {one.recorded}"
         if one.recorded is None:
             told = f"not recorded: {one.stage} did not write it; move it away"
-        elif one.path in kept_by_git:
+        elif one.path in kept_by_git:  # somebody may have edited it
             told += f"; `git checkout -- {one.path}` or `dvc repro -f {one.stage}` brings it back"
         typer.echo(f"{one.path}: {told}")
     for out in found.absent:
@@ -64,7 +69,7 @@ def check(
         raise CommandError(" and ".join(amiss) + taken * bool(found.damages))
     if gone:
         typer.echo(f"{len(gone)} taken away; `dvc repro` makes them again")
-    elif single := [path for path in found.uncached if not keeps(root, root / path)]:
+    elif single := [path for path in found.uncached if root / path not in kept_by_git]:
         shown = ", ".join(single[:3]) + ", ..." * (len(single) > 3)
         typer.echo(
             f"{len(found.whole)} outs are as recorded here; {len(single)} of them have no whole copy in DVC's cache, "

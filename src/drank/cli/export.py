@@ -20,7 +20,7 @@ def export(
 ) -> None:
     """Write a compressed model as a plain Hugging Face folder, as large as its base model.
 
-    For programs that cannot `import drank`; those that can take MODEL_DIR as it is.
+    For programs that cannot `import drank`; others take MODEL_DIR as it is.
     """
     provenance = check(model, destination, dense)
     from drank.project.files import replacing_folder, write_text
@@ -37,21 +37,16 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
     """Refuse what cannot be exported before anything is loaded, and say what the folder was made of.
 
     Raises:
-        ExportError: the folder is none of ours, or is plain, or the destination is taken, or `dense` is not asked.
-        FileError: a file of the folder is damaged.
+        ExportError: the folder is no model's, or plain, or the destination is taken, or `dense` is not asked.
+        FileError: a file of the folder is damaged, or another program's.
     """
     from drank.audit.folder import Folder
-    from drank.project.files import read_json
 
     if not (model / "config.json").is_file():
         raise ExportError(f"{model}: no config.json, so not the folder of a model")
-    compressed = read_json(model / "config.json").get("quantization_config")
-    if compressed is None:
+    folder = Folder(model)
+    if folder.quantization is None:
         raise ExportError(f"{model}: not compressed, so plain already: copy it as it is")
-    if (method := compressed.get("quant_method")) != "drank":
-        raise ExportError(
-            f"{model}: compressed by {method!r}, not by drank; its own tools can write it as a plain model"
-        )
     if not dense:
         raise ExportError(
             f"{model}: loads with plain from_pretrained after `import drank`, so copy it as it is (docs/loading.md); "
@@ -61,10 +56,7 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
         raise ExportError(
             f"{destination}: exists already, and would be replaced as a whole: remove it, or name another"
         )
-    if destination.resolve().is_relative_to(model.resolve()):
-        raise ExportError(f"{destination}: inside {model}, whose checksums would no longer hold: name another")
-    folder = Folder(model)
-    if not folder.tensors[0] or folder.quantization is None:
+    if not folder.tensors[0]:
         raise ExportError(f"{model}: no weights (*.safetensors); copy it again")
     return folder.quantization.provenance
 

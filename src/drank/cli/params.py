@@ -1,15 +1,31 @@
-"""``drank params``: the reference of params.yaml."""
+"""``drank params``: params.yaml as a JSON schema, which docs/params.schema.json is and docs/params.md is made of."""
 
 import json
-from typing import Annotated
+from typing import Any
 
 import typer
+from pydantic.json_schema import GenerateJsonSchema
+
+from drank.project.params import Params
 
 
-def params(
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema for editors instead.")] = False,
-) -> None:
-    """Print what every key of params.yaml means: type, range, default, and the rules between keys."""
-    from drank.project.reference import json_schema, markdown
+def params() -> None:
+    """Print the JSON schema of params.yaml: types, ranges, defaults, descriptions; editors complete keys by it."""
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
-    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False) if schema else markdown(), nl=schema)
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of params.yaml. Rules between keys are not in it; the reader of the file has them."""
+    schema = json.dumps(Params.model_json_schema(schema_generator=_ForEditors))
+    one_line = json.loads(schema.replace("\\n", " "))  # docstrings are broken where a line of code has to end
+    return {"$schema": GenerateJsonSchema.schema_dialect} | one_line | {"title": "params.yaml of drank"}
+
+
+class _ForEditors(GenerateJsonSchema):
+    """Without titles, which would repeat the keys; names of one's own have to keep the rule of names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def dict_schema(self, schema: Any) -> dict[str, Any]:
+        return super().dict_schema(schema) | {"additionalProperties": False}

@@ -54,9 +54,8 @@ def look_ahead(root: Path, say: Callable[[str], None]) -> None:
         CommandError: some of it is an error.
     """
     from drank.preflight import preflight
-    from drank.project.params import read_params
 
-    findings = preflight(root, read_params(root / "params.yaml"))
+    findings = preflight(root)
     for finding in findings:
         say(f"{finding.level}: {finding.text}")
     counts = Counter(finding.level for finding in findings)

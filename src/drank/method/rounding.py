@@ -179,7 +179,7 @@ def feedback(
 def expected_loss(
     weight: Float[Tensor, "out in"], grid: Grid, H: Float[Tensor, "in in"], G: Float[Tensor, "out out"]
 ) -> float:
-    r"""What :func:`feedback` along the columns will cost, without rounding anything.
+    r"""Loss of :func:`feedback` along the columns, before anything is rounded.
 
     .. math:: \tfrac12 \sum_a G_{aa} \sum_b d_b\, s_{ab}^2 / 12
 

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from drank.model.vocabulary import n_positions
+
 # By figure: the part of the work that it is timed in, and its unit. Parts are timed separately.
 FIGURES = {
     "prefill": ("prefill", "tokens/s"),
@@ -76,7 +78,7 @@ class Subject:
         new_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        length, positions = windows.shape[1], getattr(model.config, "max_position_embeddings", None)
+        length, positions = windows.shape[1], n_positions(model.config)
         if positions is not None and length + new_tokens > positions:
             raise BenchmarkError(
                 f"a prompt of {length} tokens and {new_tokens} new ones, but the model has {positions} positions; ask "

@@ -38,7 +38,7 @@ def watching_output_gradients(modules: Mapping[str, nn.Module], callback: Callba
             callback(name, gradient.detach().flatten(0, -2))
 
         def on_forward(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:  # a router's choice has no gradient, and those who need one find none
+            if output.requires_grad:  # a router's output may need none; callers check that every linear got one
                 output.register_hook(on_gradient)
 
         return on_forward
@@ -164,7 +164,7 @@ def send_back(logits: Tensor, batch: Batch, fisher: str, seed: int = 0) -> None:
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One label a row by the Gumbel trick, whose memory is that of the logits."""
+    """One label per row by the Gumbel trick, whose memory is that of the logits."""
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     return (logits - uniform.clamp_min(torch.finfo(torch.float32).tiny).log().neg().log()).argmax(-1)
 

@@ -1,7 +1,8 @@
 """How differently two models predict the same text. Knows tensors and modules; files belong to the caller."""
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -16,8 +17,11 @@ def token_divergence(model: nn.Module, other: nn.Module, windows: Int[Tensor, "w
         other: gives q.
         windows: token ids; every position of every window counts, T of them in all.
     """
-    total = 0.0
-    for window in windows:
-        log_p, log_q = (m(window[None]).logits.float().log_softmax(-1) for m in (model, other))
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    return total / windows.numel()
+    total = sum(float(divergence(model(ids[None]).logits[0], other(ids[None]).logits[0])) for ids in windows)
+    return total / len(windows)
+
+
+def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:
+    r"""Mean over tokens of :math:`\sum_v p_v (\log p_v - \log q_v)` in nats; logits of p are expected, of q found."""
+    p, q = expected.float().log_softmax(-1), found.float().log_softmax(-1)
+    return F.kl_div(q, p, log_target=True, reduction="sum") / len(found)

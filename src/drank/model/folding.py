@@ -9,19 +9,29 @@ others put theirs in this order, for nothing where they are no pivot layers, and
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from drank.model.groups import Mlp, find_mlps
+from drank.model.layers import FORMS
 from drank.model.linears import find_linears, is_conv1d
-from drank.model.stored import Stored
 
-# By form, the tensor whose columns are input channels, and the one whose rows are output channels.
-INPUT_SIDE = {"factors": "basis", "pivot": "weight", "dense": "weight"}
-OUTPUT_SIDE = {"factors": "weight", "pivot": "places", "dense": "weight"}
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A module before it is put into the model: its spec for config.json, and its tensors by name.
+
+    Weights are (out, in), Conv1D's too.
+    """
+
+    name: str
+    spec: dict[str, Any]
+    tensors: Tensors
 
 
 @torch.no_grad()
@@ -29,55 +39,52 @@ def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Store
     """The same modules, with one `places` less in each MLP that has any; modules left as they are change in place.
 
     Left alone are MLPs with a basis shared between layers, which would have to follow two orders, and those with
-    parameters of their own between the matrices, which may be one a channel.
+    parameters of their own between the matrices, which may be one per channel.
     """
     by_name = {module.name: module for module in stored}
     for mlp in find_mlps(model, find_linears(model, ["re:.*"])):
-        leader = next((m for m in _stored(mlp, by_name) if m.spec["form"] == "pivot"), None)
-        if leader is None or leader.name == mlp.down.name or not _foldable(model, mlp, by_name):
+        leader = next((by_name[x.name] for x in mlp.before if "places" in _tensors(x.name, by_name)), None)
+        if leader is None or not _foldable(model, mlp, by_name):
             continue
         order = leader.tensors["places"].long().argsort()
         for linear in mlp.before:
-            _reorder_outputs(linear.module, linear.name, by_name, order)
-        _reorder_inputs(mlp.down.module, mlp.down.name, by_name, order)
+            _reorder(linear.module, linear.name, by_name, order, outputs=True)
+        _reorder(mlp.down.module, mlp.down.name, by_name, order, outputs=False)
         kept = {key: tensor for key, tensor in by_name[leader.name].tensors.items() if key != "places"}
         by_name[leader.name] = Stored(leader.name, leader.spec | {"in_order": True}, kept)
     return list(by_name.values())
 
 
-def _stored(mlp: Mlp, by_name: dict[str, Stored]) -> list[Stored]:
-    return [by_name[linear.name] for linear in (*mlp.before, mlp.down) if linear.name in by_name]
+def _tensors(name: str, by_name: dict[str, Stored]) -> Tensors:
+    return by_name[name].tensors if name in by_name else {}
 
 
 def _foldable(model: nn.Module, mlp: Mlp, by_name: dict[str, Stored]) -> bool:
-    own = {
-        f"{linear.name.rpartition('.')[2]}.{kind}" for linear in (*mlp.before, mlp.down) for kind in ("weight", "bias")
-    }
+    linears = (*mlp.before, mlp.down)
+    own = {f"{linear.name.rpartition('.')[2]}.{kind}" for linear in linears for kind in ("weight", "bias")}
     others = {name for name, _ in model.get_submodule(mlp.name).named_parameters()} - own
-    return not others and not any("basis" in module.spec for module in _stored(mlp, by_name))
+    specs = [by_name[linear.name].spec for linear in linears if linear.name in by_name]
+    return not others and all("basis" not in spec and all(_sides(spec["form"])) for spec in specs)
 
 
-def _reorder_outputs(module: Any, name: str, by_name: dict[str, Stored], order: Tensor) -> None:
+def _sides(form: str) -> tuple[str | None, str | None]:
+    """The tensor whose columns are input channels, and the one whose rows are output channels."""
+    return ("weight", "weight") if form == "dense" else (FORMS[form].columns, FORMS[form].rows)
+
+
+def _reorder(module: Any, name: str, by_name: dict[str, Stored], order: Tensor, outputs: bool) -> None:
+    """Renumber the output or the input channels of a matrix, which is in the model or about to be stored."""
+    bias = _tensors(name, by_name).get("bias", module.bias)
     if name not in by_name:
-        weight = module.weight
-        weight.copy_(weight[:, order] if is_conv1d(module) else weight[order])
-        if module.bias is not None:
-            module.bias.copy_(module.bias[order])
+        weight = module.weight.T if is_conv1d(module) else module.weight
+        weight.copy_(weight[order] if outputs else weight[:, order])
+        if outputs and bias is not None:
+            bias.copy_(bias[order])
         return
     old = by_name[name]
-    side = OUTPUT_SIDE[old.spec["form"]]
-    tensors = old.tensors | {side: old.tensors[side][order]}
-    bias = old.tensors.get("bias", module.bias)
-    if bias is not None:
+    columns, rows = _sides(old.spec["form"])
+    side = str(rows if outputs else columns)
+    tensors = old.tensors | {side: old.tensors[side][order] if outputs else old.tensors[side][:, order]}
+    if outputs and bias is not None:
         tensors["bias"] = bias[order]
     by_name[name] = replace(old, tensors=tensors)
-
-
-def _reorder_inputs(module: Any, name: str, by_name: dict[str, Stored], order: Tensor) -> None:
-    if name not in by_name:
-        weight = module.weight
-        weight.copy_(weight[order] if is_conv1d(module) else weight[:, order])
-        return
-    old = by_name[name]
-    side = INPUT_SIDE[old.spec["form"]]
-    by_name[name] = replace(old, tensors=old.tensors | {side: old.tensors[side][:, order]})

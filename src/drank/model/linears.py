@@ -1,8 +1,8 @@
 """The linears of a decoder: which are compressed, what each one does, which of them read the same tensor, and what else
 the model holds, which stays as it is.
 
-The one place with knowledge of model architectures. Sizes come from the modules themselves and shared inputs from one
-probing forward pass; only the *role* of a linear (needed by rules that speak of queries, keys and values) is looked up.
+All knowledge of architectures is here. Sizes come from the modules themselves and shared inputs from one probing
+forward pass; only the *role* of a linear (needed by rules that speak of queries, keys and values) is looked up.
 """
 
 import copy
@@ -65,7 +65,7 @@ class PatternError(ValueError):
 
 
 class UnreachedError(ValueError):
-    """Linears of which calibration shows nothing; the message names them, and the patterns that leave them out."""
+    """Calibration shows nothing of some linears; the message names them, and the patterns that leave them out."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def find_linears(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
     """Linears to compress, in the model's order; :func:`survey` without what is left.
 
     Raises:
-        NoTargetsError, PatternError: those of :func:`survey`.
+        NoTargetsError, PatternError: as :func:`survey` does.
     """
     return survey(model, targets, ignore)[0]
 
@@ -205,7 +205,7 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
 
 
 def unreached(what: str, names: Sequence[str]) -> UnreachedError:
-    """The error to raise where nothing is known of the linears of these names; ``what`` did not happen to them."""
+    """The error to raise where calibration shows nothing of these linears; ``what`` did not happen to them."""
     patterns = dict.fromkeys("re:" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names)
     return UnreachedError(
         f"{what} {', '.join(names[:3])} ({len(names)} linears), so there is nothing to compress by. Either the model "

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
+from drank.model.divergence import divergence
 from drank.model.linears import layer_index
 
 CURVE = "healing.json"  # the loss by step, in the folder of a healed model
@@ -25,7 +26,7 @@ WARM_UP = 0.05  # share of the steps in which the learning rate rises; then it f
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast: ``epochs`` passes over the windows in new orders, ``batch_windows`` of them a step."""
+    """How long and how fast: ``epochs`` passes over the windows in new orders, ``batch_windows`` of them per step."""
 
     n_windows: int
     batch_windows: int
@@ -129,14 +130,8 @@ class Healing:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         with torch.inference_mode():
             expected = self.teacher(input_ids=ids, use_cache=False).logits
-        # Window by window: a vocabulary's worth of float32 a token is the largest thing here.
+        # Window by window: a vocabulary's worth of float32 per token is the largest thing here.
         return torch.stack([divergence(theirs, ours) for theirs, ours in zip(expected, logits, strict=True)]).mean()
-
-
-def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:
-    r"""Mean over tokens of :math:`\sum_v p_v (\log p_v - \log q_v)` in nats; p is expected, q found."""
-    p, q = expected.float().log_softmax(-1), found.float().log_softmax(-1)
-    return F.kl_div(q, p, log_target=True, reduction="sum") / len(found)
 
 
 def matrices(model: nn.Module) -> list[str]:

@@ -30,8 +30,8 @@ class Sweep(NamedTuple):
     """Passes over all batches, in which modules below ``prefix`` run once with each, or with gradients too."""
 
     prefix: str
-    inputs: bool  # whether what enters them is to be taken now
-    gradients: bool  # whether what comes back to them is
+    inputs: bool  # True if their inputs are to be taken in this sweep
+    gradients: bool  # True if their output gradients are
     passes: Iterator[int]  # yields each batch's number of windows
 
 
@@ -78,7 +78,7 @@ def load_offloaded(
 def offloaded_sweeps(
     model: nn.Module, blocks: str, batches: Sequence[Batch], fisher: str, seed: int, store: Store
 ) -> Iterator[Sweep]:
-    """One sweep a block forwards and, unless fisher is "none", one for the head and one a block backwards.
+    """One sweep per block forwards and, unless fisher is "none", one for the head and one per block backwards.
 
     Exhaust a sweep's ``passes`` before asking for the next. Every input and gradient is what ``run_windows`` and
     ``run_backward`` show, to the bit on the same machine. Forwards, the store holds the outputs of one block; with

@@ -94,7 +94,7 @@ def _told(fact: Callable[[], bool]) -> bool:
 
 
 def cpu_fact(name: str) -> str:
-    """What Linux says of the first processor, such as its "model name"; elsewhere what Python knows of its kind."""
+    """A fact of the first processor from Linux, such as its "model name"; elsewhere the kind that Python knows."""
     lines = CPU_FACTS.read_text(errors="replace").splitlines() if CPU_FACTS.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
     return next(named, platform.processor())

@@ -2,16 +2,22 @@
 
 Takes strings, a tokenizer and seeds; returns tensors and plain records. Knows no file and no model.
 Every draw comes from ``numpy.random.default_rng(seed)``, so equal arguments give equal results.
+Documents are read one by one, so memory holds their tokens and not their characters.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, Literal, TypeVar
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice, pairwise
+from typing import Any, Literal
 
 import numpy as np
+import regex
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 SEPARATOR = "\n\n"  # between documents in a token stream, as the literature joins WikiText-2
@@ -22,11 +28,21 @@ CONTEXT_WORDS = 30  # a last word is predicted from at least as many words
 PASSAGE_WORDS = 60  # and its whole passage is no longer than this
 SENTENCE_WORDS = range(8, 21)  # length of both sentences of a next-sentence item
 N_CHOICES = 4
+CHUNK = 2**20  # characters that are tokenised at once
+CONTEXT = 2**11  # characters beside a cut between chunks, on which the tokens there are found not to depend
 
-Item = TypeVar("Item")
+# Scripts that set no spaces between words: two of their letters count as one word.
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+# A stop of [.!?] ends a sentence before white space and a capital, or a letter of a script without capitals; the stops
+# of other scripts always do, with the quotes and brackets that they close.
+STOP = r"\p{Sentence_Terminal}"
+SENTENCE_END = regex.compile(rf"(?V1)[.!?](?=\s+[¿¡]?[\p{{Lu}}\p{{Lo}}])|[{STOP}--[.!?]]+[{STOP}\p{{Pe}}\p{{Pf}}]*|\n")
+# Lower case, or a script that has no cases: what an abbreviation's stop ("Sen.", "Mr.") cuts off is no sentence.
+LAST_WORD = regex.compile(rf"([\p{{Ll}}\p{{Lo}}\p{{Lm}}\p{{M}}\u200c\u200d]{{3,}})(?: ?[!?]|{STOP})$")
+
 Tokenizer = Any  # of transformers
 Begin = Literal["window", "document", "text"]  # what begin tokens are put in front of
-Stream = Int64[Tensor, "n_tokens"]
+Stream = Int[Tensor, "n_tokens"]
 Windows = Int64[Tensor, "n_windows window_length"]
 
 
@@ -37,7 +53,24 @@ class SamplingError(ValueError):
 # --- documents ------------------------------------------------------------------------------------------------
 
 
-def clean(documents: Iterable[str]) -> list[str]:
+@dataclass(eq=False)
+class Picked(Sequence[str]):
+    """Documents in an order of their own, each read, and changed, when it is asked for."""
+
+    documents: Sequence[str]
+    order: Sequence[int] | np.ndarray
+    change: Callable[[str], str] = str
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Picked(self.documents, self.order[index], self.change)
+        return self.change(self.documents[self.order[index]])
+
+
+def clean(documents: Sequence[str]) -> Picked:
     """Documents repaired and trimmed, without empty ones and without repetitions (the first is kept).
 
     Repairs only what can be undone or carries nothing:
@@ -48,15 +81,19 @@ def clean(documents: Iterable[str]) -> list[str]:
 
     Comes before the split: a repeated document on both sides of it would be calibrated on and tested on.
     """
-    return [document for document in dict.fromkeys(map(_repair, documents)) if document]
+    digests = bytearray(_digest(""))
+    for document in documents:
+        digests += _digest(_repair(document))
+    _, first = np.unique(np.frombuffer(digests, "V16"), return_index=True)
+    return Picked(documents, np.sort(first)[1:] - 1, _repair)
 
 
-def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items in a seeded random order."""
-    return [items[index] for index in np.random.default_rng(seed).permutation(len(items))]
+def shuffled(documents: Sequence[str], seed: int) -> Picked:
+    """The documents in a seeded random order."""
+    return Picked(documents, np.random.default_rng(seed).permutation(len(documents)))
 
 
-def split_documents(documents: Sequence[str], held_out_share: float, seed: int) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[str], held_out_share: float, seed: int) -> tuple[Picked, Picked]:
     """Documents to calibrate on and documents held out, both in a seeded random order; none is in both.
 
     ``held_out_share`` in (0, 1) of the documents, rounded to the nearest whole number, is held out.
@@ -72,6 +109,10 @@ def split_documents(documents: Sequence[str], held_out_share: float, seed: int) 
         )
     order = shuffled(documents, seed)
     return order[n_held_out:], order[:n_held_out]
+
+
+def _digest(document: str) -> bytes:
+    return blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _repair(document: str) -> str:
@@ -97,21 +138,73 @@ def begin_token(tokenizer: Tokenizer) -> int | None:
 
     A tokenizer can name a begin-of-sequence token and still not use it (SmolLM2): only an encoded probe tells.
     """
+    return next(iter(_special_ids(tokenizer)[0]), None)
+
+
+def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after every text."""
     plain, special = (tokenizer.encode("a", add_special_tokens=flag) for flag in (False, True))
-    return special[0] if special[0] != plain[0] else None
+    start = next((start for start in range(len(special)) if special[start : start + len(plain)] == plain), 0)
+    return special[:start], special[start + len(plain) :]
 
 
-def token_stream(documents: Sequence[str], tokenizer: Tokenizer, begin: Begin = "window") -> Stream:
-    """All documents as one sequence of token ids.
+def token_stream(documents: Iterable[str], tokenizer: Tokenizer, begin: Begin = "window") -> Stream:
+    """All documents as one sequence of token ids (int32).
 
     ``begin`` says where special tokens go, of a tokenizer that has any: nowhere yet, each ``window`` will get its begin
     token when it is cut; to the one ``text`` that the documents are, joined by an empty line (the literature's test
     texts); to every ``document``, which are then tokenised one by one and laid end to end (calibration in the released
     code of D-Rank and Basis Sharing, whose documents are lines).
     """
-    pieces = documents if begin == "document" else [SEPARATOR.join(documents)]
-    ids = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=begin != "window")]
-    return torch.tensor(ids, dtype=torch.int64)
+    front, back = ([], []) if begin == "window" else _special_ids(tokenizer)
+    stream = array("i")
+    for text in ([document] for document in documents) if begin == "document" else [_joined(documents)]:
+        stream.extend(front)
+        for ids in _encoded(text, tokenizer):
+            stream.extend(ids)
+        stream.extend(back)
+    return torch.from_numpy(np.asarray(stream))
+
+
+def _joined(documents: Iterable[str]) -> Iterator[str]:
+    for number, document in enumerate(documents):
+        yield SEPARATOR + document if number else document
+
+
+def _encoded(text: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of a text in pieces, as if it were encoded at once, with about ``CHUNK`` characters in memory.
+
+    A text is cut where the tokens nearer than ``CONTEXT`` / 4 characters come out the same from the ``CONTEXT``
+    characters before the cut and ``CONTEXT`` / 2 behind it alone; where they do not, a longer text is tried. The
+    characters before the cut are encoded once more, with the next chunk.
+    """
+    held, known, enough = "", 0, CHUNK  # the tokens of the first `known` characters held are given already
+    for piece in (document[at : at + CHUNK] for document in text for at in range(0, len(document), CHUNK)):
+        held += piece
+        if len(held) < enough or not tokenizer.is_fast:  # the others do not say where their tokens are
+            continue
+        ids, starts = _located(held, tokenizer)
+        cut = len(held) - CONTEXT
+        alone, alone_starts = _located(held[cut - CONTEXT : cut + CONTEXT // 2], tokenizer)
+        near = abs(starts - cut) < CONTEXT // 4
+        near_alone = abs(alone_starts - CONTEXT) < CONTEXT // 4
+        same = np.array_equal(starts[near] - cut, alone_starts[near_alone] - CONTEXT)
+        if same and near.any() and np.array_equal(ids[near], alone[near_alone]):
+            yield ids[(starts >= known) & (starts < cut)].tolist()
+            held, known, enough = held[cut - CONTEXT :], CONTEXT, CHUNK
+        else:
+            enough = 2 * len(held)
+    if known:
+        ids, starts = _located(held, tokenizer)
+        yield ids[starts >= known].tolist()
+    else:
+        yield tokenizer.encode(held, add_special_tokens=False)
+
+
+def _located(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, and the character that each token starts at."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return np.array(found["input_ids"]), np.array(found["offset_mapping"]).reshape(-1, 2)[:, 0]
 
 
 def draw_windows(stream: Stream, n_windows: int, window_length: int, seed: int, begin_token: int | None) -> Windows:
@@ -175,9 +268,10 @@ def _check_length(enough: bool, stream: Stream, needs: str, knob: str) -> None:
         raise SamplingError(f"the text has {len(stream)} tokens and {needs}: give more text, or lower {knob}")
 
 
-def _with_begin(windows: Int64[Tensor, "n_windows n_read"], begin_token: int | None) -> Windows:
+def _with_begin(windows: Int[Tensor, "n_windows n_read"], begin_token: int | None) -> Windows:
+    windows = windows.long().contiguous()
     if begin_token is None:
-        return windows.contiguous()
+        return windows
     return torch.cat([windows.new_full((len(windows), 1), begin_token), windows], dim=1)
 
 
@@ -199,19 +293,24 @@ def rolling_items(documents: Iterable[str]) -> list[dict[str, str]]:
     return items
 
 
-def last_word_items(documents: Iterable[str], n_items: int, seed: int) -> list[dict[str, str]]:
+def last_word_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, str]]:
     """Passages of whole sentences, ``{context, target}``: the target is the last word, without its full stop.
 
-    In the manner of LAMBADA (arXiv:1606.06031), but nobody has chosen the words that a reader can guess.
+    In the manner of LAMBADA (arXiv:1606.06031), but nobody has chosen the words that a reader can guess. Words are what
+    spaces set apart, so that a text of a script without spaces has none.
 
     Raises:
         SamplingError: the documents have fewer than ``n_items`` such passages.
     """
-    passages = [item for document in documents for item in _last_words(_sentences(document))]
-    return _choose(passages, n_items, seed, "passages that end with a sentence")
+    ends = np.cumsum([sum(1 for _ in _last_words(document)) for document in documents])
+    items = []
+    for number in _choose(int(ends[-1]), n_items, seed, "passages that end with a sentence", documents):
+        index = int(np.searchsorted(ends, number, side="right"))
+        items.append(list(_last_words(documents[index]))[number - ends[index]])
+    return items
 
 
-def next_sentence_items(documents: Iterable[str], n_items: int, seed: int) -> list[dict[str, Any]]:
+def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> list[dict[str, Any]]:
     """A sentence and four candidates for the next one, ``{context, choices, label}``: chance is 1/4.
 
     The true one is ``choices[label]``; the others are sentences of three other documents. In the manner of
@@ -231,12 +330,13 @@ def next_sentence_items(documents: Iterable[str], n_items: int, seed: int) -> li
     if n_documents < N_CHOICES:
         raise SamplingError(
             f"{n_documents} held-out documents have two sentences of {SENTENCE_WORDS.start} to "
-            f"{SENTENCE_WORDS.stop - 1} words in a row, and {N_CHOICES} are needed: give more text, or raise "
-            f"sampling.held_out_share"
+            f"{SENTENCE_WORDS.stop - 1} words in a row, and {N_CHOICES} are needed{_reason(documents)}: "
+            f"give more text, or raise sampling.held_out_share"
         )
     rng = np.random.default_rng([seed, 1])  # not the stream that has chosen the pairs
     items = []
-    for document, context, true in _choose(pairs, n_items, seed, "pairs of consecutive sentences"):
+    for number in _choose(len(pairs), n_items, seed, "pairs of consecutive sentences", documents):
+        document, context, true = pairs[number]
         others: dict[int, str] = {}  # one sentence per document
         for index, _, sentence in (pairs[drawn] for drawn in rng.permutation(len(pairs))):
             if index != document:
@@ -250,38 +350,60 @@ def next_sentence_items(documents: Iterable[str], n_items: int, seed: int) -> li
 
 
 def _cut(text: str, n_characters: int) -> str:
+    """At the end of a word if one ends in the last tenth, else before a whole character."""
     if len(text) <= n_characters:
         return text
     words = text[: n_characters + 1].rsplit(maxsplit=1)
-    return words[0] if len(words) == 2 else text[:n_characters]
+    if len(words) == 2 and len(words[0]) > 0.9 * n_characters:
+        return words[0]
+    while n_characters > 1 and unicodedata.category(text[n_characters]).startswith("M"):
+        n_characters -= 1
+    return text[:n_characters]
 
 
-def _choose(pool: list[Item], n_items: int, seed: int, what: str) -> list[Item]:
-    if len(pool) < n_items:
+def _choose(n_found: int, n_items: int, seed: int, what: str, documents: Sequence[str]) -> list[int]:
+    if n_found < n_items:
         raise SamplingError(
-            f"the held-out documents have {len(pool)} {what} and {n_items} are asked for: "
+            f"the held-out documents have {n_found} {what} and {n_items} are asked for{_reason(documents)}: "
             f"give more text, raise sampling.held_out_share, or lower sampling.n_task_items"
         )
-    return shuffled(pool, seed)[:n_items]
+    return np.random.default_rng(seed).permutation(n_found)[:n_items].tolist()
+
+
+def _reason(documents: Sequence[str]) -> str:
+    """Why a text can have no items, as part of a message; empty where nothing is known."""
+    text = "\n".join(document[:1000] for document in islice(documents, 100))
+    scripts = sorted({unicodedata.name(letter).split()[0] for letter in UNSPACED.findall(text)})
+    if not regex.search(STOP, text):
+        return " (no sentence of this text ends with a stop)"
+    if len(UNSPACED.findall(text)) > sum(map(str.isalpha, text)) / 2:
+        return f" (spaces do not set apart the words of this text, which is {' and '.join(scripts)})"
+    return ""
 
 
 def _sentences(document: str) -> list[str]:
-    """The document cut at line ends, and after [.!?] where white space and a capital letter follow."""
-    return [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])|\s*\n\s*", document) if s]
+    """The document cut at line ends, and where sentences end."""
+    cuts = [0, *(end.end() for end in SENTENCE_END.finditer(document)), len(document)]
+    return [sentence for start, stop in pairwise(cuts) if (sentence := document[start:stop].strip())]
 
 
-def _last_words(sentences: list[str]) -> Iterator[dict[str, str]]:
+def _n_words(text: str) -> int:
+    return len(text.split()) + len(UNSPACED.findall(text)) // 2
+
+
+def _last_words(document: str) -> Iterator[dict[str, str]]:
+    sentences = _sentences(document)
     for end in range(1, len(sentences) + 1):
         passage = ""  # the fewest last sentences that hold CONTEXT_WORDS words and one more
         for sentence in reversed(sentences[:end]):
             passage = f"{sentence} {passage}".rstrip()
-            if len(passage.split()) > CONTEXT_WORDS:
+            if _n_words(passage) > CONTEXT_WORDS:
                 break
-        # Lower case only: what an abbreviation's stop ("Sen.", "Mr.") cuts off is no sentence.
-        ending = re.fullmatch(r"(.+) ([a-z]{3,})[.!?]", passage)
-        if ending and CONTEXT_WORDS <= len(passage.split()) - 1 < PASSAGE_WORDS:
-            yield {"context": ending[1], "target": ending[2]}
+        last = LAST_WORD.search(passage)
+        spaced = last and passage[last.start() - 1 : last.start()] == " " and not UNSPACED.search(last[1])
+        if spaced and CONTEXT_WORDS <= _n_words(passage) - 1 < PASSAGE_WORDS:
+            yield {"context": passage[: last.start() - 1], "target": last[1]}
 
 
 def _is_plain(sentence: str) -> bool:
-    return len(sentence.split()) in SENTENCE_WORDS and re.search(r"[a-z]{3,}[.!?]$", sentence) is not None
+    return _n_words(sentence) in SENTENCE_WORDS and LAST_WORD.search(sentence) is not None

@@ -1,4 +1,4 @@
-"""What every stage takes here, from params.yaml and a model's shape: memory, disk, and about how long.
+"""The cost of every stage here, from params.yaml and a model's shape: memory, disk, and about how long.
 
 Times are FLOPs over speeds that were just measured, right to within a factor of two for decoders like Llama; another
 architecture is taken for one of as many parameters. Tasks of lm-eval's own are not counted, nor are downloads. Numbers
@@ -39,7 +39,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage takes, as far as it is known from shapes; zero is next to nothing.
+    """The cost of a stage, as far as it is known from shapes; zero is next to nothing.
 
     Attributes:
         on: the section whose threads, device and processes it has.
@@ -161,7 +161,7 @@ def read_model(folder: Path) -> Model | None:
         stored = sum(map(_numbers, folder.glob("*.safetensors")))
     except (OSError, ValueError, KeyError):
         return None
-    shape = read_shape(config, folder.name)
+    shape = read_shape(config, folder.name) if isinstance(config, dict) else None
     if shape is None:
         return None
     return Model(shape, stored / footprint.model_parameters(shape) if stored else 1.0)
@@ -193,9 +193,10 @@ def _numbers(file: Path) -> int:
 
 
 def read_test_windows(params: Params, root: Path) -> int:
-    """Windows of all test texts at four characters per token, by the sizes of the texts; the calibration text gives a
-    share."""
-    files = {name: root / f"data/raw/text/{name}.jsonl" for name in params.text}
-    sizes = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
-    share = {params.sampling.calibration_text: params.sampling.held_out_share}
-    return int(sum(share.get(name, 1.0) * n / 4 for name, n in sizes.items()) / params.sampling.window_length)
+    """Windows of all test texts at four characters per token, by the sizes of the texts that are there."""
+    tokens = 0.0
+    for name in params.text:
+        file = root / f"data/raw/text/{name}.jsonl"
+        share = params.sampling.held_out_share if name == params.sampling.calibration_text else 1.0
+        tokens += share * file.stat().st_size / 4 if file.is_file() else 0.0
+    return int(tokens / params.sampling.window_length)

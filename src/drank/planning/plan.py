@@ -59,8 +59,7 @@ class Plan:
         if not found or found["name"] not in self.left:
             return
         name = found["name"]
-        if found["running"] and self.speeds and None in self.left.values() and "raw" not in self.left:
-            self._estimate(fetched=True)
+        if found["running"] and None in self.left.values() and "raw" not in self.left and self._estimate(fetched=True):
             self.say(self.table())
         position = f"[{self.n_stages - len(self.left) + 1} of {self.n_stages}] {name}"
         left, taken = self._sum(), self.left.pop(name)
@@ -71,16 +70,20 @@ class Plan:
     def _sum(self) -> float:
         return sum(seconds or 0.0 for seconds in self.left.values())
 
-    def _estimate(self, fetched: bool) -> None:
+    def _estimate(self, fetched: bool) -> bool:
         """Give every stage its time, if the model is at hand: in data/raw/model once that was ``fetched``, or where it
         will come from."""
+        if not self.speeds:
+            return False
         scheme, _, name = self.params.model.source.partition(":")
         folder = self.root / "data/raw/model" if fetched else self.root / Path(name).expanduser()
         at_hand = (fetched or scheme == "local") and (folder / "config.json").is_file()
-        if self.speeds and at_hand and (model := read_model(folder)):
+        model = read_model(folder) if at_hand else None
+        if model:
             taken = costs(self.params, model, read_test_windows(self.params, self.root))
             times = seconds(taken, lambda *place: self.speeds[place])
             self.left = {name: times.get(name, 0.0) for name in self.left}
+        return model is not None
 
 
 def duration(seconds: float) -> str:

@@ -1,27 +1,27 @@
-"""What is around the project: its sources, git, and MLflow's store."""
+"""The surroundings of the project: its sources, git, and MLflow's store."""
 
 import os
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from drank.preflight.facts import Facts, Finding, Level, cached_snapshot, offline
+from drank.project.refusals import LFS_POINTER
 
-LFS_POINTER = b"version https://git-lfs"
 PATIENCE = 1.0  # seconds for a server's answer
 
 
 def sources(facts: Facts) -> Iterator[Finding]:
     """Local paths that are not there or hold pointers of Git LFS; what the network is needed for."""
-    if facts.has_sources:
+    if facts.fetched == facts.sources:
         return
-    named = {"model.source": facts.params.model.source}
-    named |= {f"text.{name}.source": text.source for name, text in facts.params.text.items()}
-    for key, source in named.items():
-        scheme, _, name = source.partition(":")
+    for section, source in facts.sources.items():
+        key, (scheme, _, name) = f"{section}.source", source.partition(":")
         path = facts.root / Path(name).expanduser()
         if scheme == "local" and not path.exists():
             yield Finding(
@@ -30,7 +30,7 @@ def sources(facts: Facts) -> Iterator[Finding]:
         elif scheme == "local" and (pointer := lfs_pointer(path)):
             yield Finding("error", f"{key} = '{source}': {pointer} is a pointer of Git LFS; `git lfs pull` there first")
         elif scheme == "hub":
-            kind = "models" if key == "model.source" else "datasets"
+            kind = "models" if section == "model" else "datasets"
             if cached_snapshot(kind, name) is None:
                 level: Level = "error" if offline() else "remark"
                 fix = "HF_HUB_OFFLINE is set: unset it" if offline() else "the hub will be asked for it"
@@ -55,14 +55,14 @@ def begins(file: Path, content: bytes) -> bool:
         return stream.read(len(content)) == content
 
 
-def git(facts: Facts) -> Iterator[Finding]:
+def git(root: Path) -> Iterator[Finding]:
     """Whether git will commit and tag what comes out."""
-    inside = asked_git(facts.root, "rev-parse", "--is-inside-work-tree")
-    if inside is None:
+    if shutil.which("git") is None:
         yield Finding("warning", "git is not installed: no commit can say where a model came from")
         return
+    inside = asked_git(root, "rev-parse", "--is-inside-work-tree")
     if "dubious ownership" in inside.stderr or "unsafe repository" in inside.stderr:
-        place = facts.root.resolve()
+        place = root.resolve()
         yield Finding(
             "warning",
             f"git does not trust {place}, which another user owns (dubious ownership): no commit can be read; "
@@ -70,47 +70,43 @@ def git(facts: Facts) -> Iterator[Finding]:
         )
         return
     if inside.returncode:
-        yield Finding("remark", f"{facts.root.resolve()} is in no git repository: `git init` keeps what made a model")
+        yield Finding("remark", f"{root.resolve()} is in no git repository: `git init` keeps what made a model")
         return
-    identity = asked_git(facts.root, "var", "GIT_COMMITTER_IDENT")
-    if identity is None or identity.returncode:
+    if asked_git(root, "var", "GIT_COMMITTER_IDENT").returncode:
         yield Finding(
             "warning", "git does not know who commits: `git config user.name ...`, `git config user.email ...`"
         )
     for key, what in (("commit.gpgSign", "commits"), ("tag.gpgSign", "tags, as `drank promote` makes one")):
-        if config(facts.root, key, "--bool") == "true" and not can_sign(facts.root):
+        if config(root, key, "--bool") == "true" and not can_sign(root):
             yield Finding(
                 "warning", f"git signs {what} ({key} = true), and user.signingKey names no secret key that is here"
             )
 
 
-def asked_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str] | None":
-    try:
-        english = os.environ | {"LC_ALL": "C"}
-        return subprocess.run(["git", *arguments], cwd=root, env=english, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
+def asked_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    english = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(["git", *arguments], cwd=root, env=english, capture_output=True, text=True)
 
 
 def config(root: Path, key: str, *options: str) -> str:
-    found = asked_git(root, "config", "--get", *options, key)
-    return found.stdout.strip() if found else ""
+    return asked_git(root, "config", "--get", *options, key).stdout.strip()
 
 
 def can_sign(root: Path) -> bool:
-    key = config(root, "user.signingKey")
-    if config(root, "gpg.format") == "ssh":
-        return key.startswith("key::") or Path(key).expanduser().is_file()
-    program = config(root, "gpg.program") or "gpg"
-    command = [program, "--list-secret-keys", *([key] if key else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return False
-    return done.returncode == 0 and bool(done.stdout.strip())
+    """Whether the key that git signs with is here; nothing is signed."""
+    key, form = config(root, "user.signingKey"), config(root, "gpg.format") or "openpgp"
+    if form == "ssh":
+        return (
+            bool(config(root, "gpg.ssh.defaultKeyCommand"))
+            or key.startswith("key::")
+            or Path(key).expanduser().is_file()
+        )
+    program = config(root, f"gpg.{form}.program") or config(root, "gpg.program")
+    command = [program or ("gpgsm" if form == "x509" else "gpg"), "--list-secret-keys", *([key] if key else [])]
+    return shutil.which(command[0]) is not None and bool(subprocess.run(command, capture_output=True).stdout.strip())
 
 
-def store(facts: Facts) -> Iterator[Finding]:
+def store(root: Path) -> Iterator[Finding]:
     """Whether MLflow's store will take the results."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
     address = urlsplit(uri)
@@ -123,13 +119,13 @@ def store(facts: Facts) -> Iterator[Finding]:
             if error.code < 500:
                 return  # it is there, and may ask for a password
             why = f"answers {error.code}"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             why = f"does not answer ({error})"
         yield Finding(
             "warning", f"MLFLOW_TRACKING_URI: {shown} {why}; the stages run all the same, `drank track` logs later"
         )
     elif not uri or address.scheme.startswith("sqlite"):
-        home = Path(os.environ.get("DVC_ROOT") or facts.root)
+        home = Path(os.environ.get("DVC_ROOT") or root)
         file = Path(unquote(uri.partition(":///")[2].partition("?")[0])) if uri else home / "mlflow.db"
         place = file if file.exists() else next(parent for parent in file.absolute().parents if parent.is_dir())
         if not os.access(place, os.W_OK):

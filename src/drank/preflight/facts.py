@@ -1,4 +1,4 @@
-"""What checks look at, and what they find."""
+"""Facts that checks look at, and their findings."""
 
 import json
 import os
@@ -29,39 +29,35 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What checks look at: the project's parameters and, as far as they are at hand, its model's files."""
+    """The project as checks see it: the project's parameters and, as far as they are at hand, its model's files."""
 
     root: Path
     params: Params
 
     @cached_property
-    def fetched(self) -> dict[str, Any]:
-        """The sections of params.yaml that the ``raw`` stage last ran with; empty where it has left nothing."""
+    def fetched(self) -> dict[str, str]:
+        """Sources by name, ``model`` or ``text.<name>``, of what the ``raw`` stage left; empty if it left nothing."""
         if not (self.root / "data/raw/model").is_dir():
             return {}
         try:
-            return dict(read_lock(self.root / "dvc.lock")["raw"]["params"]["params.yaml"])
-        except (LockError, KeyError):
+            sections = read_lock(self.root / "dvc.lock")["raw"]["params"]["params.yaml"]
+            texts = {f"text.{name}": text["source"] for name, text in sections["text"].items()}
+            return {"model": sections["model"]["source"]} | texts
+        except (LockError, KeyError, TypeError, AttributeError):
             return {}
 
     @property
-    def has_model(self) -> bool:
-        """Whether data/raw/model is the model of params.yaml."""
-        return source_of(self.fetched.get("model")) == self.params.model.source
-
-    @property
-    def has_sources(self) -> bool:
-        """Whether texts are there too, so that nothing is fetched."""
-        texts = self.fetched.get("text", {})
-        asked = {name: text.source for name, text in self.params.text.items()}
-        return self.has_model and {name: source_of(text) for name, text in texts.items()} == asked
+    def sources(self) -> dict[str, str]:
+        """The same of params.yaml."""
+        texts = {f"text.{name}": text.source for name, text in self.params.text.items()}
+        return {"model": self.params.model.source} | texts
 
     @cached_property
     def folder(self) -> Path | None:
         """The model's folder: as ``raw`` wrote it, as ``local:`` names it, or in the cache of the Hugging Face hub."""
         scheme, _, name = self.params.model.source.partition(":")
         folder: Path | None = None
-        if self.has_model:
+        if self.fetched.get("model") == self.params.model.source:
             folder = self.root / "data/raw/model"
         elif scheme == "local":
             folder = self.root / Path(name).expanduser()
@@ -70,14 +66,11 @@ class Facts:
         return folder if folder is not None and (folder / "config.json").is_file() else None
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
-        return self.document("config.json")
-
-    @cached_property
     def decoder(self) -> Mapping[str, Any]:
         """The part of config.json that speaks of text."""
-        inner = self.config.get("text_config")
-        return inner if isinstance(inner, dict) else self.config
+        config = self.document("config.json")
+        inner = config.get("text_config")
+        return inner if isinstance(inner, dict) else config
 
     @cached_property
     def tokenizer(self) -> Mapping[str, Any]:
@@ -99,10 +92,6 @@ class Facts:
         except (OSError, ValueError):
             return {}
         return document if isinstance(document, dict) else {}
-
-
-def source_of(section: Any) -> str | None:
-    return section.get("source") if isinstance(section, dict) else None
 
 
 def out_of(stage: str) -> str:

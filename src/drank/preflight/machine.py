@@ -10,20 +10,17 @@ import psutil
 from drank.preflight.facts import Facts, Finding
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
-# What makes a stage smaller, on the disk and in memory.
-SMALLER = {
-    "raw": "a smaller model",
-    "covariance": "fewer sampling.calibration_seeds or covariance.targets",
-    "spectrum": "fewer keys in section spectrum, or fewer cuts in units block",
-    "compression": "fewer variants",
-    "release": "fewer variants",
-}
-LIGHTER = {
-    "raw": "a machine with more memory",
-    "covariance": "smaller covariance.batch_windows, covariance.offload: true, fewer covariance.processes",
-    "spectrum": "fewer covariance.processes, units matrix in the place of block",
-    "compression": "smaller healing.batch_windows where a variant is healed",
-    "evaluation": "smaller evaluation.batch_windows, fewer evaluation.processes",
+# Ways to make a stage smaller, on the disk and in memory.
+FIXES = {
+    "raw": ("a smaller model", "a machine with more memory"),
+    "covariance": (
+        "fewer sampling.calibration_seeds or covariance.targets",
+        "smaller covariance.batch_windows, covariance.offload: true, fewer covariance.processes",
+    ),
+    "spectrum": ("fewer keys in section spectrum, or fewer cuts", "units matrix, or fewer covariance.processes"),
+    "compression": ("fewer variants", "smaller healing.batch_windows where a variant is healed"),
+    "evaluation": ("", "smaller evaluation.batch_windows, fewer evaluation.processes"),
+    "release": ("fewer variants", ""),
 }
 
 
@@ -39,7 +36,7 @@ def disk(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "error" if total > 1.5 * free else "warning",
             f"disk: about {gb(total)} will be written{copies}, and {gb(free)} are free in {facts.root.resolve()}; most "
-            f"is {largest}: {SMALLER[largest.partition('@')[0]]}",
+            f"is {largest}: {FIXES[largest.partition('@')[0]][0]}",
         )
 
 
@@ -52,19 +49,19 @@ def has_links(root: Path) -> bool:
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
-    """Whether what the largest stage holds fits into this machine's memory."""
+    """Whether what the largest stage of each kind holds fits into this machine's memory."""
     total = min(float(psutil.virtual_memory().total), memory_limit())
-    held = {
-        name: getattr(cost.on, "processes", 1) * (cost.memory + PROCESS)
-        for name, cost in facts.costs.items()
-        if cost.memory and (cost.on.device == "cpu" or name == "raw")
-    }
-    for step in LIGHTER:
-        name = max((name for name in held if name.partition("@")[0] == step), key=lambda name: held[name], default=None)
+    held = {name: getattr(cost.on, "processes", 1) * (cost.memory + PROCESS) for name, cost in facts.costs.items()}
+    on_gpu = {name for name, cost in facts.costs.items() if cost.on.device == "cuda" and not name.startswith("raw")}
+    if on_gpu:
+        yield Finding("cannot say", "memory of the GPU: compare it with `nvidia-smi`")
+    for step, (_, fix) in FIXES.items():
+        names = [name for name in held.keys() - on_gpu if name.partition("@")[0] == step]
+        name = max(names, key=lambda name: held[name], default=None)
         if name and held[name] > 0.9 * total:
             yield Finding(
                 "error" if held[name] > 1.5 * total else "warning",
-                f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {LIGHTER[step]}",
+                f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {fix}",
             )
 
 

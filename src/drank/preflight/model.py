@@ -10,21 +10,24 @@ from typing import Any
 from drank.planning.estimate import read_model
 from drank.preflight.facts import Facts, Finding
 
+# Packages that read a tokenizer of these files alone.
+TOKENIZERS = {"tokenizer.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}
+
 
 def sizes(facts: Facts) -> Iterator[Finding]:
     """Says what is not known before the model is here."""
     if facts.folder is None:
         yield Finding(
             "cannot say",
-            f"model.source = '{facts.params.model.source}' is not here yet, so disk, memory, positions and tokens are "
-            f"not checked; `drank run raw` fetches it, then `drank check --before`",
+            f"model.source = '{facts.params.model.source}': no config.json is here yet, so disk, memory, positions "
+            f"and tokens are not checked; `dvc repro raw` makes one, then `drank check --before`",
         )
     elif read_model(facts.folder) is None:
         yield Finding("cannot say", f"{facts.folder}/config.json does not tell the model's sizes: disk and memory")
 
 
 def tokens(facts: Facts) -> Iterator[Finding]:
-    """What tasks need of a tokenizer, and special tokens that have no embedding."""
+    """Needs of tasks of a tokenizer, and special tokens that have no embedding."""
     if facts.folder is None:
         return
     rolling = [task for task in facts.params.evaluation.tasks if task.endswith("_rolling") or task == "wikitext"]
@@ -82,8 +85,7 @@ def packages(facts: Facts) -> Iterator[Finding]:
     """Optional packages that will be imported, and a GPU that is asked for."""
     needed: dict[str, str] = {}
     if facts.folder and not (facts.folder / "tokenizer.json").is_file():
-        needed |= {"sentencepiece": "tokenizer.model"} if (facts.folder / "tokenizer.model").is_file() else {}
-        needed |= {"tiktoken": ".tiktoken"} if any(facts.folder.glob("*.tiktoken")) else {}
+        needed = {package: pattern for pattern, package in TOKENIZERS.items() if any(facts.folder.glob(pattern))}
     if any(text.source.startswith("hub:") for text in facts.params.text.values()):
         needed["datasets"] = "hub: texts"
     if facts.params.model.source.endswith(".gguf") or (facts.params.model.member or "").endswith(".gguf"):

@@ -14,6 +14,7 @@ from typing import TextIO
 import psutil
 import typer
 
+from drank.project.redaction import print_redacted, redact, redact_logs
 from drank.project.refusals import refusal
 
 
@@ -38,6 +39,7 @@ def run_app(app: typer.Typer) -> None:
     """Run a command line of several commands with the same promise as :func:`run_stage`."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("drank").setLevel(logging.INFO)
+    redact_logs()
     try:
         try:
             app()
@@ -45,9 +47,10 @@ def run_app(app: typer.Typer) -> None:
             sys.stdout.flush()
     except Exception as error:
         if (message := _told(error)) is None:
+            sys.excepthook = print_redacted
             raise
         with suppress(OSError):
-            typer.echo(message, nl=False, err=True)
+            typer.echo(redact(message), nl=False, err=True)
         raise SystemExit(1) from None
 
 

@@ -12,7 +12,7 @@ from drank.project.dvc import Damage, LockError
 
 @dataclass
 class Findings:
-    """What `drank check` found of the outs of dvc.lock.
+    """Findings of `drank check` on the outs of dvc.lock.
 
     Attributes:
         damages: files that are not as recorded.

@@ -4,16 +4,18 @@ The one description of them in code; docs/data.md has it in words.
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from drank.method.allocation.units import PRICES
+from drank.model import format
 from drank.project.files import FileError
-from drank.project.params import read_params
-from drank.project.resolved import resolved
 
+if TYPE_CHECKING:
+    FormName = str
+else:  # rows of the table of storages
+    FormName = Literal["dense", *PRICES]
 Sha256 = str
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact up to here
 
@@ -29,7 +31,7 @@ class UnitRow(Document):
     kind: str
     role: str | None
     layer: Count
-    form: Literal["dense", "factors", "pivot"]
+    form: FormName
     rank: Count
     full_rank: Annotated[Count, Field(ge=1)]
     out_features: Count
@@ -69,9 +71,9 @@ class AllocationDocument(Document):
     storage: str
     size_ratio: float
     kept_ratio: float
-    targeted_parameters: int
-    budget: int
-    price: int
+    targeted_parameters: Annotated[Count, Field(ge=1)]
+    budget: Count
+    price: Count
     slack: int
     objective: Objective
     units: tuple[UnitRow, ...]
@@ -79,8 +81,36 @@ class AllocationDocument(Document):
     inputs: dict[str, Sha256]
 
 
+class SpectrumRow(Document):
+    name: str
+    factors: str
+    out_features: Count
+    in_features: Count
+    base_loss: float
+
+
+class Cut(Document):
+    matrices: tuple[SpectrumRow, ...]
+
+
+class SpectrumBlock(Document):
+    cuts: tuple[Cut, ...]
+
+
+class SpectrumSummary(Document):
+    """The part of a spectrum's summary.json on matrices that a rank may be chosen for."""
+
+    units: tuple[SpectrumRow, ...]
+    blocks: tuple[SpectrumBlock, ...]
+
+    @property
+    def matrices(self) -> list[SpectrumRow]:
+        """All of them, those that a removed channel has left smaller too."""
+        return [*self.units, *(row for block in self.blocks for cut in block.cuts for row in cut.matrices)]
+
+
 class Results(Document):
-    """What results/<variant>.json has: figures by name, and how they were measured."""
+    """The content of results/<variant>.json: figures by name, and how they were measured."""
 
     model_config = ConfigDict(extra="allow")
     protocol: dict[str, Any] = {}
@@ -91,15 +121,6 @@ class Results(Document):
         return {name: value for name, value in values if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
-class ModuleSpec(Document):
-    form: str
-    out_features: int
-    in_features: int
-    rank: int | None = None
-    kept: int = 0
-    in_order: bool = False
-
-
 class Provenance(Document):
     variant: str
     allocation_sha256: Sha256
@@ -108,11 +129,10 @@ class Provenance(Document):
     healed_in: str | None = None
 
 
-class Quantization(Document):
-    quant_method: Literal["drank"]
-    format_version: Literal[2]
-    modules: dict[str, ModuleSpec]
-    provenance: Provenance
+class Quantization(format.Quantization):
+    """The loader takes any provenance, an audit this."""
+
+    provenance: Provenance  # type: ignore[assignment]
 
 
 class Config(Document):
@@ -132,26 +152,9 @@ class Resource(Document):
     annotations: dict[str, Any] = {}
 
 
-class Builder(Document):
-    id: str
-    version: dict[str, str]
-
-
-class BuildDefinition(Document):
-    build_type: str = Field(alias="buildType")
-    parameters: dict[str, dict[str, Any]] = Field(alias="externalParameters")
-    internal: dict[str, Any] = Field(alias="internalParameters", default={})
-    dependencies: tuple[Resource, ...] = Field(alias="resolvedDependencies")
-
-
-class RunDetails(Document):
-    builder: Builder
-    byproducts: tuple[Resource, ...] = Field(min_length=1, max_length=1)
-
-
-class Predicate(Document):
-    build: BuildDefinition = Field(alias="buildDefinition")
-    run: RunDetails = Field(alias="runDetails")
+def _at(*path: str, **options: Any) -> Any:
+    """A field that lies deeper in the document."""
+    return Field(validation_alias=AliasPath(*path), **options)
 
 
 class StatementDocument(Document):
@@ -160,11 +163,11 @@ class StatementDocument(Document):
     type_: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     predicate_type: Literal["https://slsa.dev/provenance/v1"] = Field(alias="predicateType")
     subject: tuple[Resource, ...]
-    predicate: Predicate
-
-    @property
-    def parameters(self) -> dict[str, dict[str, Any]]:
-        return self.predicate.build.parameters
+    parameters: dict[str, dict[str, Any]] = _at("predicate", "buildDefinition", "externalParameters")
+    internal: dict[str, Any] = _at("predicate", "buildDefinition", "internalParameters", default={})
+    materials: tuple[Resource, ...] = _at("predicate", "buildDefinition", "resolvedDependencies")
+    versions: dict[str, str] = _at("predicate", "runDetails", "builder", "version")
+    byproducts: tuple[Resource, ...] = _at("predicate", "runDetails", "byproducts", min_length=1, max_length=1)
 
     @property
     def variant(self) -> str:
@@ -176,17 +179,21 @@ class StatementDocument(Document):
         """The type of each kind of pass, by its name; a statement of an older version has that of evaluation."""
         protocol = self.results.get("protocol")
         measured = {"evaluation": protocol["dtype"]} if isinstance(protocol, dict) and "dtype" in protocol else {}
-        found = self.predicate.build.internal.get("computed_in", measured)
+        found = self.internal.get("computed_in", measured)
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
     @property
     def results(self) -> dict[str, Any]:
-        return self.predicate.run.byproducts[0].annotations
+        return self.byproducts[0].annotations
 
     @property
     def digests(self) -> dict[str, Sha256]:
         """SHA-256 of what went in, by name; sources of which none was asked are absent."""
-        return {d.name: d.digest.sha256 for d in self.predicate.build.dependencies if d.digest is not None}
+        return {material.name: material.digest.sha256 for material in self.materials if material.digest}
+
+
+class VersionError(FileError):
+    """A document of another version of drank: it may be whole, but cannot be read here."""
 
 
 Read = TypeVar("Read", bound=Document)
@@ -215,18 +222,7 @@ def parse_document(content: bytes | str, where: str, kind: type[Read]) -> Read:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the document"
-        versioned = key.endswith("format_version")
-        hint = "; another version of drank wrote it: audit it with that one, or build it again" if versioned else ""
-        raise FileError(f"{where}: {key}: {first['msg']}{hint}") from None
-
-
-def parameters_of(content: bytes, variant: str) -> dict[str, Any]:
-    """What a variant comes from, by the params.yaml in these bytes, such as those of a commit.
-
-    Raises:
-        ParamsError: not a params.yaml of this version of drank, or one without this variant.
-    """
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "params.yaml"
-        path.write_bytes(content)
-        return resolved(read_params(path), variant)
+        told = f"{where}: {key}: {first['msg']}"
+        if key.endswith("format_version") and isinstance(first["input"], int):
+            raise VersionError(f"{told}; another version of drank wrote it: audit it with that one") from None
+        raise FileError(told) from None

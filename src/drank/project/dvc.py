@@ -99,7 +99,7 @@ class Inputs:
 
 
 def _within(path: str) -> str:
-    """What is read, compared and, by `drank check --mend`, removed."""
+    """A path that is read, compared and, by `drank check --mend`, removed."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError("leads out of the project")
     return path

@@ -1,9 +1,19 @@
-"""Asking git: which commit's dvc.lock has a hash, and what a file was at a revision. Nothing is checked out."""
+"""Asking git: which commit's dvc.lock has a hash, and what a file was at a revision. Nothing is checked out.
 
-import shutil
+"There is none" is an answer: no repository, no commit, no such file. That git cannot be asked is an error: it is not
+installed, will not read a repository of another owner, or finds it damaged.
+"""
+
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+GIT = ("git", "--literal-pathspecs", "-c", "log.showSignature=false")  # whatever a path or a user's settings hold
+
+
+class GitError(ValueError):
+    """git cannot be asked, or refuses; the message has git's own words, which say what helps."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +27,22 @@ class Commit:
 
 
 def has_history(root: Path) -> bool:
-    """Whether ``root`` lies in a git repository with at least one commit."""
-    return shutil.which("git") is not None and _git(root, "rev-parse", "--verify", "--quiet", "HEAD") is not None
+    """Whether ``root`` lies in a git repository with at least one commit.
+
+    Raises:
+        GitError: there is a repository, and git cannot be asked about it; so for every function here.
+    """
+    return _ask(root, "rev-parse", "--verify", "--quiet", "HEAD") is not None
 
 
 def is_shallow(root: Path) -> bool:
-    return _git(root, "rev-parse", "--is-shallow-repository") == b"true\n"
+    return _ask(root, "rev-parse", "--is-shallow-repository") == b"true\n"
+
+
+def head(root: Path) -> tuple[str | None, bool] | None:
+    """The commit of HEAD (None before the first), and whether files differ from it; None outside git."""
+    status, commit = _ask(root, "status", "--porcelain"), _ask(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    return None if status is None else (commit.decode().strip() if commit else None, bool(status.strip()))
 
 
 def find_commits(root: Path, text: str, path: str) -> list[Commit]:
@@ -32,7 +52,8 @@ def find_commits(root: Path, text: str, path: str) -> list[Commit]:
     """
     found: dict[str, Commit] = {}
     for scope in ("HEAD", "--all"):
-        rows = _git(root, "log", scope, "--reverse", "--format=%H%x00%cs%x00%s", f"-S{text}", "--", path) or b""
+        # Merges too (-m): a lock that was written while a merge was resolved is in no other commit.
+        rows = run(root, "log", scope, "-m", "--reverse", "--format=%H%x00%cs%x00%s", f"-S{text}", "--", path)
         for row in rows.decode(errors="replace").splitlines():
             sha, date, subject = row.split("\0")
             found.setdefault(sha, Commit(sha, date, subject, scope == "HEAD"))
@@ -41,28 +62,44 @@ def find_commits(root: Path, text: str, path: str) -> list[Commit]:
 
 def file_at(root: Path, revision: str, path: str) -> bytes | None:
     """The bytes of a file, given relative to ``root``, at a revision; None where it had no such file."""
-    return _git(root, "show", f"{revision}:./{path}")
+    listed = _ask(root, "ls-tree", revision, "--", path)
+    return run(root, "show", f"{revision}:./{path}") if listed else None  # which may lie in a remote, out of reach
 
 
 def keeps(root: Path, path: Path) -> bool:
     """Whether git has this file or one of this folder, or would have it with the next ``git add``."""
-    asked = ("ls-files", "--cached", "--others", "--exclude-standard", "--", str(path.absolute()))
-    return shutil.which("git") is not None and bool(_git(root, *asked))
+    return bool(_ask(root, "ls-files", "--cached", "--others", "--exclude-standard", "--", str(path.absolute())))
 
 
 def resolve(root: Path, revision: str) -> str | None:
     """The commit that a revision names; None where there is none."""
-    found = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    found = _ask(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     return None if found is None else found.decode().strip()
 
 
 def origin(root: Path) -> str:
-    """Where to clone from: the remote `origin`, or else the repository's own folder."""
-    url = _git(root, "config", "--get", "remote.origin.url") or _git(root, "rev-parse", "--show-toplevel") or b"."
-    return url.decode().strip()
+    """Where to clone from, without a password: the remote `origin`, or else the repository's own folder."""
+    url = _ask(root, "config", "--get", "remote.origin.url") or run(root, "rev-parse", "--show-toplevel")
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", url.decode().strip())
 
 
-def _git(root: Path, *arguments: str) -> bytes | None:
-    """Standard output of git, None where it says no."""
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
-    return done.stdout if done.returncode == 0 else None
+def run(root: Path, *arguments: str) -> bytes:
+    """Standard output of a git command that has to succeed."""
+    try:
+        done = subprocess.run([*GIT, *arguments], cwd=root, capture_output=True)
+    except FileNotFoundError:
+        raise GitError(f"{root}: git is not installed, or not on the PATH; install it") from None
+    if done.returncode != 0:
+        told = " ".join(done.stderr.decode(errors="replace").split())
+        raise GitError(f"{root}: `git {arguments[0]}` says: {told or f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+def _ask(root: Path, *arguments: str) -> bytes | None:
+    """Standard output of git; None where it says no, or where there is no repository."""
+    try:
+        return run(root, *arguments)
+    except GitError:
+        if any((folder / ".git").exists() for folder in (root.absolute(), *root.absolute().parents)):
+            run(root, "rev-parse", "--git-dir")  # whether the repository can be read at all
+        return None

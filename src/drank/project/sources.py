@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from drank.project.files import FileError, file_sha256, scratch_folder
 from drank.project.params import ModelSource, TextSource
-from drank.project.refusals import refusal
+from drank.project.refusals import check_access, refusal
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def file_of(asked: ModelSource | TextSource, downloads: Path, root: Path) -> Ite
 
     Raises:
         SourceError: there is none, or it has another hash.
+        FileError: the file cannot be read, or is a pointer of Git LFS.
     """
     if asked.source.startswith("local:"):
         yield _local_path(asked, root)
@@ -106,6 +107,8 @@ def _local_path(asked: ModelSource | TextSource, root: Path) -> Path:
         ) from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise SourceError(f"{source}: neither a file nor a folder; a pipe or a device need not end")
+    if path.is_file():
+        check_access(path)
     if asked.sha256 is not None:
         if path.is_dir():
             raise SourceError(f"{source}: sha256 = '{asked.sha256}' is checked for a file, not for a folder; remove it")

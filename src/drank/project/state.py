@@ -16,7 +16,6 @@ from drank.project.dvc import LockError, Stages, dvc_md5, read_lock
 from drank.project.files import read_json
 from drank.project.params import Params, read_params
 from drank.project.plain_yaml import load
-from drank.project.resolved import resolved
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,8 @@ def read_state(root: Path) -> State:
     """
     lock = read_lock(root / "dvc.lock")
     params = read_params(root / "params.yaml")
-    check_written(root, lock, "results/summary.csv")
-    check_written(root, lock, "results/figures")
-    check_written(root, lock, "data/sampling")
+    for path in ("results/summary.csv", "results/figures", "data/sampling"):
+        check_written(root, lock, path)
     return State(
         root=root,
         sha256=sha256_of(lock),
@@ -62,38 +60,38 @@ def read_state(root: Path) -> State:
 
 
 def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
-    results, allocation = f"results/{name}.json", f"data/allocation/{name}.json"
-    for path in (results, allocation):
+    def written(path: str) -> Path:
         check_written(root, lock, path)
-    released = writer(lock, f"data/models/{name}")
-    if released is None:
-        raise LockError(f"{root / 'dvc.lock'}: no stage has written data/models/{name} yet; run `dvc repro`")
-    stages = lineage(lock, released)
+        return root / path
+
+    results = read_document(written(f"results/{name}.json"), Results)
+    allocation = read_document(written(f"data/allocation/{name}.json"), AllocationDocument)
+    stages = lineage(lock, _writer(root, lock, f"data/models/{name}"))
     check_order(stages, str(root / "dvc.lock"))
-    written = root / "params.yaml"
-    check_params(stages, load(written.read_text(encoding="utf-8")), str(written))
-    curve: tuple[dict[str, Any], ...] = ()
-    if params.variants[name].healing:
-        check_written(root, lock, f"data/evaluation/{name}.json")
-        curve = tuple(read_json(root / f"data/evaluation/{name}.json")["loss_curve"])
-    made_of = flat(resolved(params, name))
-    figures, ranks = read_document(root / results, Results), read_document(root / allocation, AllocationDocument)
-    return Variant(name, stages, made_of, figures, ranks, curve)
+    check_params(stages, load((root / "params.yaml").read_text(encoding="utf-8")), str(root / "params.yaml"))
+    curve = read_json(written(f"data/evaluation/{name}.json"))["loss_curve"] if params.variants[name].healing else ()
+    return Variant(name, stages, flat(params.parameters_of(name)), results, allocation, tuple(curve))
 
 
-def writer(stages: Stages, path: str) -> str | None:
-    """The stage that has this path, or the closest folder around it, among its outs.
+def writer(stages: Stages, path: str) -> str:
+    """The stage that has this path, or the closest folder around it, among its outs; empty where none has.
 
-    The closest, since DVC keeps the rows of stages that dvc.yaml no longer has, and such a one may have written a
-    folder around what is now the out of another.
+    DVC keeps the rows of stages that dvc.yaml no longer has: such a stage may have written a folder around the path.
     """
-    around = [
+    around = (
         (len(PurePosixPath(out["path"]).parts), stage)
         for stage, row in stages.items()
         for out in row.get("outs", ())
         if PurePosixPath(path).is_relative_to(out["path"])
-    ]
-    return max(around)[1] if around else None
+    )
+    return max(around, default=(0, ""))[1]
+
+
+def _writer(root: Path, lock: Stages, path: str) -> str:
+    """The same, where there has to be one."""
+    if not (stage := writer(lock, path)):
+        raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
+    return stage
 
 
 def lineage(lock: Stages, stage: str) -> Stages:
@@ -105,8 +103,7 @@ def lineage(lock: Stages, stage: str) -> Stages:
         if name not in seen:
             seen.add(name)
             for dependency in lock[name].get("deps", ()):
-                before = writer(lock, dependency["path"])
-                if before:
+                if before := writer(lock, dependency["path"]):
                     visit(before)
             ordered[name] = lock[name]
 
@@ -125,12 +122,10 @@ def check_written(root: Path, lock: Stages, path: str) -> str:
     Raises:
         LockError: no stage wrote it, or it is gone or another one.
     """
-    stage = writer(lock, path)
-    if stage is None:
-        raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
+    stage = _writer(root, lock, path)
     if not (root / path).exists():
         raise LockError(f"{root / path}: not found, but {stage} wrote it; run `dvc repro`")
-    recorded, found = outs_of(lock)[path], dvc_md5(root / path)
+    recorded, found = outs_of(lock).get(path), dvc_md5(root / path)
     if found != recorded:
         raise LockError(
             f"{root / path}: edited or stale: its md5 is {found}, but {stage} wrote {recorded}; run `dvc repro`"
@@ -146,8 +141,7 @@ def check_order(stages: Stages, where: str) -> None:
     """
     outs = outs_of(stages)
     for stage, row in stages.items():
-        for dependency in row.get("deps", ()):
-            path, read = dependency["path"], dependency["md5"]
+        for path, read in ((dependency["path"], dependency["md5"]) for dependency in row.get("deps", ())):
             if read != outs.get(path, read):
                 raise LockError(
                     f"{where}: {stage} read a {path} of md5 {read}, but {writer(stages, path)} has "
@@ -167,8 +161,8 @@ def check_params(stages: Stages, document: Any, where: str, file: str = "params.
     for stage, row in stages.items():
         sections = row.get("params", {}).get(file, {})
         before = flat(sections)
-        keys = before.keys() | {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
-        for key in sorted(keys):
+        added = {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
+        for key in sorted(before.keys() | added):
             if before.get(key) != now.get(key):
                 raise LockError(
                     f"{where}: {key} is {now.get(key, 'missing')}, but {stage} ran with "

@@ -1,7 +1,7 @@
-"""Fetching a text: from its source to JSON lines, one document at a time, so that memory holds one.
+"""Texts: from their sources to JSON lines and from there to a reader, one document at a time.
 
-Files are ``.csv``, ``.jsonl``, ``.json`` (lines, too) and ``.parquet`` with a column of text, ``.txt`` with blank lines
-between documents, any of them with ``.gz``, or a ``.zip`` that holds one of these.
+Files are ``.csv``, ``.jsonl`` and ``.json`` (lines, or an array) and ``.parquet`` with a column of text or of chat
+messages, ``.txt`` with blank lines between documents, any of them with ``.gz``, or a ``.zip`` that holds one of these.
 """
 
 import csv
@@ -11,24 +11,27 @@ import logging
 import re
 import sys
 import zipfile
-from collections.abc import Generator, Iterator
+from array import array
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any, TextIO
 
-from drank.project.files import replacing_file, scratch_folder
+from drank.project.files import FileError, replacing_file, scratch_folder
 from drank.project.params import TextSource
+from drank.project.refusals import check_access
 from drank.project.sources import COMMIT, SourceError, advise_pin, file_of, hub_name, scheme_of, told
 
 log = logging.getLogger(__name__)
 
 BOMB = 200  # times its packed size: texts unpack to 3 to 20 times, zeros to 1032 times in gzip and without end in bzip2
+GAP = re.compile(r"[\s,]*")  # between the elements of an array
 SMALL = 2**26  # bytes that anything may unpack to
 
 
 def fetch_text(asked: TextSource, destination: Path, downloads: Path, root: Path = Path()) -> None:
-    """Write a text as JSON lines ``{"text": ...}``, one document a line, in its order, exactly as received.
+    """Write a text as JSON lines ``{"text": ...}``, one document per line, in its order, exactly as received.
 
     Arguments:
         destination: the ``.jsonl`` file to write; left alone when anything fails.
@@ -46,10 +49,10 @@ def fetch_text(asked: TextSource, destination: Path, downloads: Path, root: Path
     with replacing_file(destination) as partial, partial.open("w", encoding="ascii") as lines, closing(rows):
         for row in islice(rows, asked.documents):
             n_documents += 1
-            document = _document(f"{source}: document {n_documents}", row, asked.column)
-            n_characters += len(document)
-            blank = blank and not document.strip()
-            lines.write(json.dumps({"text": document}) + "\n")
+            document = _document(f"{source}: document {n_documents}", row, asked)
+            n_characters += len(str(document))
+            blank = blank and not str(document).strip()
+            lines.write(json.dumps({"text": document}, default=str) + "\n")
         if blank:
             raise SourceError(f"{source}: holds no text ({n_documents} documents, all of them blank)")
         if n_documents < (asked.documents or 0):
@@ -59,14 +62,56 @@ def fetch_text(asked: TextSource, destination: Path, downloads: Path, root: Path
     log.info("%s: %d documents, %d characters", source, n_documents, n_characters)
 
 
-def _document(which: str, row: Any, column: str) -> str:
-    if not isinstance(row, dict) or column not in row:
+class Text(Sequence[str]):
+    """The documents of a file that ``fetch_text`` wrote, each read, and rendered if it is chat, when it is asked for.
+
+    Raises:
+        FileError: the file is missing, or a line is no JSON.
+        SourceError: the tokenizer has no chat template, or one that refuses the messages.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any) -> None:
+        try:
+            check_access(path)
+        except FileNotFoundError:
+            raise FileError(f"{path}: not found; the stage raw writes it (`dvc repro raw`)") from None
+        self._lines, self._tokenizer = path.open("rb"), tokenizer
+        self._starts = array("q", accumulate(map(len, self._lines), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        self._lines.seek(self._starts[index])
+        try:
+            document = json.loads(self._lines.readline())["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(f"{self._lines.name}: damaged, not JSON lines: {error}; fetch or build it again") from None
+        if isinstance(document, str):
+            return document
+        with told(f"{self._lines.name}: document {index + 1}: cannot be rendered by the tokenizer's chat template"):
+            return self._tokenizer.apply_chat_template(document, tokenize=False)
+
+
+def _document(which: str, row: Any, asked: TextSource) -> Any:
+    """A text, or chat messages where they are asked for."""
+    if not isinstance(row, dict) or asked.column not in row:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise SourceError(f"{which} has no column '{column}'; it has {found}")
-    document = row[column]
-    if not isinstance(document, str):
-        raise SourceError(f"{which} is no text: column '{column}' holds {document!r} ({type(document).__name__})")
-    if half := re.search(r"[\ud800-\udfff]", document):
+        raise SourceError(f"{which} has no column '{asked.column}'; it has {found}")
+    document = row[asked.column]
+    holds = f"{which}: column '{asked.column}' holds"
+    messages = isinstance(document, list) and all(isinstance(message, dict) for message in document) and document
+    if asked.chat_template:
+        if not messages or not all({"role", "content"} <= message.keys() for message in messages):
+            raise SourceError(f"{holds} {document!r:.200}; chat_template needs messages with role and content")
+    elif messages:
+        raise SourceError(f"{holds} chat messages; `chat_template: true` has the tokenizer's chat template render them")
+    elif not isinstance(document, str):
+        raise SourceError(f"{holds} {document!r:.200} ({type(document).__name__}), which is no text")
+    characters = document if isinstance(document, str) else json.dumps(document, ensure_ascii=False, default=str)
+    if half := re.search(r"[\ud800-\udfff]", characters):
         raise SourceError(
             f"{which} holds {half[0]!r}, half of a character, which neither UTF-8 nor tokenizers can write; remove it"
         )
@@ -108,6 +153,7 @@ def _file_rows(asked: TextSource, downloads: Path, root: Path) -> Generator[Any,
         if file.is_dir():
             raise SourceError(f"{asked.source}: a folder; a text is one file ({KNOWN})")
         path = _unpacked(file, scratch)
+        check_access(path)
         suffix = path.suffix.lower()
         if suffix not in READERS:
             raise SourceError(f"{path.name}: '{suffix}' is not a text that can be read; known: {KNOWN}")
@@ -122,7 +168,7 @@ def _unpacked(file: Path, scratch: Path) -> Path:
         with told(f"{file.name}: cannot be unpacked; it is damaged, or has a password"), ExitStack() as opened:
             if suffix == ".gz":
                 name = file.stem
-                packed: IO[bytes] = opened.enter_context(gzip.open(file))  # type: ignore[assignment]
+                packed: Any = opened.enter_context(gzip.open(file))
             else:
                 archive = opened.enter_context(zipfile.ZipFile(file))
                 names = [name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in READERS]
@@ -154,9 +200,36 @@ def _csv(path: Path, column: str) -> Iterator[Any]:
             yield row
 
 
-def _json_lines(path: Path, column: str) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+def _json(path: Path, column: str) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as stream:
+        while (first := stream.read(1)).isspace():
+            pass
+        if first == "[":
+            yield from _elements(stream)
+            return
+        stream.seek(0)
+        for number, line in enumerate(stream, start=1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}; a file has one object per line, or is one array") from None
+
+
+def _elements(stream: TextIO) -> Iterator[Any]:
+    """The elements of a JSON array, behind its bracket, each as soon as it is read."""
+    held, decode = "", json.JSONDecoder().raw_decode
+    while piece := stream.read(max(2**20, len(held))):
+        held, at = held + piece, 0
+        while True:
+            try:
+                element, at = decode(held, GAP.match(held, at).end())  # type: ignore[union-attr]
+            except json.JSONDecodeError:
+                break  # the next piece has the rest
+            yield element
+        held = held[at:]
+    if held.strip() != "]":
+        raise ValueError(f"the array has no end: {held[:50]!r}")
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
@@ -175,5 +248,5 @@ def _paragraphs(path: Path, column: str) -> Iterator[Any]:
                 yield {column: "\n".join(paragraph)}
 
 
-READERS = {".csv": _csv, ".jsonl": _json_lines, ".json": _json_lines, ".parquet": _parquet, ".txt": _paragraphs}
+READERS = {".csv": _csv, ".jsonl": _json, ".json": _json, ".parquet": _parquet, ".txt": _paragraphs}
 KNOWN = ", ".join(READERS) + ", .gz, .zip"

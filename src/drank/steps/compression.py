@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from drank.method.pivot import pivot_rows, split_group
 from drank.method.spectrum import factors
-from drank.model.folding import fold_channel_order
+from drank.model.folding import Stored, Tensors, fold_channel_order
 from drank.model.layers import places
 from drank.model.linears import is_conv1d
-from drank.model.quantizer import attach, swap_modules
-from drank.model.stored import Stored, Tensors
+from drank.model.quantizer import attach
 
 # Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 10. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
@@ -25,7 +24,7 @@ class UnsafePivotError(ValueError):
 
 @runtime_checkable
 class Factors(Protocol):
-    """What the step ``spectrum`` stored: ``cuts/<MLP>.<channels>``, and the first rows of ``factors/<file>``."""
+    """The store of the step ``spectrum``: ``cuts/<MLP>.<channels>``, and the first rows of ``factors/<file>``."""
 
     def __getitem__(self, name: str, /) -> Tensors: ...
     def rows(self, name: str, n_rows: int, /) -> Tensors: ...
@@ -48,14 +47,13 @@ def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, 
     if not stored:
         return model
     stored = fold_channel_order(model, stored)
-    specs = {module.name: module.spec for module in stored}
-    swap_modules(model, specs)
+    attach(model, {module.name: module.spec for module in stored}, provenance)
     for module in stored:
         target = model.get_submodule(module.name)
         stored_in = target.state_dict()
         for name, tensor in module.tensors.items():
             stored_in[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
-    return attach(model, specs, dict(provenance))
+    return model
 
 
 def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors) -> Iterator[Stored]:

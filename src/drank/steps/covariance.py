@@ -20,7 +20,7 @@ from drank.model.capture import (
 from drank.model.linears import Linear, shared_inputs, survey, unreached
 from drank.model.offload import Sweep, find_blocks, offloaded_sweeps
 from drank.model.precision import has_units, name_of
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows
 from drank.project.params import Covariance
 from drank.project.processes import Group
 
@@ -55,7 +55,7 @@ def collect(
         TargetError: a linear that no window reaches.
         NotFiniteError: the model overflows.
     """
-    check_ids(model, windows, "data/sampling/calibration")
+    check_windows(model, windows, "data/sampling/calibration")
     linears, left = survey(model, asked.targets, asked.ignore)
     if group.is_first:
         parameters = sum(linear.weight.numel() for linear in linears)

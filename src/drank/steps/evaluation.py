@@ -3,22 +3,26 @@
 Every function leaves the model as it was.
 """
 
+import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, wraps
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, distributed, nn
 
 from drank.model.perplexity import perplexity, window_nats
 from drank.model.precision import name_of
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows, n_positions
 from drank.project.params import Evaluation
 from drank.project.processes import Group
 
+log = logging.getLogger("drank.evaluation")
 MAX_LENGTH = 2048  # tokens in a window of lm-eval, fewer if the model has fewer positions
 FEWSHOT_SEED = 1234  # lm-eval's own, of tasks that show examples
 
@@ -68,26 +72,25 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """All figures by name with ``parameters`` and ``protocol``, and the nats of every test window by text.
 
-    Processes share out windows, and the items of tasks; lm-eval's figures are those of the first process.
+    Processes share out windows, and the items of tasks; lm-eval's figures are those of the first process. The log and
+    ``protocol.not_measured`` tell which tasks and figures are missing, and why.
 
     Args:
         tests: (n, length) windows by text; ``last`` has the shorter window at the end of a text, if that counts.
         items: of the tasks that sampling wrote, by task.
 
     Raises:
+        EvaluationError: see :func:`load_tasks`; nothing was computed.
         NotFiniteLossError: a window's loss is not finite.
-        EvaluationError: see :func:`run_tasks`.
     """
+    tasks = load_tasks(items, asked.tasks, tokenizer, group.size)
+    for name, windows in tests.items():
+        check_windows(model, windows, f"data/sampling/test.safetensors, {name}")
+        if name in last:
+            check_windows(model, last[name][None], f"data/sampling/last.safetensors, {name}")
     figures: dict[str, Any] = {"parameters": count_parameters(model)}
-    figures["protocol"] = {
-        "dtype": name_of(model.dtype),
-        "lm_eval_max_length": MAX_LENGTH,
-        "tasks": list(asked.tasks),
-        "test_windows": {name: list(windows.shape) for name, windows in tests.items()},
-    } | ({"last_windows": {name: len(window) for name, window in last.items()}} if last else {})
     nats: dict[str, list[float]] = {}
     for name, windows in sorted(tests.items()):
-        check_ids(model, windows, f"data/sampling/test.safetensors, {name}")
         bar = partial(progress, desc=name, unit="batches")
         mine = windows[group.share]
         parts = group.gather(window_nats(model, mine, asked.batch_windows, bar) if len(mine) else [])
@@ -96,68 +99,160 @@ def evaluate(
             nats[name] += window_nats(model, last[name][None], 1)
         ends = len(last[name]) if name in last else None
         figures[f"token_perplexity/{name}"] = perplexity(nats[name], windows.shape[1], ends)
+        log.info("token perplexity of %s: %.4f", name, figures[f"token_perplexity/{name}"])
     bar = partial(progress, desc="lm-eval", unit="requests")
-    return figures | run_tasks(model, tokenizer, items, asked.tasks, asked.batch_windows, bar), nats
+    figures |= run_tasks(model, tokenizer, tasks, asked.batch_windows, bar)
+    for name, reason in tasks.missing.items():
+        log.warning("not measured: %s: %s", name, reason)
+    figures["protocol"] = {
+        "dtype": name_of(model.dtype),
+        "lm_eval_max_length": MAX_LENGTH,
+        "tasks": list(asked.tasks),
+        "test_windows": {name: list(windows.shape) for name, windows in tests.items()},
+        **({"last_windows": {name: len(window) for name, window in last.items()}} if last else {}),
+        **({"not_measured": tasks.missing} if tasks.missing else {}),
+    }
+    return figures, nats
+
+
+@dataclass
+class Tasks:
+    """lm-eval's tasks and groups, loaded.
+
+    Attributes:
+        ours: names of the tasks that sampling wrote.
+        missing: the reason by the name of a task or figure that cannot be measured.
+    """
+
+    loaded: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    ours: frozenset[str] = frozenset()
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def load_tasks(
+    items: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], tokenizer: Any, n_processes: int = 1
+) -> Tasks:
+    """Tasks and groups by their names, with their items, before anything is computed.
+
+    A task that is in ``items`` is ours and needs no network; any other name is one of lm-eval's own. A task that needs
+    a token that the tokenizer lacks is left out.
+
+    Raises:
+        EvaluationError: a task is neither ours nor lm-eval's, cannot be loaded, has fewer items than there are
+            processes, or would run code that a model writes.
+    """
+    if not names:
+        return Tasks()
+    from lm_eval.tasks import TaskManager
+
+    found = Tasks(ours=frozenset(names) & frozenset(items))
+    manager = TaskManager(include_defaults=not found.ours.issuperset(names))
+    if unknown := sorted(set(names).difference(found.ours, manager.all_tasks)):
+        raise EvaluationError(
+            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one that sampling wrote "
+            f"({', '.join(sorted(items)) or 'there are none'})"
+        )
+    for name in names:
+        try:
+            loaded = manager.load([_task(name, items[name]) if name in found.ours else name])
+            sizes = {key: len(task.eval_docs) for key, task in loaded["tasks"].items()}
+        except Exception as error:  # of the network, of a package that is missing, of code that a task brings
+            raise EvaluationError(
+                f"evaluation.tasks: lm-eval cannot load {name}: {type(error).__name__}: {error}; its own tasks come "
+                f"from the hub, and some need packages of their own"
+            ) from error
+        for key, task in loaded["tasks"].items():
+            if sizes[key] < n_processes:
+                raise EvaluationError(
+                    f"evaluation.processes = {n_processes}, but task {key} has {sizes[key]} items, and each process "
+                    f"needs one"
+                )
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise EvaluationError(
+                    f"evaluation.tasks: {key} runs code that a model writes, or reads images; leave it out"
+                )
+            if task.get_config("num_fewshot") is None:  # as simple_evaluate does, which also asks pip for every package
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            aggregation = task.aggregation()
+            aggregation.update({metric: _bounded(function) for metric, function in aggregation.items()})
+        reasons = {key: reason for key, task in loaded["tasks"].items() if (reason := _lacks(task, tokenizer))}
+        if reasons:
+            found.missing |= reasons
+        else:
+            found.loaded |= loaded["tasks"]
+            found.groups |= loaded["groups"]
+    return found
+
+
+def _lacks(task: Any, tokenizer: Any) -> str:
+    """The reason why a tokenizer will not do; lm-eval would fail at the first request."""
+    begin, end = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos"))
+    if task.OUTPUT_TYPE == "generate_until" and end is None:
+        return "text is generated up to an end token, and the tokenizer has none"
+    if begin is not None or end is not None:
+        return ""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling" or any(task.doc_to_text(doc) == "" for doc in task.eval_docs):
+        return "a text's first token is predicted from a begin or end token, and the tokenizer has neither"
+    return ""
+
+
+def _bounded(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same aggregation, infinite where a number is too large: of text without spaces, a word is a paragraph."""
+
+    @wraps(aggregate)
+    def bounded(values: Any) -> Any:
+        try:
+            return aggregate(values)
+        except OverflowError:
+            return math.inf
+        except ZeroDivisionError:
+            return math.nan
+
+    return bounded
 
 
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
-    items: Mapping[str, Sequence[Mapping[str, Any]]],
-    tasks: Sequence[str],
+    tasks: Tasks,
     batch_size: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, float]:
     """lm-eval's figures by flat name: ``acc/last_word``, ``bits_per_byte/news``, ``acc_stderr/last_word``...
 
-    A task that is in ``items`` is ours and needs no network; any other name is one of lm-eval's own. The suffix
-    ``_rolling`` is dropped, so that a text has one name in all its figures. An accuracy p of n items has the standard
-    error sqrt(p (1 - p) / n). In a group of torch.distributed, each process takes its share of the items, and process 0
-    alone gets figures.
+    Of our tasks the suffix ``_rolling`` is dropped, so that a text has one name in all its figures. An accuracy p of n
+    items has the standard error sqrt(p (1 - p) / n). In a group of torch.distributed, each process takes its share of
+    the items, and process 0 alone gets figures. Figures that are no finite numbers go to ``tasks.missing``.
 
     Args:
         progress: wraps the numbers of the requests of one kind, or of the windows of texts that are read as a whole.
-
-    Raises:
-        EvaluationError: a task is neither ours nor lm-eval's, or a figure is not finite.
     """
+    if not tasks.loaded:
+        return {}
     import lm_eval
     from accelerate import Accelerator
-    from lm_eval.tasks import TaskManager
 
-    if not tasks:
-        return {}
-    ours = {task: items[task] for task in tasks if task in items}
-    manager = TaskManager(include_defaults=not set(ours).issuperset(tasks))
-    if unknown := sorted(set(tasks).difference(ours, manager.all_tasks)):
-        raise EvaluationError(
-            f"evaluation.tasks: {', '.join(unknown)}: not a task of lm-eval, nor one that sampling wrote "
-            f"({', '.join(sorted(items)) or 'there are none'})"
-        )
     # With its logits cache, windows of a repetitive text can be given each other's logits within a batch.
     lm = _counting(progress)(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        max_length=min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)),
+        max_length=min(MAX_LENGTH, n_positions(model.config) or MAX_LENGTH),
         logits_cache=False,
     )
     if distributed.is_initialized():
         # HFLM takes its share of the requests only of models that it loads by itself.
         lm._rank, lm._world_size = distributed.get_rank(), distributed.get_world_size()
-        few = {task: len(rows) for task, rows in sorted(ours.items()) if len(rows) < lm._world_size}
-        if few:
-            raise EvaluationError(
-                f"evaluation.processes = {lm._world_size}, but tasks have fewer items than processes: {few}"
-            )
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
-    loaded = manager.load([_task(task, ours[task]) if task in ours else task for task in tasks])
-    for task in loaded["tasks"].values():  # as simple_evaluate does, which also asks pip for every package installed
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    loaded = {"tasks": tasks.loaded, "groups": tasks.groups}
     results = lm_eval.evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=False)
-    return _flat(results["results"], results["n-samples"]) if results else {}
+    if not results:
+        return {}
+    figures, unread = _flat(results["results"], results["n-samples"], tasks.ours)
+    tasks.missing |= unread
+    return figures
 
 
 def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
@@ -182,6 +277,12 @@ def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
             with self._counted(windows):
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> Any:
+            # Without a begin and an end token, lm-eval fails where it asks whether the string begins with one.
+            if add_special_tokens is None and self.prefix_token_id is None:
+                add_special_tokens = self.add_bos_token is not False
+            return super().tok_encode(string, add_special_tokens, **options)
+
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
 
@@ -202,20 +303,24 @@ def _task(name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"task": name, "test_split": "test", "custom_dataset": lambda **_: {"test": rows}, **kind}
 
 
-def _flat(results: dict[str, dict], counts: dict[str, dict]) -> dict[str, float]:
-    figures = {}
+def _flat(
+    results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, int]], ours: Container[str] = ()
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Figures, and values that are none, by name. A group of tasks, such as mmlu, has figures but no items."""
+    figures: dict[str, float] = {}
+    unread: dict[str, str] = {}
     for task, row in sorted(results.items()):
-        name = task.removesuffix("_rolling")
-        for key, value in sorted(row.items()):
+        name = task.removesuffix("_rolling") if task in ours else task
+        for key, value in row.items():
             metric, _, kind = key.partition(",")
-            if not kind or not isinstance(value, int | float):
+            if not kind or value == "N/A":  # a name or a count; a standard error that lm-eval was not asked for
                 continue
-            if not math.isfinite(value):
-                raise EvaluationError(f"{task}: {metric} is {value}; look at token perplexity first")
-            label = metric if kind == "none" else f"{metric},{kind}"
-            figures[f"{label}/{name}"] = float(value)
-            # A group of tasks, such as mmlu, has an accuracy and no items of its own.
-            if task in counts and metric.startswith("acc") and not metric.endswith("_stderr"):
+            label = metric if kind == "none" else key
+            if not isinstance(value, Real) or not math.isfinite(figure := float(value)):
+                unread[f"{label}/{name}"] = f"lm-eval gives {value!s:.60}"
+                continue
+            figures[f"{label}/{name}"] = figure
+            if task in counts and metric.startswith("acc") and not metric.endswith("_stderr") and 0 <= figure <= 1:
                 n_items = counts[task]["effective"]
-                figures[f"{label}_stderr/{name}"] = math.sqrt(value * (1 - value) / n_items)
-    return dict(sorted(figures.items()))
+                figures[f"{label}_stderr/{name}"] = math.sqrt(figure * (1 - figure) / n_items)
+    return dict(sorted(figures.items())), dict(sorted(unread.items()))

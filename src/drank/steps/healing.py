@@ -10,12 +10,16 @@ from drank.model.lora import Healing as Training
 from drank.model.lora import Plan
 from drank.model.precision import name_of
 from drank.model.text import draw_windows
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows
 from drank.project.params import Healing
 
 STEPS_PER_CHECKPOINT = 10
 
 Curve = list[dict[str, Any]]
+
+
+class HealingError(ValueError):
+    """There is nothing to heal; the message says why."""
 
 
 @runtime_checkable
@@ -42,11 +46,20 @@ def heal(
         text: ``tokens`` and, if windows have it in front, the ``begin`` token.
         passes: the type of passes.
         before: SHA-256 of the compressed model's weights, which config.json then has.
+
+    Raises:
+        HealingError: no matrix was compressed.
+        SamplingError: the text is too short.
+        TokenError: the model lacks an embedding of the text.
     """
     begin = int(text["begin"]) if "begin" in text else None
     windows = draw_windows(text["tokens"].long(), asked.n_windows, asked.window_length, asked.seed, begin)
     model = load("compressed", passes).eval().to(asked.device)
-    check_ids(model, windows, "data/sampling/calibration_text.safetensors")
+    if getattr(model.config, "quantization_config", None) is None:
+        raise HealingError(
+            "healing: no matrix was compressed, so there is nothing to heal; lower size_ratio, or leave `healing` out"
+        )
+    check_windows(model, windows, "data/sampling/calibration_text.safetensors", "healing.window_length")
     teacher = load("dense", passes).eval().to(asked.device) if asked.objective == "distillation" else None
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
     training = Training(model, teacher, windows.to(asked.device), plan, asked.rank, asked.alpha)

@@ -237,7 +237,8 @@ def _protocol(protocol: Document) -> str:
     windows = protocol["test_windows"].items()
     counts = ", ".join(f"{n} windows of {length} tokens of `{name}`" for name, (n, length) in windows)
     tasks = ", ".join(f"`{task}`" for task in protocol["tasks"])
+    missing = "".join(f" Not measured: {name}, {why}." for name, why in protocol.get("not_measured", {}).items())
     return (
         f"Token perplexity: {counts}, held out, in {protocol['dtype']}. Everything else: lm-eval, tasks {tasks}, "
-        f"context {protocol['lm_eval_max_length']}; word perplexity and bits per byte by rolling windows."
+        f"context {protocol['lm_eval_max_length']}; word perplexity and bits per byte by rolling windows.{missing}"
     )

@@ -1,6 +1,7 @@
 """Sampling: what is calibrated on, what is tested on, and the items of tasks, of texts and a tokenizer."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from drank.model import text
 from drank.project.params import Sampling
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Drawn:
-    """What a run calibrates and tests on.
+    """Everything that a run calibrates and tests on.
 
     Attributes:
         calibration: (n, length) windows by calibration seed.
@@ -32,19 +35,24 @@ class Drawn:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def sample(texts: Mapping[str, list[str]], tokenizer: Any, asked: Sampling) -> Drawn:
+def sample(texts: Mapping[str, Sequence[str]], tokenizer: Any, asked: Sampling, tasks: Collection[str]) -> Drawn:
     """Draw everything, deterministic in the seeds.
+
+    Args:
+        tasks: what is evaluated. Items of another task are left out, with a warning, if the text has too few.
 
     Raises:
         SamplingError: a text is too short for what is asked of it; the message has its name.
     """
     drawn, counts = Drawn(), {}
     for name, documents in texts.items():
-        cleaned = documents if asked.documents == "unchanged" else text.clean(documents)
+        whole = text.Picked(documents, range(len(documents)))
+        cleaned = whole if asked.documents == "unchanged" else text.clean(documents)
         counts[name] = {"documents": len(documents), "empty_or_repeated": len(documents) - len(cleaned)}
         try:
             if name == asked.calibration_text:
                 held_out = _calibrate(cleaned, tokenizer, asked, drawn, counts[name])
+                _make_items(name, held_out, asked, drawn, tasks)
             else:
                 held_out = cleaned if asked.documents == "unchanged" else text.shuffled(cleaned, asked.seed)
             if held_out:
@@ -58,10 +66,10 @@ def sample(texts: Mapping[str, list[str]], tokenizer: Any, asked: Sampling) -> D
 
 
 def _calibrate(
-    documents: list[str], tokenizer: Any, asked: Sampling, drawn: Drawn, counts: dict[str, int]
-) -> list[str]:
-    """Draw calibration windows and the tasks of the held-out documents; returns those documents."""
-    calibrated, held_out = documents, list[str]()
+    documents: Sequence[str], tokenizer: Any, asked: Sampling, drawn: Drawn, counts: dict[str, int]
+) -> Sequence[str]:
+    """Draw calibration windows; returns the documents that are held out."""
+    calibrated, held_out = documents, documents[:0]
     if asked.held_out_share:
         calibrated, held_out = text.split_documents(documents, asked.held_out_share, asked.seed)
     calibrated = calibrated[: asked.calibration_documents]
@@ -73,14 +81,22 @@ def _calibrate(
     drawn.calibration_text = {"tokens": stream.int()} | ({} if first is None else {"begin": torch.tensor([first])})
     for seed in asked.calibration_seeds:
         drawn.calibration[str(seed)] = draw(stream, asked.n_windows, asked.window_length, seed, first)
-    if held_out and asked.n_task_items:
-        drawn.tasks["last_word"] = text.last_word_items(held_out, asked.n_task_items, asked.seed)
-        drawn.tasks["next_sentence"] = text.next_sentence_items(held_out, asked.n_task_items, asked.seed)
     return held_out
 
 
+def _make_items(name: str, documents: Sequence[str], asked: Sampling, drawn: Drawn, tasks: Collection[str]) -> None:
+    makers = {"last_word": text.last_word_items, "next_sentence": text.next_sentence_items}
+    for task, make in makers.items() if documents and asked.n_task_items else ():
+        try:
+            drawn.tasks[task] = make(documents, asked.n_task_items, asked.seed)
+        except text.SamplingError as error:
+            if task in tasks:
+                raise text.SamplingError(f"{error}; or take {task} out of evaluation.tasks") from None
+            log.warning("text.%s: no task %s: %s", name, task, error)
+
+
 def _test(
-    name: str, documents: list[str], tokenizer: Any, asked: Sampling, drawn: Drawn, counts: dict[str, int]
+    name: str, documents: Sequence[str], tokenizer: Any, asked: Sampling, drawn: Drawn, counts: dict[str, int]
 ) -> None:
     begin, n_windows = asked.test_begin or "window", asked.n_test_windows
     stream = text.token_stream(documents, tokenizer, begin)

@@ -17,7 +17,7 @@ from drank.model.groups import Mlp, find_groups, find_mlps
 from drank.model.linears import Linear, find_linears
 from drank.model.precision import name_of
 from drank.model.substitution import measure_sensitivity
-from drank.model.vocabulary import check_ids
+from drank.model.vocabulary import check_windows
 from drank.project.params import Covariance, Spectrum
 from drank.project.processes import Group
 
@@ -84,7 +84,7 @@ def add_sensitivity(
         read_rows: the first rows of what :func:`factorise` stored under a name.
         windows: calibration windows, as many as are asked for.
     """
-    check_ids(model, windows, f"data/sampling/calibration/{asked.calibration_seed}.safetensors")
+    check_windows(model, windows, f"data/sampling/calibration/{asked.calibration_seed}.safetensors")
     linears = find_linears(model, on.targets, on.ignore)
     sizes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
     components = {row["name"]: min(sizes[row["name"]]) - row["n_discarded"] for row in summary["units"]}

@@ -8,11 +8,11 @@ package is the only one that imports mlflow.
 
 Runs have what MLflow's pages can show at once; the rest is in the artifacts:
 
-* Metrics are the figures of results/<variant>.json under the same names, which MLflow groups by ``/``. Left out are
-  standard errors, which are no figures to sort by; word perplexities, which are functions of the bits per byte; and
-  what is the same for every variant or a parameter already. Added are ``ppl_over_dense/<text>``, token perplexities
-  over the dense variant's; the gap of the allocation; and ``rank/<kind>``, whose step is the layer, so that MLflow
-  draws the rank profile.
+* Metrics are the figures of results/<variant>.json under the same names, which MLflow groups by ``/``; characters that
+  it refuses are encoded (``names``), as in ``exact_match:2Cstrict-match/gsm8k``. Left out are standard errors, no
+  figures to sort by; word perplexities, which are functions of the bits per byte; and what is the same for every
+  variant or a parameter already. Added are ``ppl_over_dense/<text>``, token perplexities over the dense variant's; the
+  gap of the allocation; and ``rank/<kind>``, whose step is the layer, so that MLflow draws the rank profile.
 * Parameters of a variant are those that can make two variants differ, under keys without its name and present in
   every run, so that "show diff only" says what differs. Whatever all variants of a state share is with the parent run.
 * A variant is also a logged model without artifacts: the weights stay in DVC, whose hash of the folder it carries.

@@ -1,7 +1,7 @@
 """One run per variant, under one run per state of dvc.lock."""
 
+import re
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -9,22 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from drank import __version__
 from drank.project.dvc import LockError, read_lock
 from drank.project.files import file_sha256
+from drank.project.git import GitError, head
 from drank.project.params import Preset, Spectrum
 from drank.project.state import State, Variant, check_written, outs_of, read_state, sha256_of
 from drank.tracking import view
+from drank.tracking.names import LONGEST_PARAM, LONGEST_TAG, name_of, named
 from drank.tracking.store import Store, open_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
+T = TypeVar("T")
 PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers")
 COLUMNS = ("name", "layer", "kind", "form", "rank", "full_rank", "price", "effective_rank", "relative_loss")
-METRICS_A_CALL = 1000  # MLflow takes no more; a large model has more matrices
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow takes no more; a large model has more matrices
 # Logged of a state beside its variants.
 FIGURES, DOCUMENTS = "results/figures", ("results/summary.csv", "results/report.html", "params.yaml", "dvc.lock")
 READ = ("params.yaml", "dvc.lock", "results", "data/allocation", "data/sampling", "data/evaluation")
@@ -114,6 +117,10 @@ def project(store: Store, state: State, git: dict[str, str]) -> Tracked:
     return Tracked(created, tuple(existing), store.where_to_look(view.PAGE), _finished(store, parent))
 
 
+def batched(items: list[T], n: int) -> Iterator[list[T]]:
+    return (items[start : start + n] for start in range(0, len(items), n))
+
+
 def _finished(store: Store, parent: str) -> dict[str, "Run"]:
     """The variants that are logged whole, by name; what a killed call left half-made is deleted."""
     finished = {}
@@ -139,31 +146,42 @@ def _finishing(store: Store, run_id: str) -> Iterator[None]:
 
 
 def _follow_commit(store: Store, run: "Run", tags: dict[str, str]) -> None:
-    """Results are committed after they were logged: then, and only then, does a run name the commit that has them."""
-    if run.data.tags.get("git.dirty") == "true" and tags.get("git.dirty") == "false":
+    """Name the commit of results that were committed, or that git refused to speak of, after they were logged."""
+    before = run.data.tags
+    if before.get("git.dirty") == "false" or "git.unknown" in tags:
+        return
+    if tags.get("git.dirty") == "false" or "git.unknown" in before:
         for key, value in tags.items():
-            if run.data.tags.get(key) != value:
+            if before.get(key) != value:
                 store.client.set_tag(run.info.run_id, key, value)
+        if "git.unknown" in before:
+            store.client.delete_tag(run.info.run_id, "git.unknown")
 
 
 def _log_state(store: Store, run_id: str, state: State) -> None:
-    from mlflow.entities import Param
-
     shared = {k: v for k, v in state.variants[0].params.items() if not k.startswith(OWN)} if state.variants else {}
-    store.client.log_batch(run_id, params=[Param(key, value) for key, value in shared.items()])
+    _log_params(store, run_id, named(shared, LONGEST_PARAM))
     store.client.log_artifacts(run_id, str(state.root / FIGURES), "figures")
     for path in DOCUMENTS:
         store.client.log_artifact(run_id, str(state.root / path))
 
 
+def _log_params(store: Store, run_id: str, params: dict[str, str]) -> None:
+    from mlflow.entities import Param
+
+    for batch in batched([Param(key, value) for key, value in params.items()], PARAMS_A_CALL):
+        store.client.log_batch(run_id, params=batch)
+
+
 def _log_variant(store: Store, parent: str, state: State, variant: Variant, tags: dict[str, str]) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
-    from mlflow.entities import LoggedModelOutput, Param
+    from mlflow.entities import LoggedModelOutput
 
     from drank.views.pictures import rank_heat_map
 
-    client, params, allocation = store.client, _params(variant), variant.allocation
+    client, allocation = store.client, variant.allocation
+    params = named(_params(variant), LONGEST_PARAM)
     # MLflow's own colours are hashes, some of them alike.
     color = to_hex(colormaps["tab20"](state.variants.index(variant) % 20))
     run_tags = tags | {"mlflow.parentRunId": parent, "mlflow.runColor": color}
@@ -171,10 +189,9 @@ def _log_variant(store: Store, parent: str, state: State, variant: Variant, tags
     with _finishing(store, run_id):
         model_id = _log_model(store, run_id, variant, params, tags)
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-        client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-        metrics = _metrics(state, variant, model_id)
-        for start in range(0, len(metrics), METRICS_A_CALL):
-            client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
+        _log_params(store, run_id, params)
+        for batch in batched(_metrics(state, variant, model_id), METRICS_A_CALL):
+            client.log_batch(run_id, metrics=batch)
         client.log_artifact(run_id, str(state.root / f"data/allocation/{variant.name}.json"), "allocation")
         client.log_artifact(run_id, str(state.root / f"results/{variant.name}.json"), "results")
         ranks = {column: [getattr(unit, column) for unit in allocation.units] for column in COLUMNS}
@@ -187,7 +204,7 @@ def _log_model(store: Store, run_id: str, variant: Variant, params: dict[str, st
     kept = ("drank.variant", "allocation.sha256", "model.dvc_md5", "dvc.lock_sha256")
     model = store.client.create_logged_model(
         store.experiment_id,
-        name=variant.name,
+        name=re.sub(r"[/:.%\"']", "-", variant.name),
         source_run_id=run_id,
         params=params,
         tags={key: tags[key] for key in kept} | {"mlflow.model.isExternal": "true", "dvc.path": folder_of(variant)},
@@ -211,7 +228,7 @@ def _params(variant: Variant) -> dict[str, str]:
 
 
 def _figures(state: State, variant: Variant) -> dict[str, float]:
-    """Figures of the results that are worth a column, under their names there, and what follows from them."""
+    """Figures of the results that are worth a column, and what follows from them, as MLflow has them."""
     figures = {
         key: value
         for key, value in variant.results.figures.items()
@@ -224,7 +241,8 @@ def _figures(state: State, variant: Variant) -> dict[str, float]:
         for key, value in figures.items()
         if dense and key.startswith("token_perplexity/")
     }
-    return figures | over_dense | {"allocation/gap": variant.allocation.objective.gap}
+    found = figures | over_dense | {"allocation/gap": variant.allocation.objective.gap}
+    return {name_of(key): value for key, value in found.items()}
 
 
 def _metrics(state: State, variant: Variant, model_id: str) -> list["Metric"]:
@@ -234,7 +252,7 @@ def _metrics(state: State, variant: Variant, model_id: str) -> list["Metric"]:
 
     now = int(time.time() * 1000)
     figures = [Metric(k, v, now, step=0, model_id=model_id) for k, v in _figures(state, variant).items()]
-    ranks = [Metric(f"rank/{unit.kind}", unit.rank, now, step=unit.layer) for unit in variant.allocation.units]
+    ranks = [Metric(name_of(f"rank/{unit.kind}"), unit.rank, now, step=unit.layer) for unit in variant.allocation.units]
     losses = [
         Metric(f"healing/{key}", row[key], now, step=int(row["step"]))
         for row in variant.loss_curve
@@ -246,7 +264,7 @@ def _metrics(state: State, variant: Variant, model_id: str) -> list["Metric"]:
 def _state_tags(state: State, git: dict[str, str]) -> dict[str, str]:
     lines = [f"* {v.name}: kept {v.results.figures['kept_ratio']:.4f}" for v in state.variants]
     note = "\n".join(["Everything that one state of `dvc.lock` holds, a run per variant:", "", *lines, "", _links(git)])
-    return {
+    tags = {
         "drank.run": "pipeline",
         "drank.version": __version__,
         "dvc.lock_sha256": state.sha256,
@@ -255,6 +273,7 @@ def _state_tags(state: State, git: dict[str, str]) -> dict[str, str]:
         **{f"version.{package}": version(package) for package in PACKAGES},
         **git,
     }
+    return named(tags, LONGEST_TAG)
 
 
 def _variant_tags(state: State, variant: Variant, git: dict[str, str]) -> dict[str, str]:
@@ -271,7 +290,7 @@ def _variant_tags(state: State, variant: Variant, git: dict[str, str]) -> dict[s
         f"* model `{folder_of(variant)}`: md5 in dvc.lock `{md5}`\n"
         f"* stages of `dvc.lock`: sha256 `{state.sha256}`\n"
     )
-    return {
+    tags = {
         "drank.run": "variant",
         "drank.variant": variant.name,
         "drank.version": __version__,
@@ -284,9 +303,12 @@ def _variant_tags(state: State, variant: Variant, git: dict[str, str]) -> dict[s
         **{f"dvc.out.{path}": md5 for path, md5 in outs.items()},
         **git,
     }
+    return named(tags, LONGEST_TAG)
 
 
 def _links(git: dict[str, str]) -> str:
+    if "git.unknown" in git:
+        return f"The commit is not known: {git['git.unknown']}."
     if "git.commit" not in git:
         return "Made outside git."
     changed = ", changed and not committed since" if git["git.dirty"] == "true" else ""
@@ -294,17 +316,16 @@ def _links(git: dict[str, str]) -> str:
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """Commit and whether the tree differs from it; nothing outside git, no commit before the first one."""
-    if shutil.which("git") is None:
+    """Commit and whether the tree differs from it; nothing outside git, no commit before the first one.
+
+    ``git.unknown`` has git's words where there is a repository and no answer.
+    """
+    try:
+        found = head(root)
+    except GitError as error:
+        return {"git.unknown": str(error)}
+    if found is None:
         return {}
-    status, head = (
-        subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        for arguments in (["status", "--porcelain"], ["rev-parse", "--verify", "--quiet", "HEAD"])
-    )
-    if status.returncode != 0:
-        return {}
-    tags = {"git.dirty": "true" if status.stdout.strip() else "false"}
-    if head.returncode != 0:
-        return tags
-    commit = head.stdout.strip()
-    return tags | {"git.commit": commit, "mlflow.source.git.commit": commit}
+    commit, is_dirty = found
+    tags = {"git.dirty": "true" if is_dirty else "false"}
+    return tags | ({"git.commit": commit, "mlflow.source.git.commit": commit} if commit else {})

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from unittest.mock import patch
 
 from drank.project.dvc import dvc_md5
 from drank.project.state import State, outs_of
-from drank.tracking.projection import folder_of, git_tags, project
+from drank.tracking.projection import folder_of, project
 from drank.tracking.store import EXPERIMENT, Store, existing_store
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Promotion:
     is_new: bool
 
 
-def prepare(store: Store, state: State, name: str, root: Path) -> Promotion:
+def prepare(store: Store, state: State, name: str, root: Path, git: dict[str, str]) -> Promotion:
     """Track the state and register a variant of it, so that only the alias has to move.
 
     A version has no files: its source is the run's logged model, and its tags tell the folder, which DVC keeps, by
@@ -72,7 +73,7 @@ def prepare(store: Store, state: State, name: str, root: Path) -> Promotion:
         raise PromotionError(
             f"{root / folder}: edited or stale: its md5 is {found}, but dvc.lock has {md5}; run `dvc checkout {folder}`"
         )
-    run, versions = project(store, state, git_tags(root)).runs[name], _versions(store)
+    run, versions = project(store, state, git).runs[name], _versions(store)
     if is_new := md5 not in versions:
         versions[md5] = _register(store, run, folder)
     return Promotion(_variant_run(store, run, versions[md5]), md5, is_new)
@@ -80,8 +81,18 @@ def prepare(store: Store, state: State, name: str, root: Path) -> Promotion:
 
 def set_champion(store: Store, promotion: Promotion) -> None:
     """Move the alias ``champion`` to the version of a variant, unless it is there."""
-    if not promotion.run.champion:
+    from mlflow.exceptions import MlflowException
+
+    if promotion.run.champion:
+        return
+    try:
         store.client.set_registered_model_alias(MODEL, CHAMPION, str(promotion.run.version))
+    except MlflowException:
+        # A server that moved it may have failed to say so.
+        with suppress(MlflowException):
+            if int(store.client.get_model_version_by_alias(MODEL, CHAMPION).version) == promotion.run.version:
+                return
+        raise
 
 
 def find_runs(root: Path, model_md5: str) -> list[VariantRun] | None:

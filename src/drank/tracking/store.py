@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from drank.project.redaction import redact
 from drank.project.refusals import check_access, refusal
 from drank.project.turns import turn
 
@@ -33,19 +34,20 @@ class Store:
     experiment_id: str
 
     def link(self, page: str) -> str:
-        """A page of the experiment, such as ``runs/<id>``: on the server, or where ``mlflow ui`` shows a file."""
+        """A page of the experiment, such as ``runs/<id>``: on the server, or where ``mlflow ui`` shows a database."""
         base = LOCAL_UI
-        if _sqlite_file(self.uri) is None:
+        if not is_database(self.uri):
             address = urlsplit(self.uri)
-            # Without the user and password that it may hold.
+            # Without the user, password and query, which may be secret.
             base = urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path.rstrip("/"), "", ""))
         return f"{base}/#/experiments/{self.experiment_id}/{page}"
 
     def where_to_look(self, page: str) -> str:
         """The command to type, if the store has no server, and the address of a page."""
-        if _sqlite_file(self.uri) is None:
+        if not is_database(self.uri):
             return self.link(page)
-        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}\nthen {self.link(page)}"
+        address = shlex.quote(self.uri) if redact(self.uri) == self.uri else '"$MLFLOW_TRACKING_URI"'
+        return f"mlflow ui --backend-store-uri {address}\nthen {self.link(page)}"
 
 
 @contextmanager
@@ -60,7 +62,8 @@ def open_store(root: Path) -> Iterator[Store]:
         TrackingError: a store that cannot be used, or that fails in the block.
     """
     uri = _uri_of(root)
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
+    artifacts = (file.parent if file else _home(root)) / "mlartifacts" if is_database(uri) else None
     # Two processes that create one SQLite store break it, and two that look for a run would both make it.
     with turn(str(file or uri), "another drank on MLflow's store"), _explained():
         if file is not None and file.exists():
@@ -68,16 +71,16 @@ def open_store(root: Path) -> Iterator[Store]:
         elif file is not None:
             _create_database(file)
         client = _new_client(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT) or _create_experiment(client, file)
+        experiment = client.get_experiment_by_name(EXPERIMENT) or _create_experiment(client, artifacts)
         if experiment.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"MLflow's experiment '{EXPERIMENT}' is deleted; bring it back with "
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
             )
-        if file is not None and experiment.artifact_location.startswith("mlflow-artifacts:"):
+        if artifacts and experiment.artifact_location.startswith("mlflow-artifacts:"):
             raise TrackingError(
-                f"{file}: its experiment '{EXPERIMENT}' was made through a server, which keeps the artefacts: start "
-                f"it and give its address, as in MLFLOW_TRACKING_URI={LOCAL_UI}"
+                f"{redact(uri)}: its experiment '{EXPERIMENT}' was made through a server, which keeps the artefacts: "
+                f"start it and give its address, as in MLFLOW_TRACKING_URI={LOCAL_UI}"
             )
         yield Store(uri, client, experiment.experiment_id)
 
@@ -90,7 +93,7 @@ def existing_store(root: Path) -> Iterator[Store | None]:
         TrackingError: a store that cannot be used, or that fails in the block.
     """
     uri = _uri_of(root)
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is not None and not file.is_file():
         yield None
         return
@@ -102,14 +105,45 @@ def existing_store(root: Path) -> Iterator[Store | None]:
         yield None if experiment is None else Store(uri, client, experiment.experiment_id)
 
 
+def _home(root: Path) -> Path:
+    return Path(os.environ.get("DVC_ROOT") or root).resolve()
+
+
 def _uri_of(root: Path) -> str:
-    home = Path(os.environ.get("DVC_ROOT") or root).resolve()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').as_posix()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(_home(root) / "mlflow.db")
 
 
-def _sqlite_file(uri: str) -> Path | None:
-    address = urlsplit(uri)
-    return Path(address.path.removeprefix("/")).resolve() if address.scheme == "sqlite" else None
+def is_database(uri: str) -> bool:
+    """Whether MLflow opens the store itself, with SQLAlchemy, instead of asking a server."""
+    return uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of a SQLite file, the plain one if SQLAlchemy reads it as that file: versions differ in ``%``."""
+    from sqlalchemy import URL
+
+    if sqlite_file(plain := f"sqlite:///{file.as_posix()}") == file:
+        return plain
+    # With a driver's name, since MLflow makes the folders of an address without one, encoded as they are there.
+    address = URL.create("sqlite+pysqlite", database=file.as_uri(), query={"uri": "true"})
+    return address.render_as_string()
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite database, whatever driver the address names; None for other stores."""
+    if uri.partition(":")[0].partition("+")[0] != "sqlite":
+        return None
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        address = make_url(uri)
+    except ArgumentError:  # MLflow will say so
+        return None
+    path = address.database or ""
+    if path.startswith("file:") and "uri" in address.query:
+        path = unquote(urlsplit(path).path)
+    return None if path in ("", ":memory:") else Path(path).resolve()
 
 
 def _create_database(file: Path) -> None:
@@ -118,21 +152,20 @@ def _create_database(file: Path) -> None:
     partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     check_access(partial, "wb")
-    _new_client(f"sqlite:///{partial.as_posix()}").search_experiments(max_results=1)
+    _new_client(sqlite_uri(partial)).search_experiments(max_results=1)
     partial.replace(file)
 
 
-def _create_experiment(client: "MlflowClient", file: Path | None) -> "Experiment":
-    """Ours, with its artifacts beside the SQLite file or where the server puts them.
+def _create_experiment(client: "MlflowClient", artifacts: Path | None) -> "Experiment":
+    """Ours, with its artifacts in this folder, or where a server puts them.
 
     MLflow's own default is the current folder, for ever.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_experiment(
-            client.create_experiment(EXPERIMENT, None if file is None else (file.parent / "mlartifacts").as_uri())
-        )
+        number = client.create_experiment(EXPERIMENT, None if artifacts is None else artifacts.as_uri())
+        return client.get_experiment(number)
     except MlflowException:
         experiment = client.get_experiment_by_name(EXPERIMENT)  # another machine was quicker
         if experiment is None:
@@ -152,10 +185,13 @@ def _new_client(uri: str) -> "MlflowClient":
 @contextmanager
 def _explained() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError) as error:  # no driver
         if (refused := refusal(error)) is not None:
             raise refused from error
-        raise TrackingError(f"MLflow's store cannot be used; is MLFLOW_TRACKING_URI right? {error}") from error
+        raise TrackingError(
+            f"MLflow's store cannot be used; is MLFLOW_TRACKING_URI right? {redact(str(error))}"
+        ) from error

@@ -9,7 +9,8 @@ import json
 KEY = "variants"
 PAGE = f"runs?workflowType=machine_learning&viewStateShareKey={KEY}"
 SECTION = "Size and quality"
-MOST_COLUMNS = 6  # of perplexities, and of accuracies: a tag holds 5000 characters
+MOST_COLUMNS = 6  # of perplexities, and of accuracies
+LONGEST = 5000  # characters that a tag of an experiment holds
 MOST_CHARTS = 3
 DESCRIPTION = (
     "Variants of one model, a run each, under a run for the state of `dvc.lock` that made them. The view **Variants** "
@@ -20,9 +21,18 @@ DESCRIPTION = (
 
 def experiment_tags(lock_sha256: str, metrics: list[str]) -> dict[str, str]:
     """Tags that describe the experiment, and hold the view of a state, whose variants have these metrics."""
+    views = (_view(lock_sha256, metrics, most) for most in range(MOST_COLUMNS, -1, -1))
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.note.content": DESCRIPTION,
+        f"mlflow.sharedViewState.{KEY}": next(view for view in views if len(view) <= LONGEST),
+    }
+
+
+def _view(lock_sha256: str, metrics: list[str], most: int) -> str:
     relative = any(metric.startswith("ppl_over_dense/") for metric in metrics)
     perplexities, accuracies = (
-        [metric for metric in metrics if metric.startswith(kind)][:MOST_COLUMNS]
+        [metric for metric in metrics if metric.startswith(kind)][:most]
         for kind in ("ppl_over_dense/" if relative else "token_perplexity/", "acc/")
     )
     columns = ["params.`preset`", "params.`size_ratio`"]
@@ -50,12 +60,7 @@ def experiment_tags(lock_sha256: str, metrics: list[str]) -> dict[str, str]:
         # In pixels: wide enough for the heading.
         "columnWidths": {column: max(95, 7 * len(column.split("`")[1]) + 30) for column in columns},
     }
-    shared = {"name": "Variants", "createdAt": 0, "updatedAt": 0, "state": json.dumps(view)}
-    return {
-        "mlflow.experimentKind": "custom_model_development",
-        "mlflow.note.content": DESCRIPTION,
-        f"mlflow.sharedViewState.{KEY}": json.dumps(shared),
-    }
+    return json.dumps({"name": "Variants", "createdAt": 0, "updatedAt": 0, "state": json.dumps(view)})
 
 
 def _axis(metric: str) -> dict[str, str]:

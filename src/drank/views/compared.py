@@ -16,7 +16,6 @@ from drank.project.documents import (
     Read,
     Results,
     StatementDocument,
-    parameters_of,
     parse_document,
     read_document,
 )
@@ -114,7 +113,7 @@ def _tree(root: Path, chosen: str | None, commit: str = "", label: str = "") -> 
 
     def side(variant: str) -> Side:
         try:
-            parameters = parameters_of(content or b"", variant)
+            parameters = parse_as(content or b"", f"{within}params.yaml", Params).parameters_of(variant)
         except ParamsError:  # another version's
             parameters = None
         return Side(

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 Integer = int | NDArray[np.int64]
 
-# Storages: parameters of rank k of an (out, in) matrix. A new form of storage is a row here, and one of LAYOUTS in
-# steps/compression.py.
+# Storages: parameters of rank k of an (out, in) matrix. A new form of storage is a row here, one of FORMS in
+# model/layers.py and one of LAYOUTS in steps/compression.py.
 PRICES: dict[str, Callable[[int, int, Integer], Integer]] = {
     "factors": lambda n_out, n_in, k: k * (n_out + n_in),
     "pivot": lambda n_out, n_in, k: k * (n_out + n_in - k),  # k rows kept, the rest as combinations of them

@@ -1,0 +1,146 @@
+"""LoRA by plain peft on compressed models: on every layer, saved, loaded, merged into a folder of the same size."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from drank.model.adapters import LoraLowRankLinear
+from drank.model.layers import LowRankLinear
+from tests import compressed, tiny
+from tests.compressed import spec
+
+IDS = torch.arange(2, 50).view(2, 24)
+O_PROJ = "model.layers.{}.self_attn.o_proj"
+GROUP = {
+    O_PROJ.format(0): spec("pivot", 32, 32, 9, basis=O_PROJ.format(0), first=0, kept=3),
+    O_PROJ.format(1): spec("pivot", 32, 32, 9, basis=O_PROJ.format(0), first=3, kept=6),
+}
+MODELS = {"llama": (tiny.llama, compressed.LLAMA | GROUP), "gpt2": (tiny.gpt2, compressed.GPT2)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory):
+    dense, specs = MODELS[request.param]
+    return compressed.write(dense(), specs, tmp_path_factory.mktemp(request.param))
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def adapted(model, targets, **options):
+    return get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets, **options))
+
+
+def n_adapted(model):
+    return sum(isinstance(module, LoraLowRankLinear) for module in model.modules())
+
+
+def train(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def test_all_linear_is_every_layer_trained_saved_loaded_and_merged_at_the_same_size(folder, tmp_path):
+    base = load(folder)
+    before, shapes = logits(base), {name: tensor.shape for name, tensor in base.state_dict().items()}
+    low_rank = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear)]
+    model = adapted(base, "all-linear")
+    layers = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    assert [name for name in low_rank if not isinstance(layers[name], LoraLowRankLinear)] == []
+    assert sum(hasattr(module, "lora_A") for module in layers.values()) == (14 if "llama" in str(folder) else 8)
+    assert torch.equal(logits(model), before)
+    trained = logits(train(model))
+    assert (trained - before).abs().max() > 1e-3
+    assert all(module.lora_B["default"].weight.any() for module in layers.values() if hasattr(module, "lora_B"))
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+    by_itself = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert torch.equal(logits(by_itself), trained), "transformers finds the base model and the adapter"
+    with again.disable_adapter():
+        torch.testing.assert_close(logits(again), before)
+    merged = again.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
+    assert {name: tensor.shape for name, tensor in merged.state_dict().items()} == shapes
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "merged")]
+    assert sizes[0] == sizes[1]
+    assert (folder / "config.json").read_bytes() == (tmp_path / "merged/config.json").read_bytes()
+
+
+def test_names_find_the_layers_in_every_form(tmp_path):
+    dense, specs = MODELS["llama"]
+    model = adapted(load(compressed.write(dense(), specs, tmp_path)), ["q_proj", "up_proj", "o_proj"])
+    assert n_adapted(model) == 6
+    q = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    assert q.base_layer.basis is model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.basis
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"), [(r".*layers\.0\.mlp\.(gate|up)_proj", 2), (["layers.1.self_attn.q_proj", "down_proj"], 2)]
+)
+def test_transformers_own_adapters_go_by_expressions_and_longer_names_too(targets, count, tmp_path):
+    dense, specs = MODELS["llama"]
+    model = load(compressed.write(dense(), specs, tmp_path))
+    model.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False))
+    assert n_adapted(model) == count
+    assert logits(model).isfinite().all()
+
+
+def test_a_half_precision_model_with_two_adapters_and_dropout_is_merged_and_unmerged(tmp_path):
+    dense, specs = MODELS["llama"]
+    base = AutoModelForCausalLM.from_pretrained(compressed.write(dense().bfloat16(), specs, tmp_path))
+    model = adapted(base, "all-linear", lora_dropout=0.1)
+    model.add_adapter("second", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    model.eval()
+    trained = logits(model)
+    assert trained.dtype == torch.bfloat16
+    model.merge_adapter()
+    assert (logits(model) - trained).abs().max() < 0.1 * trained.abs().max()
+    model.unmerge_adapter()
+    assert (logits(model) - trained).abs().max() < 0.1 * trained.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "DoraLinearVariant needs a dense weight: compressed layers take plain LoRA only"),
+        ({"lora_bias": True}, "lora_bias is True: compressed layers take adapters without a bias"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_refused(options, message, tmp_path):
+    dense, specs = MODELS["llama"]
+    with pytest.raises(ValueError, match=message):
+        adapted(load(compressed.write(dense(), specs, tmp_path)), ["q_proj"], **options)
+
+
+def test_import_drank_is_all_that_it_takes_even_after_peft(tmp_path):
+    dense, specs = MODELS["llama"]
+    code = (
+        "import sys\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "import drank\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "model = get_peft_model(model, LoraConfig(target_modules=['q_proj']))\n"
+        "print(model.print_trainable_parameters())\n"
+    )
+    folder = str(compressed.write(dense(), specs, tmp_path))
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "trainable params" in done.stdout

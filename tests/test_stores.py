@@ -1,0 +1,485 @@
+"""MLflow's store and git beside it: any folder, any name, no secret in what is said, two stores that move as one."""
+
+import logging
+import os
+import posixpath
+import re
+import shlex
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from drank.cli.promote import TagError
+from drank.cli.promote import promote as command
+from drank.preflight import preflight
+from drank.project import git
+from drank.project.redaction import redact, redact_logs
+from drank.tracking import TrackingError, open_store, projection, track
+from drank.tracking.names import LONGEST_NAME, LONGEST_PARAM, name_of, named
+from drank.tracking.store import Store
+from tests import conftest
+from tests.test_promote import promote
+from tests.toy import REPOSITORY, VARIANTS, Runs, copied, edit_params, repro, run, serving
+
+SOURCE = REPOSITORY / "src"
+
+# Where the store is
+
+FOLDERS = ("c# work", "50%41 off", "wha?t", "ö ü 日本", "a&b=c;d", "it's", "me@host:8", "file:x?uri=true")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_project_in_any_folder_has_its_store_inside(toy_project, tmp_path, monkeypatch, name):
+    root = tmp_path / name / "project"
+    shutil.copytree(toy_project, root, symlinks=True)
+    shutil.rmtree(toy_project)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    said = track(root).where
+    assert {path.name for path in tmp_path.iterdir()} == {"here", name}
+    assert [path.name for path in (*(tmp_path / name).iterdir(), *(tmp_path / "here").iterdir())] == ["project"]
+    assert list((root / "mlartifacts").rglob("report.html"))
+    client = MlflowClient(tracking_uri=shlex.split(said)[3])
+    assert client.get_experiment_by_name("drank").artifact_location == (root / "mlartifacts").as_uri()
+    assert track(root).created == ()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite+pysqlite:///{}/x.db",
+        "sqlite:///x.db",
+        "sqlite+pysqlite:///file:{}/x.db?uri=true",
+        "sqlite:///{}/x.db?timeout=9",
+    ],
+)
+def test_the_address_of_a_database_may_name_a_driver_and_options(toy_project, tmp_path, monkeypatch, uri):
+    monkeypatch.chdir(tmp_path)
+    (toy_project / "mlflow.db").rename(tmp_path / "x.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(tmp_path))
+    assert shlex.split(track(toy_project).where)[:4] == ["mlflow", "ui", "--backend-store-uri", uri.format(tmp_path)]
+    assert {path.name for path in tmp_path.iterdir()} == {"mlartifacts", "project", "x.db"}
+
+
+# What it is told
+
+NAMES = (
+    "exact_match,strict-match/gsm8k", "acc/arc:challenge", "maj@8/math", "f(x) = 50%", "日本語/é", "new\nline", "a//b",
+    "/a", "a/", "a/../b", ".", "..", "...", "", "x" * 300, "x" * 299 + "y", "rank/`q`'s", "a:2Cb", "a,b", "::",
+)  # fmt: skip
+
+
+def test_mlflow_takes_every_name_and_value_and_keeps_them_apart(toy_project):
+    client = Runs(toy_project).client
+    run_id = client.create_run("0").info.run_id
+    translated = [name_of(name) for name in NAMES]
+    assert len(set(translated)) == len(NAMES)
+    values = named({name: "v" * 5999 + name + "w" * 9 for name in NAMES}, LONGEST_PARAM)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, 1.0, 0, 0) for name in translated],
+        params=[Param(name, value) for name, value in values.items()],
+        tags=[RunTag(name, "") for name in translated],
+    )
+    logged = client.get_run(run_id).data
+    assert logged.metrics.keys() == logged.params.keys() == set(translated)
+    assert logged.params == values
+    assert len(set(values.values())) == len(NAMES)
+    assert name_of("exact_match,strict-match/gsm8k") == "exact_match:2Cstrict-match/gsm8k"
+    for name in ("token_perplexity/news", "dvc.out.data/models/d-rank-80", "version.lm-eval", "acc_norm/last word"):
+        assert name_of(name) == name
+
+
+@given(st.text(max_size=300), st.text("a/.:,", max_size=5))
+def test_a_translated_name_is_one_that_mlflow_takes_and_says_which_it_was(some, tricky):
+    for name in (some, tricky):
+        found = name_of(name)
+        assert len(found) <= LONGEST_NAME
+        assert re.fullmatch(r"[/\w.\- :]+", found)
+        assert posixpath.normpath(found) == found
+        assert not found.startswith(("/", ".."))
+        if "::" not in found and found != ":":
+            assert re.sub("((?::[0-9A-F]{2})+)", decoded, found) == name
+
+
+def decoded(found: re.Match[str]) -> str:
+    return bytes.fromhex(found[0].replace(":", "")).decode()
+
+
+def test_many_parameters_and_long_ones_are_logged(toy_project):
+    texts = {f"text-{n}": {"source": f"local:{n}.jsonl"} for n in range(120)}
+    known = yaml.safe_load((toy_project / "params.yaml").read_text())["text"]
+    edit_params(toy_project, "text", value=known | texts)
+    long = [f"re:.*{'x' * 90}{n}" for n in range(80)]
+    edit_params(toy_project, "covariance", "ignore", value=long)
+    repro(toy_project)
+    track(toy_project)
+    pipeline, variants = Runs(toy_project).one_state()
+    assert {f"text.{name}.source" for name in texts} <= pipeline.data.params.keys()
+    logged = variants["dense"].data.params["covariance.ignore"]
+    assert len(logged) == LONGEST_PARAM
+    assert logged.startswith(f"{long[0]}, {long[1]}")
+
+
+# What is said
+
+WORD = "hunter22"
+
+
+class Unwell(BaseHTTPRequestHandler):
+    def answer(self):
+        self.send_error(503)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def unwell():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unwell) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+SECRETS = (
+    "http://me:hunter22@{}", "http://hunter22@{}", "http://{}/?token=hunter22", "http://me:x/hunter22@{}",
+    "http://me:x%40hunter22@{}/a b", "http://me:x#hunter22@{}", "postgresql://me:hunter22@{}/db", "ftp://me:hunter22@{}",
+    "sqlite:////dev/null/x.db?key=hunter22",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_no_secret_of_an_address_is_said(toy_project, monkeypatch, unwell, address):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(unwell))
+    assert WORD not in "".join(finding.text for finding in preflight(toy_project))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for asked in ("track", "promote"):
+        program = ("drank", asked, *(["dense"] if asked == "promote" else []))
+        done = conftest.run(toy_project, *program, check=False, path=SOURCE)
+        said = done.stdout + done.stderr
+        assert done.returncode == 1
+        assert said
+        assert WORD not in said
+        if address.startswith("http://me:hunter22"):
+            assert "is MLFLOW_TRACKING_URI right" in said
+            assert unwell in said
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GET https://me:pw@host/a failed", "GET https://***@host/a failed"),
+        ("clone https://ghp_123@github.com/a.git", "clone https://***@github.com/a.git"),
+        ("https://host/x?a=1&api_key=pw&b=2", "https://host/x?a=1&api_key=***&b=2"),
+        ("s3://b/k?X-Amz-Signature=abc'", "s3://b/k?X-Amz-Signature=***'"),
+        ("Authorization: Bearer eyJhbGciOi.J9", "Authorization: Bearer ***"),
+        ("the token of-the-environment, of%2Dthe%2Denvironment", "the token ***, of%2Dthe%2Denvironment"),
+        ("me@host, https://host/a@b?c=d, sqlite:////a/b@c.db", "me@host, https://host/a@b?c=d, sqlite:////a/b@c.db"),
+    ],
+)
+def test_secrets_are_hidden_and_nothing_else(monkeypatch, text, expected):
+    monkeypatch.setenv("SOME_TOKEN", "of-the-environment")
+    monkeypatch.setenv("SHORT_TOKEN", "the")
+    assert redact(text) == expected
+
+
+def test_no_secret_is_logged_or_in_the_traceback_of_a_bug(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WORD)
+    factory = logging.getLogRecordFactory()
+    redact_logs()
+    try:
+        try:
+            raise OSError(f"https://me:pw@host {WORD}")
+        except OSError:
+            logging.getLogger("urllib3").exception("%s failed", "https://me:pw@host")
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert "https://***@host failed" in caplog.text
+    assert "OSError: https://***@host ***" in caplog.text
+    program = (
+        "import typer; from drank.project.command import run_stage\n"
+        "def main(): raise RuntimeError('https://me:pw@host')\n"
+        "run_stage(main)"
+    )
+    done = conftest.run(tmp_path, "python", "-c", program, check=False, path=SOURCE)
+    assert "RuntimeError: https://***@host" in done.stderr
+
+
+def test_the_way_to_a_database_has_no_password():
+    client = MlflowClient("http://127.0.0.1")
+    for uri in (
+        "postgresql://me:secret@host/db",
+        "mysql+pymysql://me:secret@host/db",
+        "mssql+pyodbc://:secret@host/db",
+    ):
+        said = Store(uri, client, "3").where_to_look("runs/1")
+        expected = 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
+        assert said == f"{expected}\nthen http://127.0.0.1:5000/#/experiments/3/runs/1"
+
+
+def test_the_way_to_a_repository_has_no_password(toy_project):
+    for url, expected in (
+        ("https://me:ghp_123@github.com/a.git", "https://github.com/a.git"),
+        ("https://ghp_123@github.com/a.git", "https://github.com/a.git"),
+        ("https://github.com/a@b.git", "https://github.com/a@b.git"),
+        ("git@github.com:a.git", "git@github.com:a.git"),
+    ):
+        run(toy_project, "git", "config", "remote.origin.url", url)
+        assert git.origin(toy_project) == expected
+
+
+# git that cannot say
+
+
+def dubious(root, patch):
+    for key, value in (("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1"), ("GIT_CONFIG_GLOBAL", os.devnull)):
+        patch.setenv(key, value)
+    return "detected dubious ownership"
+
+
+def not_installed(root, patch):
+    patch.setattr(git, "GIT", ("no-such-git",))
+    return "git is not installed"
+
+
+def damaged(root, patch):
+    head = root / ".git/HEAD"
+    patch.setattr(projection, "_mended", lambda: head.write_text(before), raising=False)
+    before = head.read_text()
+    head.unlink()
+    return "not a git repository"
+
+
+def of_a_lost_worktree(root, patch):
+    (root / ".git").rename(root / "moved")
+    (root / ".git").write_text(f"gitdir: {root / 'nowhere'}\n")
+
+    def mended():
+        (root / ".git").unlink()
+        (root / "moved").rename(root / ".git")
+
+    patch.setattr(projection, "_mended", mended, raising=False)
+    return "not a git repository"
+
+
+@pytest.mark.parametrize("case", [dubious, not_installed, damaged, of_a_lost_worktree])
+def test_git_that_cannot_say_is_not_taken_for_no_git_and_is_asked_again(toy_project, monkeypatch, case):
+    with monkeypatch.context() as patch:
+        reason = case(toy_project, patch)
+        track(toy_project)
+        for run_of_it in Runs(toy_project).all:
+            assert reason in run_of_it.data.tags["git.unknown"]
+            assert (
+                f"The commit is not known: {run_of_it.data.tags['git.unknown']}"
+                in (run_of_it.data.tags["mlflow.note.content"])
+            )
+            assert "git.commit" not in run_of_it.data.tags
+        with pytest.raises(TagError, match=f"no commit can be tagged: .*{reason}"):
+            promote(toy_project, "dense")
+        assert Runs(toy_project).client.search_registered_models() == []
+        getattr(projection, "_mended", lambda: None)()
+    assert track(toy_project).created == ()
+    for run_of_it in Runs(toy_project).all:
+        assert run_of_it.data.tags["git.commit"] == run(toy_project, "git", "rev-parse", "HEAD").strip()
+        assert "git.unknown" not in run_of_it.data.tags
+        assert "not known" not in run_of_it.data.tags["mlflow.note.content"]
+
+
+# Two stores, one step
+
+
+def champions(root: Path, client: MlflowClient | None = None) -> tuple[str, str]:
+    """The champion by MLflow, and by git."""
+    version = (client or Runs(root).client).get_model_version_by_alias("drank", "champion")
+    tag = run(root, "git", "tag", "-l", "--format=%(contents)", "champion")
+    return version.tags["drank.variant"], re.search("^variant: (.*)$", tag, re.MULTILINE)[1]
+
+
+def config(*pairs):
+    def change(root):
+        for key, value in pairs:
+            run(root, "git", "config", key, value)
+
+    return change
+
+
+def with_hook(root):
+    hook = root / ".git/hooks/reference-transaction"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+
+
+def foreign_tag(root):
+    run(root, "git", "tag", "--force", "champion", "HEAD")
+
+
+def locked_tag(root):
+    (root / ".git/refs/tags/champion.lock").touch()
+
+
+GIT_REFUSES = {
+    "no key": config(("tag.gpgSign", "true"), ("gpg.program", "/nowhere/gpg")),
+    "no user": config(("user.name", ""), ("user.useConfigOnly", "true")),
+    "hook": with_hook,
+    "locked": locked_tag,
+}
+
+
+@pytest.mark.parametrize("case", GIT_REFUSES)
+def test_where_git_refuses_nothing_moves(toy_project, case):
+    promote(toy_project, "dense")
+    kept = shutil.copytree(toy_project / ".git", toy_project.parent / "kept")
+    GIT_REFUSES[case](toy_project)
+    with pytest.raises(TagError, match="nothing was promoted"):
+        promote(toy_project, "d-rank-80")
+    assert champions(toy_project) == ("dense", "dense")
+    shutil.rmtree(toy_project / ".git")
+    kept.rename(toy_project / ".git")
+    promote(toy_project, "d-rank-80")
+    assert champions(toy_project) == ("d-rank-80", "d-rank-80")
+
+
+def test_a_tag_that_drank_did_not_make_is_left_where_it_is(toy_project):
+    foreign_tag(toy_project)
+    with pytest.raises(TagError, match=r"a tag champion that drank did not make \(results\); rename or delete it"):
+        promote(toy_project, "dense")
+    assert not (toy_project / "mlartifacts").exists()
+    assert run(toy_project, "git", "rev-parse", "champion") == run(toy_project, "git", "rev-parse", "HEAD")
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen makes the key")
+def test_a_signed_tag_is_known_again_beside_a_branch_of_its_name(toy_project):
+    key = toy_project.parent / "key"
+    run(toy_project, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+    config(("tag.gpgSign", "true"), ("gpg.format", "ssh"), ("user.signingKey", str(key)))(toy_project)
+    run(toy_project, "git", "branch", "champion")
+    promote(toy_project, "dense")
+    before = run(toy_project, "git", "for-each-ref", "refs/tags")
+    assert "BEGIN SSH SIGNATURE" in run(toy_project, "git", "cat-file", "tag", "refs/tags/champion")
+    promote(toy_project, "dense")
+    assert run(toy_project, "git", "for-each-ref", "refs/tags") == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_ends_between_the_two_moves_is_undone(toy_project, monkeypatch, error):
+    def ends(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("drank.tracking.set_champion", ends)
+        with pytest.raises(error):
+            command("dense", toy_project)
+    assert run(toy_project, "git", "tag") == ""
+    promote(toy_project, "dense")
+    assert champions(toy_project) == ("dense", "dense")
+
+
+def test_what_a_kill_left_between_the_two_moves_is_finished_by_the_next_call(toy_project):
+    promote(toy_project, "dense")
+    promote(toy_project, "d-rank-80")
+    Runs(toy_project).client.set_registered_model_alias("drank", "champion", "1")
+    assert champions(toy_project) == ("dense", "d-rank-80")
+    promote(toy_project, "d-rank-80")
+    assert champions(toy_project) == ("d-rank-80", "d-rank-80")
+
+
+SENT_BY_URLLIB = ("host", "content-length", "accept-encoding", "connection")
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Hands requests on to a real server, and fails as ``mode`` says where the alias is to move, and from then on."""
+
+    mode, server_address = "", ""
+
+    def answer(self):
+        moving = self.command == "POST" and self.path.endswith("/registered-models/alias")
+        if (self.mode in ("refuses", "down") and moving) or self.mode == "gone":
+            return self.send_error(503)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in SENT_BY_URLLIB}
+        request = urllib.request.Request(
+            Proxy.server_address + self.path, data=body or None, headers=headers, method=self.command
+        )
+        try:
+            found = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            found = error
+        content = found.read()
+        if moving and self.mode in ("answer lost", "gone after it"):
+            Proxy.mode = "gone" if self.mode == "gone after it" else self.mode
+            self.close_connection = True
+            return None
+        self.send_response(found.status)
+        self.send_header("Content-Type", found.headers.get("Content-Type", "application/json"))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        return None
+
+    do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def served(toy_made, tmp_path_factory):
+    """A project whose dense variant is champion on a real server, behind the proxy; the project and a client."""
+    folder = tmp_path_factory.mktemp("served")
+    root = copied(toy_made, folder)
+    (root / "mlflow.db").rename(folder / "mlflow.db")
+    with (
+        serving(f"sqlite:///{folder / 'mlflow.db'}", folder) as address,
+        ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy,
+    ):
+        Proxy.server_address = address
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
+            patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            yield root, MlflowClient(tracking_uri=address)
+        proxy.shutdown()
+
+
+@pytest.mark.parametrize(("mode", "moves"), [("refuses", False), ("answer lost", True), ("gone after it", False)])
+def test_a_server_that_fails_between_leaves_one_champion_or_the_next_call_makes_one(served, mode, moves):
+    root, client = served
+    Proxy.mode = ""
+    promote(root, "dense")
+    assert champions(root, client) == ("dense", "dense")
+    Proxy.mode = mode
+    if moves:
+        promote(root, "d-rank-80")
+    else:
+        with pytest.raises(TrackingError, match="is MLFLOW_TRACKING_URI right"):
+            promote(root, "d-rank-80")
+        assert champions(root, client)[1] == "dense"
+    Proxy.mode = ""
+    if mode == "refuses":
+        assert champions(root, client)[0] == "dense"
+    promote(root, "d-rank-80")
+    assert champions(root, client) == ("d-rank-80", "d-rank-80")
+
+
+def test_a_name_that_mlflow_refuses_passes_a_real_server_too(served):
+    root, client = served
+    Proxy.mode = ""
+    assert set(track(root).runs) == set(VARIANTS)
+    experiment = client.get_experiment_by_name("drank")
+    found = client.search_runs([experiment.experiment_id], "tags.`drank.run` = 'variant'")
+    assert {run_of_it.data.metrics["exact_match:2Cstrict-match/gsm8k"] for run_of_it in found} == {0.5}
+    with open_store(root) as store:
+        assert store.where_to_look("runs").startswith("http://127.0.0.1:")
