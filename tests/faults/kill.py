@@ -55,6 +55,10 @@ from tests.faults.campaign import (
 from tests.test_sources import write_wheel
 
 STARTED = re.compile(r"^(?:Running stage|Stage) '([^'@]+)", re.MULTILINE)
+TORN = {  # what DVC writes in place, and how it says that a kill has left half of it
+    "dvc.lock": re.compile(r"dvc\.lock' (is invalid|validation failed)"),
+    ".dvc/tmp/rwlock": re.compile(r"rwlock.*(corrupted|format error)"),
+}
 TEMPORARY = re.compile(r"\.partial|\.old|\.offloaded-|\.checkpoint|\.tmp|\.unpacked")
 HEALING = {
     "objective": "text", "n_windows": 4, "window_length": 32, "epochs": 1, "batch_windows": 2,
@@ -131,10 +135,10 @@ class Repro:
             if run.ended()[0] == 0:
                 return
             refused += 1
-            self.counts.lost("next run refused", run.message())
+            if not self.repair(root, run.output):
+                self.counts.lost("next run refused", run.message())
             if refused > 9:
                 raise Lost(f"given up: {root}")
-            self.repair(root, run.output)
             time.sleep(refused)
 
     def at_work(self, run: Started, root: Path) -> bool:
@@ -173,12 +177,13 @@ class Repro:
             self.counts.lost("error not named", run.message())
         return True
 
-    def repair(self, root: Path, output: str) -> None:
-        """What DVC's message says; and then one tries again."""
-        torn = ".dvc/tmp/rwlock" if "rwlock" in output and "corrupted" in output.lower() else "dvc.lock"
-        if Path(torn).name in output:
-            (root / torn).unlink()
-            self.counts.seen[f"removed by hand: {torn}"] += 1
+    def repair(self, root: Path, output: str) -> bool:
+        """Remove what DVC says to be torn, as docs/trust.md has it; whether there was something."""
+        torn = [path for path, said in TORN.items() if said.search(output)]
+        for path in torn:
+            (root / path).unlink()
+            self.counts.seen[f"torn while DVC wrote it, removed by hand: {path}"] += 1
+        return bool(torn)
 
     def look(self, root: Path) -> None:
         """At what a kill left."""
