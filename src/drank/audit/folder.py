@@ -24,7 +24,6 @@ from drank.project.state import flat
 from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums
 
 Shapes = dict[str, tuple[int, ...]]
-UNKNOWN = ModuleSpec(form="", out_features=0, in_features=0)  # of a module that config.json lacks
 
 
 @dataclass(frozen=True)
