@@ -24,7 +24,7 @@ class UnsafePivotError(ValueError):
 
 @runtime_checkable
 class Factors(Protocol):
-    """What the step ``spectrum`` stored: ``cuts/<MLP>.<channels>``, and the first rows of ``factors/<file>``."""
+    """The store of the step ``spectrum``: ``cuts/<MLP>.<channels>``, and the first rows of ``factors/<file>``."""
 
     def __getitem__(self, name: str, /) -> Tensors: ...
     def rows(self, name: str, n_rows: int, /) -> Tensors: ...
