@@ -40,7 +40,7 @@ def slices_of(groups):
 
 
 class Spectra(dict):
-    """What the step ``spectrum`` stores, in memory."""
+    """The store of the step ``spectrum``, in memory."""
 
     def rows(self, name, k):
         return self[name].rows(k)

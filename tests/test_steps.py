@@ -18,7 +18,7 @@ from tests import tiny
 
 
 class Store(dict):
-    """What a TensorFolder is, in memory."""
+    """A TensorFolder in memory."""
 
     def rows(self, name, k):
         return {key: tensor[:k] for key, tensor in self[name].items()}
