@@ -449,3 +449,11 @@ def test_nothing_of_the_calibrated_documents_is_in_a_task(root):
     for task in ("news_rolling", "last_word", "next_sentence"):
         items = (root / f"data/sampling/tasks/{task}.jsonl").read_text()
         assert not any(text.split(". ")[0] in items for text in calibrated)
+
+
+def test_windows_that_repeat_are_told(root, caplog):
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["sampling"]["n_windows"] = 5000
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    stage(root)
+    assert "sampling.n_windows = 5000 windows of 16 tokens are drawn from" in caplog.text

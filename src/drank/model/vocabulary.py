@@ -32,8 +32,8 @@ def check_windows(model: Any, windows: Tensor, where: str, key: str = "sampling.
     if len(outside):
         known = "ids are never negative" if n is None else f"the model has embeddings for 0 to {n - 1}"
         raise TokenError(
-            f"{where}: holds token id {int(outside[0])}, and {known}: the file is damaged, or the tokenizer is another "
-            f"model's; run sampling again"
+            f"{where}: holds token id {int(outside[0])}, and {known}: the tokenizer has tokens that the model lacks "
+            f"(resize_token_embeddings adds them), or is another model's, or the file is damaged; run sampling again"
         )
 
 

@@ -76,6 +76,11 @@ def _calibrate(
     begin = asked.calibration_begin or "window"
     stream = text.token_stream(calibrated, tokenizer, begin)
     counts |= {"calibration_documents": len(calibrated), "calibration_tokens": len(stream)}
+    if asked.n_windows * asked.window_length > len(stream):
+        log.warning(
+            "sampling.n_windows = %d windows of %d tokens are drawn from %d tokens, so they repeat: lower it, or take "
+            "more text", asked.n_windows, asked.window_length, len(stream),
+        )  # fmt: skip
     draw = text.draw_consecutive_windows if asked.calibration_draw == "windows" else text.draw_windows
     first = text.begin_token(tokenizer) if begin == "window" else None
     drawn.calibration_text = {"tokens": stream.int()} | ({} if first is None else {"begin": torch.tensor([first])})
