@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from stages import allocation, compression, covariance, evaluation, raw, sampling, spectrum
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from drank.model.perplexity import token_perplexity
@@ -76,7 +76,9 @@ def sampled(root, **changes):
     document = edited("llama-7b", sampling={"n_windows": 5, "window_length": LENGTH} | changes)
     root.mkdir(parents=True)
     (root / "params.yaml").write_text(yaml.safe_dump(document))
-    beginning_tokenizer().save_pretrained(root / "data/raw/model")
+    tokenizer = beginning_tokenizer()
+    tokenizer.save_pretrained(root / "data/raw/model")
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(root / "data/raw/model")
     for i, name in enumerate(document["text"]):
         write_lines(root / f"data/raw/text/{name}.jsonl", lines_of(i))
     sampling.main(root)

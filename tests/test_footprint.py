@@ -183,16 +183,18 @@ def test_peak_of_spectra(shape, metric, tmp_path):
     units = "block" if metric == "kfac" else "matrix"
     asked = {"calibration_seed": 0, "metric": metric, "damping": 1e-4}
     asked = Spectrum(units=units, **asked | ({"cuts": Setting.cuts} if units == "block" else {}))
-    covariances, writer = calibrated(tmp_path, linears), spectrum.Writer(TensorFolder(tmp_path))
+    covariances, writer = calibrated(tmp_path, linears), spectrum._Writer(TensorFolder(tmp_path))
 
     def metrics():  # anew each time: the latest metric of inputs is kept
-        return spectrum.Metrics(asked, TensorFolder(covariances), {linear.name: linear.name for linear in linears})
+        return spectrum._Metrics(
+            asked, TensorFolder(covariances), {linear.name: linear.name for linear in linears}, "cpu"
+        )
 
-    single = max(peak(lambda down=down: spectrum.unit((down,), metrics(), writer)) for down in linears[-3:])
+    single = max(peak(lambda down=down: spectrum._unit((down,), metrics(), writer)) for down in linears[-3:])
     assert single == pytest.approx(footprint.spectrum_memory(shape, False)["unit"], rel=0.15)
     if units == "block":
         (mlp,) = find_mlps(model, linears)
-        block = peak(lambda: spectrum.block(mlp, asked.cuts, metrics(), writer))
+        block = peak(lambda: spectrum._block(mlp, asked.cuts, metrics(), writer))
         assert block == pytest.approx(footprint.spectrum_memory(shape, True)["unit"], rel=0.15)
 
 

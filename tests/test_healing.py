@@ -283,7 +283,9 @@ def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained
 
 def test_the_dense_model_is_not_healed(tmp_path):
     assert read(tmp_path, "kfac-80", HEALED).variants["better"].healing.rank == 4
-    with pytest.raises(ParamsError, match="variants.better.healing: allocation 'dense' loses nothing"):
+    with pytest.raises(
+        ParamsError, match="variants.better: preset = 'dense'; the rule: A variant of allocation `dense` is not healed"
+    ):
         read(tmp_path, "dense", HEALED)
 
 

@@ -535,7 +535,7 @@ def spoil_config(**changes):
         (spoil_adapter(keep=True), "a peft adapter of org/base; .*remove adapter_config.json"),
         (spoil_config(pad_token_id=259), r"config\.json: pad_token_id = 259 is no token: vocab_size is 259"),
         (spoil_config(text_config={"vocab_size": 9, "pad_token_id": 9}), r"pad_token_id = 9 is no token"),
-        (spoil_tokenizer(pad_token="[PAD]"), r"pad_token = '\[PAD\]' of the tokenizer is token 260, and .* has 259"),
+        (spoil_tokenizer(eos_token="[END]"), r"eos_token = '\[END\]' of the tokenizer is token 260, and .* has 259"),
         (spoil_tokenizer(eos_token="[END]"), r"eos_token = '\[END\]' of the tokenizer is token 260"),
     ],
 )

@@ -76,8 +76,17 @@ def test_sampling_refuses_windows_that_no_later_stage_could_run(tmp_path):
 
 def test_healing_refuses_its_own_window_length_and_ids_of_another_vocabulary(tmp_path):
     def healed(asked, token):
-        text, load = {"tokens": torch.full((900,), token)}, lambda name, dtype: tiny.gpt2().to(dtype)
-        heal(load, text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
+        model, text = tiny.gpt2(), {"tokens": torch.full((900,), token)}
+        model.config.quantization_config = {"quant_method": "drank"}
+        heal(
+            lambda name, dtype: model.to(dtype),
+            text,
+            asked,
+            torch.float32,
+            "0" * 64,
+            Checkpoint(tmp_path, {}),
+            progress,
+        )
 
     asked = Healing(**HEALING)
     with pytest.raises(TokenError, match="healing.window_length is 300, but the model has 256 positions"):

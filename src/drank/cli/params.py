@@ -4,9 +4,6 @@ import json
 from typing import Any
 
 import typer
-from pydantic.json_schema import GenerateJsonSchema
-
-from drank.project.params import Params
 
 
 def params() -> None:
@@ -16,16 +13,19 @@ def params() -> None:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of params.yaml. Rules between keys are not in it; the reader of the file has them."""
-    schema = json.dumps(Params.model_json_schema(schema_generator=_ForEditors))
+    from pydantic.json_schema import GenerateJsonSchema
+
+    from drank.project.params import Params
+
+    class ForEditors(GenerateJsonSchema):
+        """Without titles, which would repeat the keys; names of one's own have to keep the rule of names."""
+
+        def field_title_should_be_set(self, schema: Any) -> bool:
+            return False
+
+        def dict_schema(self, schema: Any) -> dict[str, Any]:
+            return super().dict_schema(schema) | {"additionalProperties": False}
+
+    schema = json.dumps(Params.model_json_schema(schema_generator=ForEditors))
     one_line = json.loads(schema.replace("\\n", " "))  # docstrings are broken where a line of code has to end
     return {"$schema": GenerateJsonSchema.schema_dialect} | one_line | {"title": "params.yaml of drank"}
-
-
-class _ForEditors(GenerateJsonSchema):
-    """Without titles, which would repeat the keys; names of one's own have to keep the rule of names."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-    def dict_schema(self, schema: Any) -> dict[str, Any]:
-        return super().dict_schema(schema) | {"additionalProperties": False}

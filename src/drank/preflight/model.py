@@ -33,9 +33,10 @@ def tokens(facts: Facts) -> Iterator[Finding]:
     rolling = [task for task in facts.params.evaluation.tasks if task.endswith("_rolling") or task == "wikitext"]
     if rolling and (facts.folder / "tokenizer_config.json").is_file() and not ends(facts.tokenizer):
         yield Finding(
-            "error",
+            "warning",
             f"evaluation.tasks: {', '.join(rolling)}: lm-eval begins a text with a begin or end token, and the "
-            f"tokenizer in {facts.folder} names neither; give tokenizer_config.json one, or take the task out",
+            f"tokenizer in {facts.folder} names neither, so they will not be measured; give tokenizer_config.json one, "
+            f"or take the task out",
         )
     size = facts.decoder.get("vocab_size")
     for key in ("pad_token_id", "bos_token_id"):

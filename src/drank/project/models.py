@@ -188,7 +188,7 @@ def _load_tokenizer(source: str, folder: Path, common: dict[str, Any]) -> Any:
 
 
 def _check_special_tokens(source: str, tokenizer: Any, n_tokens: int) -> None:
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for key in ("bos_token", "eos_token"):  # those that are used; some tokenizers add others beyond the embeddings
         number = getattr(tokenizer, f"{key}_id")
         if number is not None and number >= n_tokens:
             raise SourceError(
