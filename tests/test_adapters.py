@@ -82,6 +82,22 @@ def test_all_linear_is_every_layer_trained_saved_loaded_and_merged_at_the_same_s
     assert (folder / "config.json").read_bytes() == (tmp_path / "merged/config.json").read_bytes()
 
 
+def test_a_tied_head_is_adapted_beside_a_layer_saved_and_merged(tmp_path):
+    dense, specs = MODELS["llama"]
+    folder = compressed.write(dense(), specs, tmp_path / "base")
+    model = adapted(load(folder), ["q_proj", "lm_head"])
+    trained = logits(train(model))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(load(folder), tmp_path / "adapter")), trained)
+    model.base_model.model.config.tie_word_embeddings = False  # the merged head is no longer the embeddings
+    head = model.base_model.model.lm_head.base_layer
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(merged))
+
+
 def test_names_find_the_layers_in_every_form(tmp_path):
     dense, specs = MODELS["llama"]
     model = adapted(load(compressed.write(dense(), specs, tmp_path)), ["q_proj", "up_proj", "o_proj"])

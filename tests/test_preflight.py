@@ -91,6 +91,7 @@ def gpt2(root):
         (lambda root: change(root, model={"source": "hub:some/model"}), "cannot say", "no config.json is here yet"),
         (lambda root: change(root, evaluation={"tasks": ["arc_esy"]}), "error", "did you mean arc_easy"),
         (lambda root: change(root, evaluation={"tasks": ["mmlu", "gsm8k"]}), "error", "HF_HUB_OFFLINE is set"),
+        (lambda root: change(root, evaluation={"tasks": ["ifeval"]}), "warning", "ifeval imports"),
         (lambda root: change(root, sampling={"n_task_items": 0}), "error", "sampling.n_task_items = 0, and each of"),
         (lambda root: edit(root, "tokenizer_config.json", eos_token=None), "warning", "news_rolling: lm-eval begins"),
         (lambda root: edit(root, "config.json", pad_token_id=320), "error", "pad_token_id = 320, and embeddings end"),

@@ -1,5 +1,6 @@
 """Tasks of evaluation: whether lm-eval has them, and whether their data can be fetched."""
 
+import ast
 import os
 import re
 import socket
@@ -38,7 +39,11 @@ def tasks(facts: Facts) -> Iterator[Finding]:
             like = get_close_matches(task, [*known, *ours], 3)
             hint = f"; did you mean {', '.join(like)}?" if like else ""
             yield Finding("error", f"evaluation.tasks: '{task}' is neither a task or group of lm-eval nor ours{hint}")
-    if found := [task for task in asked if task in known]:
+    found = [task for task in asked if task in known]
+    for task in found:
+        if missing := missing_packages(known[task].parent):
+            yield Finding("warning", f"evaluation.tasks: {task} imports {', '.join(missing)}: `pip install` them first")
+    if found:
         named = f"evaluation.tasks: {', '.join(found)}: lm-eval fetches their data from the hub"
         missing = [task for task in found if not has_data(known[task], known)]
         if missing and offline():
@@ -84,6 +89,18 @@ def has_data(file: Path, known: Mapping[str, Path], seen: frozenset[Path] = froz
     others = [file.parent / name for name in INCLUDED.findall(text)]
     others += [known[name] for name in ITEM.findall(text) if name in known]
     return all(has_data(other, known, seen | {file}) for other in others)
+
+
+def missing_packages(folder: Path) -> list[str]:
+    """Packages that the code beside a task's description imports and that are not installed."""
+    names: set[str] = set()
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return sorted(name for name in names if not (folder / f"{name}.py").is_file() and find_spec(name) is None)
 
 
 def reachable(address: str) -> bool:
