@@ -86,7 +86,10 @@ def open_page(page, server):
         else:
             pairs = "&".join(f"{key}={value}" for key, value in (query | {"workflowType": "machine_learning"}).items())
             page.goto(f"{server}/#{path}?{pairs}")
-        page.get_by_role("button", name="Close", exact=True).first.click()
+        page.wait_for_load_state("networkidle")  # the panel is there by then, or does not come to this page
+        panel = page.get_by_role("button", name="Close", exact=True).first
+        if panel.is_visible():
+            panel.click()
         return page
 
     return open_it
