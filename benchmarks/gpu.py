@@ -407,7 +407,7 @@ def block_of(x: Tensor, layer: Layer, form: Form, shape: Shape, rotary: Tensor, 
 
 @cache
 def mixed_products(device: torch.device) -> bool:
-    """Whether this torch multiplies bfloat16 into float32."""
+    """True if this torch multiplies bfloat16 into float32."""
     a = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     try:
         torch.mm(a, a, out_dtype=torch.float32)

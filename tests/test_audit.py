@@ -202,7 +202,7 @@ def out_of_reach(root, monkeypatch):
     run(root, "git", "config", "uploadpack.allowFilter", "true")
     partial = root.with_name("partial")
     run(root.parent, "git", "clone", "-q", "--no-checkout", "--filter=blob:none", f"file://{root}", str(partial))
-    run(partial, "git", "remote", "set-url", "origin", "file:///nowhere")
+    run(partial, "git", "remote", "set-url", "origin", "../gone")
     shutil.rmtree(root / ".git")
     (partial / ".git").rename(root / ".git")
 
@@ -395,6 +395,7 @@ def more(number):
         ("allocation.json", "ranks", "units.0.price", more),
         ("allocation.json", "ranks", "units.3.form", lambda form: "dense" if form != "dense" else "pivot"),
         ("allocation.json", "ranks", "units.0", GONE),
+        ("allocation.json", "ranks", "units.0.rank", 0),
         ("allocation.json", "ranks", "units.0.full_rank", more),
         ("allocation.json", "sizes", "price", more),
         ("allocation.json", "sizes", "budget", more),

@@ -1,6 +1,5 @@
 """A real MLflow server over a store that `drank track` made, and the system's Chromium. `make test-ui` demands both."""
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -81,16 +80,13 @@ def page(browser, request, tmp_path):
 def open_page(page, server):
     """Open a page of MLflow by its path behind `#`, in its mode for models and without the panel of its assistant."""
 
-    from playwright.sync_api import TimeoutError as PlaywrightTimeout
-
     def open_it(path: str, **query: str):
         if path.startswith(LOCAL_UI):
             page.goto(path.replace(LOCAL_UI, server) + "".join(f"&{key}={value}" for key, value in query.items()))
         else:
             pairs = "&".join(f"{key}={value}" for key, value in (query | {"workflowType": "machine_learning"}).items())
             page.goto(f"{server}/#{path}?{pairs}")
-        with contextlib.suppress(PlaywrightTimeout):  # the panel does not come to every page
-            page.get_by_role("button", name="Close", exact=True).first.click(timeout=10_000)
+        page.get_by_role("button", name="Close", exact=True).first.click()
         return page
 
     return open_it

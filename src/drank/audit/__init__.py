@@ -49,7 +49,7 @@ class Audit:
 
     @property
     def holds(self) -> bool:
-        """Whether every link was checked and holds, but for those that may stay unchecked."""
+        """True if every link was checked and holds, but for those that may stay unchecked."""
         return not self.broken and not self.unchecked
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drank.audit.ledger import BrokenLinkError, UncheckableError
-from drank.project.dvc import cache_folder, dvc_md5, entry, read_listing
+from drank.project.dvc import cache_folder, cached, dvc_md5, entry
 from drank.project.git import file_at
 
 
@@ -76,11 +76,11 @@ class Store:
         cache = cache_folder(self.root)
         if cache is None or not entry(cache, md5).is_file():
             return {}
-        listed = read_listing(cache, md5) if md5.endswith(".dir") else {"": md5}
-        files = {name: entry(cache, member) for name, member in (listed or {"": md5}).items()}
-        if not all(file.is_file() for file in files.values()):
+        if (members := cached(cache, md5)) is None:
+            raise BrokenLinkError(f"{path}: damaged in DVC's cache: {entry(cache, md5)}; delete it and `dvc repro`")
+        if not all(file.is_file() for file, _ in members.values()):
             return {}
-        for name, file in files.items():
-            if listed is None or dvc_md5(file) != listed[name]:
+        for file, one in members.values():
+            if dvc_md5(file) != one:
                 raise BrokenLinkError(f"{path}: damaged in DVC's cache: {file}; delete it and `dvc repro`")
-        return files
+        return {name: file for name, (file, _) in members.items()}

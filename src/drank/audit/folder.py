@@ -176,10 +176,10 @@ def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str,
     """Name and shape of each tensor that a unit is stored in."""
     from drank.model.forms import stored_shapes
 
-    n_out = unit.out_features // len(unit.members)
-    told = Spec(form=unit.form, rank=unit.rank, out_features=n_out, in_features=unit.in_features)
-    sizes = told.model_dump(include=told.model_fields_set)
-    specs = {member: modules.get(member, told).model_copy(update=sizes) for member in unit.members}
+    told = {"form": unit.form, "rank": unit.rank, "in_features": unit.in_features}
+    told["out_features"] = unit.out_features // len(unit.members)
+    unknown = Spec.model_construct()  # of a module that config.json lacks; a rank of 0 is a finding, no fault of ours
+    specs = {member: modules.get(member, unknown).model_copy(update=told) for member in unit.members}
     yield from stored_shapes(specs).items()
 
 

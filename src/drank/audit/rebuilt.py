@@ -15,7 +15,7 @@ N_WINDOWS = 4
 
 
 def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> str:
-    """Whether another build of the same variant gave the same bytes, or else a model that predicts as good as the same.
+    """Compare another build of the same variant: the same bytes, or else a model that predicts as good as the same.
 
     Other processors round covariances otherwise, and a rank chosen by its loss may then move. Matrices cannot be
     compared one by one, since one removed channel more or less shifts all that follow: predictions can.

@@ -16,26 +16,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from drank.method.covariance import NotFiniteError
+from drank.method.covariance import finite
+from drank.method.metrics import damped
 
-CLIPS = (
-    1.0,
-    0.92,
-    0.84,
-    0.76,
-    0.68,
-    0.6,
-    0.52,
-)  # shares of a group's range that a grid may span, the whole of it first
+# Shares of a group's range that a grid may span, the whole of it first.
+CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52)
 DAMPING = 3e-2  # share of the mean diagonal added to H where it is factored (GPTQ: .01); .001 to .1 differ by 1 to 4 %
 # The same for G, of which few windows know little: with .01 the loss falls on calibration text and rises on others.
 GRADIENT_DAMPING = 3.0
 ROWS = 64  # rows that take the feedback of the rows before them together, and none of each other's
 COLUMNS = 128  # columns whose feedback on the columns behind them is one product
-
-
-class GridError(ValueError):
-    """The grid does not fit the matrix; the message has both."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class Rounded:
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """s (q - z), float32."""
-        s, z = (t.float().repeat_interleave(self.group, 1)[:, : self.codes.shape[1]] for t in (self.scales, self.zeros))
+        s, z = _spread(self.scales, self.zeros, self.group, self.codes.shape[1])
         return s * (self.codes.float() - z)
 
 
@@ -103,7 +93,8 @@ def nearest(weight: Float[Tensor, "out in"], grid: Grid, importance: Float[Tenso
         importance: of inputs, such as the diagonal of H, by which the range of a grid is chosen; all alike where None.
     """
     scales, zeros = grid_of(weight, grid, importance)
-    codes = _codes(weight.float(), *_spread(scales, zeros, grid.group, weight.shape[1]), grid.levels)
+    s, z = _spread(scales, zeros, grid.group, weight.shape[1])
+    codes = (weight.float() / s + z).round().clamp(0, grid.levels - 1)
     return Rounded(codes.to(torch.uint8), scales, zeros, grid.group)
 
 
@@ -115,9 +106,7 @@ def grid_of(
     Raises:
         NotFiniteError: the weight holds NaN or infinity.
     """
-    W = weight.float()
-    if not torch.isfinite(W).all():
-        raise NotFiniteError("the weight that is to be rounded holds NaN or infinity")
+    W = finite(weight, "weight").float()
     n_out, n_in = W.shape
     n_groups = -(-n_in // grid.group)
     padding = n_groups * grid.group - n_in
@@ -197,10 +186,8 @@ def unit_upper(covariance: Float[Tensor, "d d"], damping: float) -> tuple[Float[
     Raises:
         NotFiniteError: the covariance holds NaN or infinity.
     """
-    M = covariance.double().clone()
-    if not torch.isfinite(M.sum()):
-        raise NotFiniteError("a covariance that rounding goes by holds NaN or infinity")
-    M.diagonal().add_(damping * M.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    M = damped(finite(covariance, "covariance"), damping)
+    M.diagonal().add_(torch.finfo(torch.float64).tiny)  # inputs that are all zero
     upper = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # upper @ upper.T = M
     return (upper / upper.diagonal()).float(), upper.diagonal().square()
 
@@ -224,10 +211,6 @@ def _rows(target: Tensor, s: Tensor, z: Tensor, U: Tensor, levels: int, weight: 
             torch.sub(rounded[j], weight[j], out=E[j - first])
         left[last:].addmm_(U[first:last, last:].T, E, alpha=-1)
     return codes.T, rounded.T
-
-
-def _codes(W: Tensor, s: Tensor, z: Tensor, levels: int) -> Tensor:
-    return (W / s + z).round().clamp(0, levels - 1)
 
 
 def _spread(scales: Tensor, zeros: Tensor, group: int, n_in: int) -> tuple[Tensor, Tensor]:

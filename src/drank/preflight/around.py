@@ -8,10 +8,12 @@ import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from drank.preflight.facts import Facts, Finding, Level, cached_snapshot, offline
+from drank.project.git import GitError, head, run
 from drank.project.refusals import LFS_POINTER
+from drank.tracking.store import sqlite_file, uri_of
 
 PATIENCE = 1.0  # seconds for a server's answer
 
@@ -56,23 +58,20 @@ def begins(file: Path, content: bytes) -> bool:
 
 
 def git(root: Path) -> Iterator[Finding]:
-    """Whether git will commit and tag what comes out."""
+    """Obstacles to a commit and a tag of what comes out."""
     if shutil.which("git") is None:
         yield Finding("warning", "git is not installed: no commit can say where a model came from")
         return
-    inside = asked_git(root, "rev-parse", "--is-inside-work-tree")
-    if "dubious ownership" in inside.stderr or "unsafe repository" in inside.stderr:
-        place = root.resolve()
-        yield Finding(
-            "warning",
-            f"git does not trust {place}, which another user owns (dubious ownership): no commit can be read; "
-            f"`git config --global --add safe.directory {place}`",
-        )
+    try:
+        if head(root) is None:
+            yield Finding("remark", f"{root.resolve()} is in no git repository: `git init` keeps what made a model")
+            return
+    except GitError as error:
+        yield Finding("warning", f"no commit can be read: {error}")
         return
-    if inside.returncode:
-        yield Finding("remark", f"{root.resolve()} is in no git repository: `git init` keeps what made a model")
-        return
-    if asked_git(root, "var", "GIT_COMMITTER_IDENT").returncode:
+    try:
+        run(root, "var", "GIT_COMMITTER_IDENT")
+    except GitError:
         yield Finding(
             "warning", "git does not know who commits: `git config user.name ...`, `git config user.email ...`"
         )
@@ -83,58 +82,53 @@ def git(root: Path) -> Iterator[Finding]:
             )
 
 
-def asked_git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    english = os.environ | {"LC_ALL": "C"}
-    return subprocess.run(["git", *arguments], cwd=root, env=english, capture_output=True, text=True)
-
-
 def config(root: Path, key: str, *options: str) -> str:
-    return asked_git(root, "config", "--get", *options, key).stdout.strip()
+    """A setting of git; empty where there is none."""
+    try:
+        return run(root, "config", "--get", *options, key).decode().strip()
+    except GitError:
+        return ""
 
 
 def can_sign(root: Path) -> bool:
-    """Whether the key that git signs with is here; nothing is signed."""
+    """True if the key that git signs with is here; nothing is signed."""
     key, form = config(root, "user.signingKey"), config(root, "gpg.format") or "openpgp"
     if form == "ssh":
-        return (
-            bool(config(root, "gpg.ssh.defaultKeyCommand"))
-            or key.startswith("key::")
-            or Path(key).expanduser().is_file()
-        )
+        named = key.startswith("key::") or Path(key).expanduser().is_file()
+        return named or bool(config(root, "gpg.ssh.defaultKeyCommand"))
     program = config(root, f"gpg.{form}.program") or config(root, "gpg.program")
     command = [program or ("gpgsm" if form == "x509" else "gpg"), "--list-secret-keys", *([key] if key else [])]
     return shutil.which(command[0]) is not None and bool(subprocess.run(command, capture_output=True).stdout.strip())
 
 
 def store(root: Path) -> Iterator[Finding]:
-    """Whether MLflow's store will take the results."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
-    address = urlsplit(uri)
-    if address.scheme in ("http", "https"):
-        shown = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
-        try:
-            with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=PATIENCE):
-                return
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                return  # it is there, and may ask for a password
-            why = f"answers {error.code}"
-        except (OSError, ValueError, HTTPException) as error:
-            why = f"does not answer ({error})"
-        yield Finding(
-            "warning", f"MLFLOW_TRACKING_URI: {shown} {why}; the stages run all the same, `drank track` logs later"
-        )
-    elif not uri or address.scheme.startswith("sqlite"):
-        home = Path(os.environ.get("DVC_ROOT") or root)
-        file = Path(unquote(uri.partition(":///")[2].partition("?")[0])) if uri else home / "mlflow.db"
-        place = file if file.exists() else next(parent for parent in file.absolute().parents if parent.is_dir())
+    """Obstacles to writing results to MLflow's store."""
+    uri = uri_of(root)
+    if (file := sqlite_file(uri)) is not None:
+        place = file if file.exists() else next(parent for parent in file.parents if parent.is_dir())
         if not os.access(place, os.W_OK):
             yield Finding(
                 "warning", f"MLflow's database {file} cannot be written (ls -l {place}); results are not logged"
             )
         elif file.is_file() and file.stat().st_size and not begins(file, b"SQLite format 3"):
             yield Finding("warning", f"MLflow's database {file} is no SQLite file; move it away, or name another")
-    else:
+        return
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https"):
         yield Finding(
             "cannot say", f"MLFLOW_TRACKING_URI: a store of {address.scheme or uri}: it is asked when results are"
         )
+        return
+    server = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{server}/health", timeout=PATIENCE):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            return  # it is there, and may ask for a password
+        why = f"answers {error.code}"
+    except (OSError, ValueError, HTTPException) as error:
+        why = f"does not answer ({error})"
+    yield Finding(
+        "warning", f"MLFLOW_TRACKING_URI: {server} {why}; the stages run all the same, `drank track` logs later"
+    )

@@ -1,6 +1,5 @@
 """Disk and memory of this machine against what the stages will take."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from drank.preflight.facts import Facts, Finding
+from drank.project.dvc import dvc_folder, setting
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
 # Ways to make a stage smaller, on the disk and in memory.
@@ -41,11 +41,10 @@ def disk(facts: Facts) -> Iterator[Finding]:
 
 
 def has_links(root: Path) -> bool:
-    """Whether DVC's outputs are links to its cache, by the project's configuration."""
-    here = root.absolute()
-    folder = next((place / ".dvc" for place in (here, *here.parents) if (place / ".dvc").is_dir()), here)
-    files = [file for file in (folder / "config", folder / "config.local") if file.is_file()]
-    return any(re.search(r"^\s*type *=.*(hardlink|symlink)", file.read_text(), re.MULTILINE) for file in files)
+    """True if DVC's outputs are links to its cache, by its configuration."""
+    dvc = dvc_folder(root)
+    found = setting(dvc, "type") if dvc else None
+    return found is not None and ("hardlink" in found[1] or "symlink" in found[1])
 
 
 def memory(facts: Facts) -> Iterator[Finding]:

@@ -53,9 +53,8 @@ def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter
             found.absent.append(path)
         else:
             found.whole.append(path)
-    found.damages = list(
-        {damage.path: damage for damage in found.damages}.values()
-    )  # outs may share a file of the cache
+    # Outs may share a file of the cache.
+    found.damages = list({damage.path: damage for damage in found.damages}.values())
     return found
 
 

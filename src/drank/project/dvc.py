@@ -226,22 +226,34 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def cache_folder(root: Path) -> Path | None:
-    """The folder of DVC's cache with an entry for every md5; None outside of a DVC repository.
-
-    DVC's files are read here, from the system's to the one that git ignores: its own reader takes .2 s to import.
-    """
-    here = root.absolute()
-    dvc = next((place / ".dvc" for place in (here, *here.parents) if (place / ".dvc").is_dir()), None)
-    if dvc is None:
+    """The folder of DVC's cache with an entry for every md5; None outside of a DVC repository."""
+    if (dvc := dvc_folder(root)) is None:
         return None
+    place, folder = setting(dvc, "dir") or (dvc, "cache")
+    return place / Path(folder).expanduser() / "files/md5"
+
+
+def dvc_folder(root: Path) -> Path | None:
+    """The closest ``.dvc`` around a folder."""
+    here = root.absolute()
+    return next((place / ".dvc" for place in (here, *here.parents) if (place / ".dvc").is_dir()), None)
+
+
+def setting(dvc: Path, key: str) -> tuple[Path, str] | None:
+    """A setting of DVC's section ``cache``, and the folder of the file that has it; None where no file has.
+
+    DVC's files are read here, from the system's to the one that git ignores, of which the last counts: its own reader
+    takes .2 s to import.
+    """
     system = os.getenv("DVC_SYSTEM_CONFIG_DIR") or site_config_dir("dvc", "iterative")
     user = os.getenv("DVC_GLOBAL_CONFIG_DIR") or user_config_dir("dvc", "iterative")
-    cache = dvc / "cache"
+    found = None
     for file in (Path(system, "config"), Path(user, "config"), dvc / "config", dvc / "config.local"):
         settings = configparser.ConfigParser(interpolation=None)
         settings.read(file, encoding="utf-8")
-        cache = file.parent / Path(settings.get("cache", "dir", fallback=cache)).expanduser()
-    return cache / "files/md5"
+        if value := settings.get("cache", key, fallback=""):
+            found = file.parent, value
+    return found
 
 
 def entry(cache: Path, md5: str) -> Path:

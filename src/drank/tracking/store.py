@@ -61,7 +61,7 @@ def open_store(root: Path) -> Iterator[Store]:
     Raises:
         TrackingError: a store that cannot be used, or that fails in the block.
     """
-    uri = _uri_of(root)
+    uri = uri_of(root)
     file = sqlite_file(uri)
     artifacts = (file.parent if file else _home(root)) / "mlartifacts" if is_database(uri) else None
     # Two processes that create one SQLite store break it, and two that look for a run would both make it.
@@ -92,7 +92,7 @@ def existing_store(root: Path) -> Iterator[Store | None]:
     Raises:
         TrackingError: a store that cannot be used, or that fails in the block.
     """
-    uri = _uri_of(root)
+    uri = uri_of(root)
     file = sqlite_file(uri)
     if file is not None and not file.is_file():
         yield None
@@ -109,7 +109,8 @@ def _home(root: Path) -> Path:
     return Path(os.environ.get("DVC_ROOT") or root).resolve()
 
 
-def _uri_of(root: Path) -> str:
+def uri_of(root: Path) -> str:
+    """The address of the store that :func:`open_store` opens."""
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(_home(root) / "mlflow.db")
 
 
