@@ -1,6 +1,7 @@
 """Compression: the ranks of an allocation and the vectors of a spectrum, put into a model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -43,7 +44,7 @@ def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, 
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
-    stored = [module for unit in units for module in _stored(model, unit, spectrum)]
+    stored = _of_all(units, lambda unit: list(_stored(model, unit, spectrum)))
     if not stored:
         return model
     stored = fold_channel_order(model, stored)
@@ -54,6 +55,20 @@ def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, 
         for name, tensor in module.tensors.items():
             stored_in[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
     return model
+
+
+def _of_all(units: Iterable[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], list[Stored]]) -> list[Stored]:
+    """The modules of all units, in their order; as many units at a time as there are threads, each in one thread.
+
+    Their matrices are small: two threads in one product or one triangular solve take longer than one does.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            return [module for modules in pool.map(torch.no_grad()(make), units) for module in modules]
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors) -> Iterator[Stored]:
