@@ -8,7 +8,7 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from drank.method import covariance
+from drank.method import covariance, threads
 from drank.model import text
 from drank.planning import estimate, footprint, plan
 from drank.planning.estimate import Model, costs, seconds
@@ -174,6 +174,7 @@ def test_every_stage_has_a_time_and_a_healed_variant_its_training_besides(tmp_pa
 
 def test_numbers_that_are_written_twice_since_their_modules_import_torch():
     assert covariance.PANEL == footprint.PANEL
+    assert threads.SMALL == footprint.SMALL
     assert estimate.REQUESTS["next_sentence"] == text.N_CHOICES
     assert text.ROLLING_CHARACTERS == 4 * estimate.ROLLING
 

@@ -122,7 +122,7 @@ def _spectrum(params: Params, model: Model, asked: Spectrum, weights: float) -> 
     products = footprint.spectra_flops(shape, setting, kfac, blocks, layers) - eigen
     tried = asked.sensitivity_windows * len(asked.sensitivity_ratios) * len(shape.linears) * shape.n_layers
     passes = footprint.evaluation_flops(shape, 1.0, tried * setting.window_length, setting.window_length)
-    held = float(sum(footprint.spectrum_memory(shape, blocks).values()))
+    held = float(sum(footprint.spectrum_memory(shape, blocks, params.covariance.threads).values()))
     written, scale = float(footprint.spectrum_files(shape, setting, blocks, layers)), model.parameters
     read = weights + footprint.covariance_files(shape, kfac)
     return Cost(params.covariance, held, written, read, passes * scale, products * scale, eigen * scale)

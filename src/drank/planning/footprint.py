@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 EIGH = 10 / 3  # n³ operations of a symmetric eigenproblem: reduction to tridiagonal form, and vectors back
+SMALL = 2048  # width up to which matrices are factored side by side, as in drank.method.threads
 PANEL = 128  # rows of a covariance in one product, as in drank.method.covariance, which imports torch
 READS_AS = {"k": "q", "v": "q", "up": "gate"}  # who reads the input of whom
 
@@ -161,9 +162,10 @@ def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[st
 UNIT, MLP = 21, 73
 
 
-def spectrum_memory(shape: Shape, blocks: bool) -> dict[str, int]:
-    """Bytes of the spectrum stage, which loads the whole model."""
-    return {"weights": 2 * model_parameters(shape), "unit": (MLP if blocks else UNIT) * shape.mlp**2}
+def spectrum_memory(shape: Shape, blocks: bool, threads: int = 1) -> dict[str, int]:
+    """Bytes of the spectrum stage, which loads the whole model, and factors small units side by side."""
+    at_once = threads if max(shape.mlp, shape.hidden) <= SMALL else 1
+    return {"weights": 2 * model_parameters(shape), "unit": at_once * (MLP if blocks else UNIT) * shape.mlp**2}
 
 
 # Disk, bytes

@@ -1,7 +1,6 @@
 """Compression: the ranks of an allocation and the vectors of a spectrum, put into a model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from drank.method.pivot import pivot_rows, split_group
 from drank.method.spectrum import factors
+from drank.method.threads import side_by_side
 from drank.model.folding import Stored, Tensors, fold_channel_order
 from drank.model.layers import places
 from drank.model.linears import is_conv1d
@@ -32,7 +32,7 @@ class Factors(Protocol):
 
 
 @torch.no_grad()
-def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, provenance: Mapping[str, Any]) -> Any:
+def compress(model: Any, units: Sequence[Mapping[str, Any]], spectrum: Factors, provenance: Mapping[str, Any]) -> Any:
     """Replace the modules of compressed units by smaller ones, in place, and make the model saveable.
 
     Args:
@@ -44,7 +44,9 @@ def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, 
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
-    stored = _of_all(units, lambda unit: list(_stored(model, unit, spectrum)))
+    width = max((max(unit["out_features"], unit["in_features"]) for unit in units), default=0)
+    of_units = side_by_side(lambda unit: list(_stored(model, unit, spectrum)), units, width)
+    stored = [module for modules in of_units for module in modules]
     if not stored:
         return model
     stored = fold_channel_order(model, stored)
@@ -55,20 +57,6 @@ def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, 
         for name, tensor in module.tensors.items():
             stored_in[name].copy_(tensor.T if name == "weight" and is_conv1d(target) else tensor)
     return model
-
-
-def _of_all(units: Iterable[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], list[Stored]]) -> list[Stored]:
-    """The modules of all units, in their order; as many units at a time as there are threads, each in one thread.
-
-    Their matrices are small: two threads in one product or one triangular solve take longer than one does.
-    """
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            return [module for modules in pool.map(torch.no_grad()(make), units) for module in modules]
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors) -> Iterator[Stored]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from drank.method.covariance import NotFiniteError, finite
 from drank.method.metrics import METRICS, UNITS
 from drank.method.spectrum import Metric, effective_rank, gram_spectrum, whitened_spectrum
 from drank.method.spectrum import Spectrum as Factored
+from drank.method.threads import side_by_side
 from drank.model.groups import Mlp, find_groups, find_mlps
 from drank.model.linears import Linear, find_linears
 from drank.model.precision import name_of
@@ -40,27 +42,41 @@ def factorise(
     Args:
         on: targets, and device.
         covariances: the tensors that the step ``covariance`` stored; ``described`` is its summary.
-        progress: wraps the numbers of units, with ``unit``, their name.
+        progress: wraps what is found, with ``total`` and ``unit``, the name of the parts.
 
     Returns:
         The summary: the metric, ``computed_in``, ``left_dense``, and rows that describe ``units`` and ``blocks``.
     """
     linears, row = find_linears(model, on.targets, on.ignore), UNITS[asked.units]
-    metrics, writer = _Metrics(asked, covariances, described["owners"], on.device), _Writer(store)
+    owners, writer = described["owners"], _Writer(store)
     mlps = find_mlps(model, linears) if row.loses_channels else []
     members = [(*mlp.before, mlp.down) for mlp in mlps]
     in_mlps = {linear.name for matrices in members for linear in matrices}
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
-    units = {i: _unit(groups[i], metrics, writer) for i in progress(_shared_out(groups, group), unit="units")}
-    blocks = {
-        i: _block(mlps[i], asked.cuts, metrics, writer) for i in progress(_shared_out(members, group), unit="MLPs")
-    }
+
+    def metrics() -> _Metrics:
+        return _Metrics(asked, covariances, owners, on.device)
+
+    def of_input(indices: list[int]) -> list[tuple[int, Row]]:
+        shared = metrics()
+        return [(i, _unit(groups[i], shared, writer)) for i in indices]
+
+    def of_mlp(i: int) -> tuple[int, Row]:
+        return i, _block(mlps[i], asked.cuts, metrics(), writer)
+
+    mine, mlps_of_mine = _shared_out(groups, group), _shared_out(members, group)
+    inputs = [list(same) for _, same in groupby(mine, lambda i: owners[groups[i][0].name])]
+    # A GPU has one matrix at a time.
+    width = max(max(x.out_features, x.in_features) for x in linears) if on.device == "cpu" else math.inf
+    rows = progress(side_by_side(of_input, inputs, width), total=len(inputs), unit="inputs")
+    units = [row for some in rows for row in some]
+    blocks = list(progress(side_by_side(of_mlp, mlps_of_mine, width), total=len(mlps_of_mine), unit="MLPs"))
     values = {name: values.tolist() for name, values in writer.singular_values.items()}
-    parts = group.gather([list(units.items()), list(blocks.items()), values])
+    parts = group.gather([units, blocks, values])
     if group.is_first:
         found = {name: s for *_, values in parts for name, s in values.items()}
-        store["singular_values"] = {name: torch.tensor(s, dtype=torch.float64) for name, s in found.items()}
+        store["singular_values"] = {name: torch.tensor(s, dtype=torch.float64) for name, s in sorted(found.items())}
     return {
         "metric": asked.metric, "damping": asked.damping, "gradient_damping": asked.gradients_damped_by,
         "computed_in": {"covariance": described["dtype"]}, "left_dense": described["left_dense"],
