@@ -5,7 +5,7 @@ covariance of d channels takes d (d + 1) multiplications and additions a token i
 linear takes 2 out·in.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import arguments, begin, interleaved, print_table, ratios, seconds, shown
 from drank.method.covariance import SecondMoment
-from drank.model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
+from drank.model.capture import run_batches, split_windows, watching_inputs, watching_output_gradients
 from drank.model.linears import Linear, find_linears, shared_inputs
 from drank.model.precision import has_units
 from drank.project.files import read_tensors
@@ -87,14 +87,8 @@ def ignore(moment: SecondMoment, x: Tensor) -> None:
 
 
 def bare(model: Any, windows: Tensor, fisher: str, batch_windows: int = 4) -> None:
-    for _ in passes(model, windows, batch_windows, fisher):
+    for _ in run_batches(model, split_windows(windows, batch_windows), fisher):
         pass
-
-
-def passes(model: Any, windows: Tensor, batch_windows: int, fisher: str) -> Iterable[int]:
-    if fisher == "none":
-        return run_windows(model, windows, batch_windows)
-    return run_backward(model, windows, batch_windows, fisher)
 
 
 def collect(
@@ -116,8 +110,7 @@ def collect(
         stack.enter_context(
             watching_output_gradients({n: modules[n] for n in gradients}, lambda n, g: add(gradients[n], g))
         )
-        for _ in passes(model, windows, batch_windows, fisher):
-            pass
+        bare(model, windows, fisher, batch_windows)
     return inputs, gradients
 
 

@@ -21,7 +21,7 @@ from benchmarks.measure import Times, arguments, begin, interleaved, print_table
 from benchmarks.ratio_sweep import yardstick_layers
 from drank.method.covariance import SecondMoment
 from drank.method.spectrum import Metric, whitened_spectrum
-from drank.model.capture import run_windows, watching_inputs
+from drank.model.capture import run_batches, split_windows, watching_inputs
 from drank.model.linears import Linear, find_linears, shared_inputs
 from drank.model.precision import has_units
 from drank.project.files import read_tensors
@@ -84,7 +84,7 @@ def accumulation(model: Any, windows: Tensor, asked: argparse.Namespace) -> None
     layer = [x for x in linears if x.layer == asked.layers[0]]
     seen: dict[str, Tensor] = {}
     with watching_inputs({x.name: x.module for x in layer}, lambda name, x: seen.update({name: x.clone()})):
-        for _ in run_windows(model, windows, len(windows)):
+        for _ in run_batches(model, split_windows(windows, len(windows))):
             pass
     shared = [seen[x.name] for x in layer if owners[x.name] == x.name]
     units = has_units(torch.bfloat16, "cpu")

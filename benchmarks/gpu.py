@@ -1,8 +1,8 @@
 """How fast are compression and compressed models on a GPU? One file, plain torch, one table.
 
-``python gpu.py [--part compression layer inference] [--json FILE]``, on any machine with a CUDA GPU; where triton came
-with torch, its kernel for the pivot layer is measured too. ``--device cpu --tiny`` runs the same code in seconds, to
-test it. Random weights in bfloat16, shaped like Llama-2-7B and Llama-3-8B; at most 70 GiB of GPU memory.
+``python gpu.py [--part compression layer inference] [--json FILE]``, on any machine with a CUDA GPU. ``--device cpu
+--tiny`` runs the same code in seconds, to test it. Random weights in bfloat16, shaped like Llama-2-7B and Llama-3-8B;
+at most 70 GiB of GPU memory.
 
 compression: every stage on some layers (``--layers``), times all layers; speed in TFLOP/s and as a share of the matrix
 product of that type that this GPU showed in the same run. layer: forms of one linear. inference: whole models, blocks
@@ -13,7 +13,6 @@ more is better. docs/gpu.md says more.
 import argparse
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,12 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for CPU comes without
-    triton = None
 
 Form = Callable[..., Tensor]
 Layer = dict[str, tuple[Tensor, ...]]
@@ -123,8 +116,6 @@ class Table:
             return f"not begun within {self.asked.minutes:g} minutes"
         try:
             return run()
-        except NotImplementedError as error:
-            problem = str(error)
         except Exception as error:  # whatever it is, an hour of a GPU is worth more than one row
             problem = "out of memory"
             if problem not in str(error).lower():
@@ -248,77 +239,8 @@ def gather(x: Tensor, K: Tensor, C: Tensor, _order: Tensor, inverse: Tensor) -> 
     return torch.cat([h, F.linear(h, C)], -1).index_select(-1, inverse)
 
 
-def fused(x: Tensor, K: Tensor, C: Tensor, order: Tensor, _inverse: Tensor) -> Tensor:
-    """The same, where one kernel computes C h and writes h and C h to their places."""
-    return product_in_order(F.linear(x, K), C, order)
-
-
-PIVOTS = {"index_copy": index_copy, "gather": gather, "fused": fused}
+PIVOTS = {"index_copy": index_copy, "gather": gather}
 FORMS: dict[str, Form] = {"dense": dense, "factors": factors, **PIVOTS}
-
-if triton:
-    TILES = [
-        (16, 32, 128, 4, 4), (16, 64, 128, 4, 4), (16, 128, 64, 4, 4), (32, 64, 128, 3, 4), (64, 128, 64, 3, 4),
-        (128, 128, 64, 3, 8), (128, 256, 64, 3, 8), (256, 128, 64, 3, 8),
-    ]  # fmt: skip
-    CONFIGS = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_stages=stages, num_warps=warps)
-        for m, n, k, stages, warps in TILES
-    ]
-
-    # The interpreter, which has no clock to tune by, takes the first.
-    @triton.autotune(CONFIGS[:1] if os.environ.get("TRITON_INTERPRET") == "1" else CONFIGS, ["tokens", "rest", "rank"])
-    @triton.jit
-    def _product_in_order(  # noqa: ANN202
-        h_at, c_at, order_at, y_at, tokens, rest, rank,  # noqa: ANN001
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ):  # fmt: skip
-        """Tiles of C h, then tiles of h itself; both leave through `order`. Else triton's tutorial on products."""
-        pid = tl.program_id(0)
-        row_tiles, rest_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(rest, BLOCK_N)
-        column_tiles = rest_tiles + tl.cdiv(rank, BLOCK_N)
-        in_group = GROUP * column_tiles
-        first = (pid // in_group) * GROUP
-        group = min(row_tiles - first, GROUP)
-        row = ((first + (pid % in_group) % group) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        tile = (pid % in_group) // group
-        in_rows = row[:, None] < tokens
-        if tile < rest_tiles:
-            column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            in_rest = column < rest
-            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for k in range(0, rank, BLOCK_K):
-                inner = k + tl.arange(0, BLOCK_K)
-                h = tl.load(h_at + row[:, None] * rank + inner[None, :], in_rows & (inner[None, :] < rank), 0.0)
-                at = c_at + column[None, :] * rank + inner[:, None]
-                c = tl.load(at, in_rest[None, :] & (inner[:, None] < rank), 0.0)
-                total = tl.dot(h, c, total)
-            place = tl.load(order_at + rank + column, in_rest, 0)
-            at_rest = y_at + row[:, None] * (rank + rest) + place[None, :]
-            tl.store(at_rest, total.to(y_at.dtype.element_ty), in_rows & in_rest[None, :])
-        else:
-            kept_column = (tile - rest_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-            in_kept = kept_column < rank
-            kept = tl.load(h_at + row[:, None] * rank + kept_column[None, :], in_rows & in_kept[None, :], 0.0)
-            kept_place = tl.load(order_at + kept_column, in_kept, 0)
-            tl.store(y_at + row[:, None] * (rank + rest) + kept_place[None, :], kept, in_rows & in_kept[None, :])
-
-    # An operator that the compiler does not look into.
-    @torch.library.custom_op("pivot::product_in_order", mutates_args=())
-    def product_in_order(h: Tensor, C: Tensor, order: Tensor) -> Tensor:
-        h, rank, rest = h.contiguous(), C.shape[1], C.shape[0]
-        tokens, y = h.numel() // rank, h.new_empty(*h.shape[:-1], rank + rest)
-
-        def grid(meta: dict[str, int]) -> tuple[int]:
-            columns = triton.cdiv(rest, meta["BLOCK_N"]) + triton.cdiv(rank, meta["BLOCK_N"])
-            return (triton.cdiv(tokens, meta["BLOCK_M"]) * columns,)
-
-        _product_in_order[grid](h, C.contiguous(), order, y, tokens, rest, rank)
-        return y
-
-    @product_in_order.register_fake
-    def _(h: Tensor, C: Tensor, order: Tensor) -> Tensor:
-        return h.new_empty(*h.shape[:-1], len(order))
 
 
 def rank(form: str, out: int, n: int, size: float, multiple: int) -> int:
@@ -346,13 +268,10 @@ def check(form: str, x: Tensor, given: tuple[Tensor, ...]) -> None:
     """A pivot form against its definition, in float32.
 
     Raises:
-        NotImplementedError: there is no triton, or no GPU for it.
         RuntimeError: the results differ.
     """
     if form not in PIVOTS:
         return
-    if form == "fused" and (triton is None or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
-        raise NotImplementedError("triton is not here" if triton is None else "triton needs a GPU")
     K, C, order, _ = given
     h = F.linear(x, K).float()
     expected = torch.empty(*h.shape[:-1], len(order), device=x.device)
@@ -863,7 +782,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", default="2", help="layers that compression is measured on, or all")
     parser.add_argument("--minutes", type=float, default=9.0, help="no row is begun later")
     parser.add_argument("--memory-gib", type=float, default=70.0, help="of the GPU, at most")
-    parser.add_argument("--pivot", nargs="+", choices=PIVOTS, default=["gather", "fused"], help="forms of whole models")
+    parser.add_argument("--pivot", nargs="+", choices=PIVOTS, default=["gather"], help="forms of whole models")
     for name, value in {
         "windows": 256, "window_length": 2048, "batch_windows": 8, "prefill_batch": 4, "context": 512, "steps": 32,
         "rounds": 5, "multiple_of": 64, "product_size": 8192, "cache_mib": 1024,

@@ -12,7 +12,7 @@ from drank.method.covariance import SecondMoment
 from drank.method.metrics import damped
 from drank.method.pivot import pivot_rows
 from drank.method.spectrum import factors, whitened_spectrum
-from drank.model.capture import run_backward, run_windows, watching_inputs, watching_output_gradients
+from drank.model.capture import run_batches, split_windows, watching_inputs, watching_output_gradients
 from drank.project.processes import ProcessError, process_group
 
 FORGOTTEN = [contextlib.nullcontext(), torch.device("meta")]
@@ -69,8 +69,7 @@ def test_covariances(fisher):
             watching_inputs(q_proj, lambda _name, x: inputs.add(x)),
             watching_output_gradients(q_proj, lambda _name, g: gradients.add(g)),
         ):
-            passes = run_windows(model, ids, 2) if fisher == "none" else run_backward(model, ids, 2, fisher)
-            assert sum(passes) == 4
+            assert sum(run_batches(model, split_windows(ids, 2), fisher)) == 4
         yield from (inputs.mean(), inputs.mean_magnitude())
         if fisher != "none":
             yield gradients.mean()

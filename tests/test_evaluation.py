@@ -12,9 +12,10 @@ from stages.evaluation import main as stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drank.model.perplexity import NotFiniteLossError, token_perplexity
+from drank.model.perplexity import NotFiniteLossError
 from drank.project.files import JsonLinesFolder, write_json, write_tensors
 from drank.steps.evaluation import count_parameters, load_tasks, run_tasks
+from tests.tiny import token_perplexity
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 LAST_WORD = [

@@ -27,7 +27,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from drank.model.perplexity import token_perplexity
 from drank.planning import footprint
 from drank.project.dvc import dvc_md5
 from drank.project.params import ParamsError, read_params
@@ -105,7 +104,7 @@ def test_test_perplexity_is_that_of_the_released_code(tmp_path, model, n_test_wi
     last = load_file(folder / "last.safetensors") if not drop_short else {}
     assert set(tests) == {"wikitext2", "ptb", "c4"}
     for i, name in enumerate(("wikitext2", "ptb", "c4"), start=1):
-        perplexity, nats = token_perplexity(model, tests[name], 4, last=last.get(name))
+        perplexity, nats = tiny.token_perplexity(model, tests[name], 4, last=last.get(name))
         expected, n_windows = released_perplexity(model, beginning_tokenizer(), lines_of(i), drop_short)
         assert perplexity == pytest.approx(expected, rel=1e-4)
         assert len(nats) == n_windows

@@ -20,13 +20,17 @@ VARIANT = "kfac-80"
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return compressed.write(tiny.llama(), compressed.LLAMA, tmp_path_factory.mktemp("llama"))
+def folders(tmp_path_factory):
+    """Compressed folders by architecture."""
+    return {
+        name: compressed.write(dense(), specs, tmp_path_factory.mktemp(name))
+        for name, dense, specs in (("llama", tiny.llama, compressed.LLAMA), ("gpt2", tiny.gpt2, compressed.GPT2))
+    }
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return compressed.write(tiny.gpt2(), compressed.GPT2, tmp_path_factory.mktemp("gpt2"))
+@pytest.fixture
+def llama(folders):
+    return folders["llama"]
 
 
 @torch.no_grad()
@@ -37,8 +41,8 @@ def logits(folder, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_plain_folder_has_the_architectures_modules_and_the_same_logits(architecture, request, tmp_path):
-    folder = request.getfixturevalue(architecture)
+def test_the_plain_folder_has_the_architectures_modules_and_the_same_logits(architecture, folders, tmp_path):
+    folder = folders[architecture]
     export(folder, tmp_path / "plain", dense=True)
     torch.testing.assert_close(logits(tmp_path / "plain"), logits(folder), rtol=0, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
@@ -138,32 +142,26 @@ def spoil_config(change):
     return spoil
 
 
-@pytest.mark.parametrize(
-    ("spoil", "dense", "error", "message"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), True, ExportError, r"no config\.json, so not the folder"),
-        (spoil_config(lambda c: c.pop("quantization_config")), True, ExportError, "not compressed, so plain already"),
-        (
-            spoil_config(lambda c: c["quantization_config"].update(quant_method="gptq")),
-            True,
-            FileError,
-            "config.json: quantization_config.quant_method: Input should be 'drank'",
-        ),
-        (lambda folder: None, False, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
-        (lambda folder: (folder.parent / "plain").mkdir(), True, ExportError, "plain: exists already"),
-        (lambda folder: (folder / "model.safetensors").unlink(), True, ExportError, "no weights"),
-        (
-            lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
-            True,
-            FileError,
-            r"model\.safetensors: damaged",
-        ),
-    ],
-)
-def test_what_cannot_be_exported_is_explained_and_nothing_is_written(llama, tmp_path, spoil, dense, error, message):
+SPOILT = {
+    "no config.json": (lambda f: (f / "config.json").unlink(), ExportError, r"no config\.json, so not the folder"),
+    "plain": (spoil_config(lambda c: c.pop("quantization_config")), ExportError, "not compressed, so plain already"),
+    "another method": (
+        spoil_config(lambda c: c["quantization_config"].update(quant_method="gptq")), FileError,
+        "config.json: quantization_config.quant_method: Input should be 'drank'",
+    ),
+    "without --dense": (lambda f: None, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
+    "there already": (lambda f: (f.parent / "plain").mkdir(), ExportError, "plain: exists already"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ExportError, "no weights"),
+    "torn": (lambda f: (f / "model.safetensors").write_bytes(b"torn"), FileError, r"model\.safetensors: damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_cannot_be_exported_is_explained_and_nothing_is_written(llama, tmp_path, case):
+    spoil, error, message = SPOILT[case]
     shutil.copytree(llama, tmp_path / "model")
     spoil(tmp_path / "model")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=message):
-        export(tmp_path / "model", tmp_path / "plain", dense=dense)
+        export(tmp_path / "model", tmp_path / "plain", dense=case != "without --dense")
     assert sorted(tmp_path.rglob("*")) == before

@@ -19,7 +19,7 @@ from drank.method.channels import remove_channels
 from drank.method.covariance import SecondMoment
 from drank.model.capture import (
     Batch,
-    run_backward,
+    run_batches,
     send_back,
     split_windows,
     watching_inputs,
@@ -28,7 +28,7 @@ from drank.model.capture import (
 from drank.model.groups import find_mlps
 from drank.model.layers import PivotLinear
 from drank.model.linears import find_linears, shared_inputs
-from drank.model.offload import offloaded_sweeps
+from drank.model.offload import sweeps
 from drank.planning import footprint
 from drank.planning.footprint import Setting, Shape, spectrum_flops
 from drank.project.files import TensorFolder
@@ -219,7 +219,7 @@ def test_hidden_states_are_what_an_offloaded_run_stores(fisher):
 
     model, store = llama(SHAPE), Store()
     batches = split_windows(windows(SETTING, SHAPE.vocabulary), SETTING.batch_windows)
-    for sweep in offloaded_sweeps(model, "model.layers", batches, fisher, 0, store):
+    for sweep in sweeps(model, find_linears(model, ["re:.*"]), batches, fisher, 0, store):
         for _ in sweep.passes:
             pass
     assert store.highest == footprint.hidden_states(SHAPE, SETTING, fisher != "none")
@@ -273,7 +273,7 @@ def test_compressed_folder_by_modules():
 def test_flops_of_passes_are_those_that_torch_counts():
     model, ids = llama(SHAPE), windows(SETTING, SHAPE.vocabulary)
     with FlopCounterMode(display=False) as counter:
-        for _ in run_backward(model, ids, SETTING.batch_windows, "gaussian"):
+        for _ in run_batches(model, split_windows(ids, SETTING.batch_windows), "gaussian"):
             pass
     attention = SHAPE.n_layers * 2 * SHAPE.hidden * SETTING.window_length
     sums = SHAPE.n_layers * sum(

@@ -1,9 +1,8 @@
 """benchmarks/gpu.py runs alone, on a CPU too, and does what drank does. No times are asserted."""
 
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,13 +19,6 @@ from drank.method.spectrum import factors, square_root, whitened_spectrum
 
 SCRIPT = Path(gpu.__file__)
 SHAPE = gpu.TINY[1]  # grouped heads
-ALONE = """
-import runpy, sys
-for name in ("drank", "benchmarks", "transformers", "jaxtyping", "numpy", "scipy"):
-    sys.modules[name] = None  # importing it fails
-sys.argv = ["gpu.py", *sys.argv[1:]]
-runpy.run_path("gpu.py", run_name="__main__")
-"""
 
 
 @pytest.fixture
@@ -34,18 +26,24 @@ def asked():
     return gpu.arguments(["--device", "cpu", "--tiny"])
 
 
-def test_whole_script_alone_with_plain_torch(tmp_path):
-    shutil.copy(SCRIPT, tmp_path / "gpu.py")
-    command = [sys.executable, "-c", ALONE, "--device", "cpu", "--tiny", "--json", "rows.json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(autouse=True)
+def _small_and_quick(monkeypatch):
+    monkeypatch.setattr(gpu, "PANEL", 24)
+    monkeypatch.setattr("gc.collect", int)  # slow where many tests have left much
+
+
+def test_whole_script_alone_with_plain_torch(tmp_path, monkeypatch, capsys):
+    for name in ("drank", "benchmarks", "transformers", "jaxtyping", "numpy", "scipy"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--json", str(tmp_path / "rows.json")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(shutil.copy(SCRIPT, tmp_path), run_name="__main__")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {row["part"] for row in rows} == {"product", "compression", "layer", "inference"}
     assert {row["model"] for row in rows if row["part"] == "inference"} == {"tiny Llama-2", "tiny Llama-3"}
     without = [row["case"] for row in rows if row["seconds"] is None]
-    assert all("fused" in case or "loss at 0.8" in case for case in without)
-    printed = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert all("loss at 0.8" in case for case in without)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == 2 + len(rows)
     assert {line.count("|") for line in printed} == {9}
 
@@ -68,7 +66,7 @@ def test_one_run_that_fails_leaves_the_others(asked, capsys):
 @pytest.mark.parametrize(("out", "n"), [(640, 640), (1120, 640), (640, 1120)])
 @pytest.mark.parametrize("size", [0.8, 0.5])
 def test_ranks_are_those_of_the_other_benchmark_rounded_down(out, n, size):
-    for form, exact in (("factors", factor_rank), ("fused", pivot_rank)):
+    for form, exact in (("factors", factor_rank), ("gather", pivot_rank)):
         assert gpu.rank(form, out, n, size, MULTIPLE) == exact(n, out, size)
         rounded = gpu.rank(form, out, n, size, 2 * MULTIPLE)
         assert rounded % (2 * MULTIPLE) == 0
@@ -92,24 +90,6 @@ def test_a_form_that_is_wrong_is_not_timed(asked):
     K, C, order, inverse = gpu.tensors("gather", 96, 64, 0.5, asked)
     with pytest.raises(RuntimeError, match="differs from the plain product"):
         gpu.check("gather", torch.randn(3, 64).bfloat16(), (K, C, order, inverse.roll(1)))
-
-
-KERNEL = """
-import torch
-from benchmarks import gpu
-asked = gpu.arguments(["--device", "cpu", "--tiny"])
-for tokens, out, n in ((1, 96, 64), (37, 112, 64), (5, 64, 112)):
-    given = gpu.tensors("fused", out, n, 0.5, asked)
-    x = torch.randn(tokens, n).bfloat16()
-    gpu.check("fused", x, given)
-    torch.testing.assert_close(gpu.fused(x, *given), gpu.gather(x, *given), atol=3e-2, rtol=3e-2)
-"""
-
-
-def test_kernel_in_tritons_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", KERNEL], cwd=SCRIPT.parent.parent, env=environment, check=True)
 
 
 def llama_layer(shape):
@@ -152,11 +132,6 @@ def test_decoding_with_the_cache_continues_the_prefill(shape):
     run(slice(0, 5), (*cache, positions[:5]))
     last = run(slice(5, 6), (*cache, positions[5:]))
     torch.testing.assert_close(last, run(slice(0, 6), None)[:, 5:])
-
-
-@pytest.fixture(autouse=True)
-def narrow_panels(monkeypatch):
-    monkeypatch.setattr(gpu, "PANEL", 24)
 
 
 def test_second_moments_are_those_of_drank():

@@ -1,12 +1,8 @@
 """Healing: adapters that are trained, merged and gone; the same bits after a killed run; a stage like the others."""
 
 import copy
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,9 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from stages import compression
 
 from drank.audit import audit
-from drank.model.divergence import divergence
 from drank.model.layers import FactorLinear, PivotLinear
 from drank.model.lora import CURVE, Healing, Plan, matrices
 from drank.project.checkpoint import Checkpoint
@@ -68,16 +64,8 @@ def test_the_learning_rate_rises_once_and_falls_and_is_never_zero(n_windows, bat
     plan = Plan(n_windows, batch, epochs, learning_rate=0.5, seed=0)
     rates = [plan.rate(step) for step in range(plan.n_steps)]
     top = rates.index(max(rates))
-    assert min(rates) > 0
-    assert max(rates) <= 0.5
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-
-
-def test_divergence_by_hand():
-    p, q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]])
-    expected = (0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()) / 2
-    torch.testing.assert_close(divergence(p.log(), q.log() + 3.0), expected)
+    assert 0 < min(rates) <= max(rates) <= 0.5
+    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
 
 
 def test_before_the_first_step_an_adapted_model_is_the_model():
@@ -145,15 +133,12 @@ def test_an_interrupted_run_ends_with_the_same_bits():
 
 
 def test_a_basis_of_several_modules_is_left_as_it_is():
-    model = tiny.llama()
-    q, k = model.model.layers[0].self_attn.q_proj, model.model.layers[1].self_attn.q_proj
-    basis = torch.nn.Parameter(torch.randn(5, 32))
-    for module, parent in ((q, model.model.layers[0]), (k, model.model.layers[1])):
-        weight = module.weight.detach()[:, :5]
-        parent.self_attn.q_proj = filled(FactorLinear, {"weight": weight, "basis": basis})
+    model, basis = tiny.llama(), torch.nn.Parameter(torch.randn(5, 32))
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight.detach()[:, :5]
+        layer.self_attn.q_proj = filled(FactorLinear, {"weight": weight, "basis": basis})
     names = matrices(model)
-    assert "model.layers.0.self_attn.q_proj.weight" in names
-    assert "model.layers.1.self_attn.q_proj.weight" in names
+    assert {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)} < set(names)
     assert not [name for name in names if name.endswith("basis")]
     assert not [name for name in names if "layers" not in name]  # neither embedding nor head
 
@@ -206,9 +191,7 @@ def test_a_healed_variant_is_audited_like_the_rest(healed):
 @pytest.mark.pipeline
 def test_weights_that_were_healed_from_others_are_found_out(healed, tmp_path):
     root, _ = healed
-    copy = tmp_path / "project"
-    shutil.copytree(root, copy, symlinks=True)
-    folder = copy / "data/models/kfac-80-healed"
+    folder = shutil.copytree(root / "data/models/kfac-80-healed", tmp_path / "model")
     config = read_json(folder / "config.json")
     config["quantization_config"]["provenance"]["healed_from_sha256"] = "0" * 64
     write_json(folder / "config.json", config)
@@ -239,23 +222,29 @@ def test_mlflow_has_the_loss_curve(healed, tmp_path, monkeypatch):
     assert run_.data.params["healing.objective"] == "distillation"
 
 
+class Killed(BaseException):
+    """Comes instead of SIGKILL, which tests.faults sends."""
+
+
 @pytest.mark.pipeline
-def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed):
+def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed, monkeypatch):
     root, _ = healed
     folder = root / "data/compression/kfac-80-healed"
     weights, curve = ((folder / name).read_bytes() for name in ("model.safetensors", CURVE))
-    checkpoint = root / "data/compression/.kfac-80-healed.checkpoint"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "stages.compression", "kfac-80-healed"]
-    started = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
-    while not (checkpoint / "checkpoint.json").exists() and started.poll() is None:
-        time.sleep(0.01)
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
-    assert int(load_file(checkpoint / "state.safetensors")["n_taken"]) in (10, 20)
+    checkpoint, write = root / "data/compression/.kfac-80-healed.checkpoint", Checkpoint.write
+
+    def killed(self, curve, state):
+        write(self, curve, state)
+        raise Killed
+
+    monkeypatch.setattr(Checkpoint, "write", killed)
+    with pytest.raises(Killed):
+        compression.main("kfac-80-healed", root)
+    monkeypatch.setattr(Checkpoint, "write", write)
+    assert int(load_file(checkpoint / "state.safetensors")["n_taken"]) == 10
     assert (folder / "model.safetensors").read_bytes() == weights  # the folder is untouched
     shutil.rmtree(folder)
-    run(root, sys.executable, "-m", "stages.compression", "kfac-80-healed")
+    compression.main("kfac-80-healed", root)
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder / CURVE).read_bytes() == curve
     assert not checkpoint.exists()

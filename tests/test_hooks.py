@@ -15,7 +15,7 @@ import torch
 import yaml
 from dvc.repo import Repo
 from mlflow.utils import mlflow_tags
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GgufConfig, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -132,12 +132,10 @@ def test_loading_calls_what_the_quantizer_overrides(folder, calls):
         patch.setattr(DrankQuantizer, "_process_model_before_weight_loading", looking)
         model = AutoModelForCausalLM.from_pretrained(folder)
     assert devices == ["meta"]
-    assert [Path(file).name for file in calls["_process_model_before_weight_loading"][1]["checkpoint_files"]] == [
-        "model.safetensors"
-    ]
+    files = calls["_process_model_before_weight_loading"][1]["checkpoint_files"]
+    assert [Path(file).name for file in files] == ["model.safetensors"]
     assert "update_weight_conversions" in calls
     assert model.hf_quantizer.quantization_config is model.config.quantization_config
-    assert model.is_quantized
 
 
 @canary("peft", "model/adapters.py")
@@ -166,15 +164,6 @@ def test_peft_adapts_registered_classes():
     assert {"_get_in_out_features", "resolve_lora_variant", "update_layer"} <= vars(LoraLayer).keys()
 
 
-@canary("transformers", PLUGIN)
-def test_saving_asks_whether_the_quantizer_can(folder, calls, tmp_path):
-    """HfQuantizer.is_serializable: save_pretrained asks it."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    calls.clear()
-    model.save_pretrained(tmp_path)
-    assert "is_serializable" in calls
-
-
 @canary("transformers", f"{PLUGIN} (attach, _dequantize)")
 def test_names_of_tensors_are_those_of_modules_where_there_are_no_conversions(folder, tmp_path):
     """model._weight_conversions: from_pretrained sets it from update_weight_conversions, and save_pretrained
@@ -185,26 +174,25 @@ def test_names_of_tensors_are_those_of_modules_where_there_are_no_conversions(fo
     mixtral.save_pretrained(tmp_path / "renamed")
     mixtral._weight_conversions = []
     mixtral.save_pretrained(tmp_path / "as it is")
-    kept = {}
-    for which in ("renamed", "as it is"):
-        with safe_open(tmp_path / which / "model.safetensors", "pt") as tensors:
-            kept[which] = set(tensors.keys())
-    assert kept["as it is"] == names - mixtral.all_tied_weights_keys.keys()
-    assert kept["renamed"] != kept["as it is"]
+    renamed, kept = (set(load_file(tmp_path / w / "model.safetensors")) for w in ("renamed", "as it is"))
+    assert kept == names - mixtral.all_tied_weights_keys.keys()
+    assert renamed != kept
 
 
 @canary("transformers", f"{PLUGIN} (_share_bases)")
-def test_a_shared_tensor_is_stored_once_and_tied_again(folder, tmp_path):
-    """all_tied_weights_keys and _tied_weights_keys: from_pretrained ties what the first lists, and save_pretrained
-    leaves out what matches the second."""
+def test_a_shared_tensor_is_stored_once_and_tied_again(folder, calls, tmp_path):
+    """all_tied_weights_keys, _tied_weights_keys and is_serializable: from_pretrained ties what the first lists, and
+    save_pretrained leaves out what matches the second and asks the third."""
     q = "model.layers.{}.self_attn.q_proj.basis"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.all_tied_weights_keys[q.format(1)] == q.format(0)
     assert model.get_parameter(q.format(1)) is model.get_parameter(q.format(0))
+    calls.clear()
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
-        assert q.format(0) in tensors.keys()  # noqa: SIM118
-        assert q.format(1) not in tensors.keys()  # noqa: SIM118
+    assert "is_serializable" in calls
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert q.format(0) in names
+    assert q.format(1) not in names
 
 
 @canary("transformers", f"{PLUGIN}, cli/export.py")
@@ -225,20 +213,15 @@ def test_a_method_that_needs_calibration_takes_no_plain_folder():
 
 
 @canary("transformers", PLUGIN)
-def test_the_trainer_asks_whether_it_may_train(folder, calls, tmp_path):
-    """HfQuantizer.is_trainable, is_qat_trainable: Trainer asks them and then trains."""
+def test_a_quantizer_is_asked_whether_it_can_be_trained_and_compiled(folder, calls, tmp_path):
+    """HfQuantizer.is_trainable, is_qat_trainable, is_compileable: Trainer asks the first two and then trains; the last
+    is a property that says no where nobody overrides it."""
     from transformers import Trainer, TrainingArguments
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     calls.clear()
     Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
     assert {"is_trainable", "is_qat_trainable"} & set(calls)
-
-
-@canary("transformers", PLUGIN)
-def test_a_quantizer_is_asked_whether_it_can_be_compiled():
-    """HfQuantizer.is_compileable: it is a property that says no where nobody overrides it."""
-    assert isinstance(inspect.getattr_static(HfQuantizer, "is_compileable"), property)
     assert inspect.getattr_static(HfQuantizer, "is_compileable").fget(None) is False
 
 

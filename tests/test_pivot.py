@@ -59,16 +59,6 @@ def test_rows_are_those_of_discrete_empirical_interpolation(shape, seed):
 
 
 @settings(deadline=None)
-@given(shape=shapes(), seed=st.integers(0, 10_000), data=st.data())
-def test_a_smaller_rank_keeps_some_of_the_same_rows(shape, seed, data):
-    k = shape[2]
-    left, right = factors(*shape, seed=seed)
-    smaller = data.draw(st.integers(1, k))
-    few = pivot_rows(left[:, :smaller], right[:smaller]).order[:smaller]
-    assert set(few.tolist()) <= set(pivot_rows(left, right).order[:k].tolist())
-
-
-@settings(deadline=None)
 @given(shape=shapes(), seed=st.integers(0, 10_000))
 def test_coefficients_depend_on_the_rows_kept_and_not_on_the_factorisation(shape, seed):
     left, right = factors(*shape, seed=seed)

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -26,52 +25,37 @@ from tests import tiny
 from tests.compressed import randomise
 
 LLAMA = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 48,
-}
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48,
+}  # fmt: skip
 GPT2 = {"n_embd": 16, "n_inner": 32, "n_layer": 2, "n_head": 2, "vocab_size": 48, "n_positions": 32}
-OPT = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+OPT = {
+    "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48,
+    "word_embed_proj_dim": 16, "max_position_embeddings": 32,
+}  # fmt: skip
 LLAMA_NAMES = (
-    "model.layers.{}.self_attn.q_proj",
+    "model.layers.{}.",
+    "self_attn.q_proj",
     "self_attn.o_proj",
     ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj",
 )
+PHI3_NAMES = "model.layers.{}.", "self_attn.qkv_proj", "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj"
+GPT2_NAMES = "transformer.h.{}.", "attn.c_attn", "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"
+OPT_NAMES = "model.decoder.layers.{}.", "self_attn.q_proj", "self_attn.out_proj", ("fc1",), "fc2"
+NEOX_NAMES = (
+    "gpt_neox.layers.{}.", "attention.query_key_value", "attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h",
+)  # fmt: skip
 
-# model_type, config, then: two modules that share a basis ({} is the layer), two that share one in pivot form, and
-# in the first layer the inputs (the first in pivot form) and the output of an MLP that has lost channels.
+# Model type, config, the name of a layer and in it: a module whose basis layers share, one whose basis they share in
+# pivot form, and the inputs (the first in pivot form) and the output of an MLP that has lost channels in layer 0.
 ARCHITECTURES = {
     "llama": ("llama", LLAMA, *LLAMA_NAMES),
     "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}, *LLAMA_NAMES),
     "qwen2": ("qwen2", {**LLAMA, "num_key_value_heads": 1}, *LLAMA_NAMES),
-    "gpt2": ("gpt2", GPT2, "transformer.h.{}.attn.c_attn", "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"),
-    "opt": (
-        "opt",
-        {**OPT, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
-        "model.decoder.layers.{}.self_attn.q_proj",
-        "self_attn.out_proj",
-        ("fc1",),
-        "fc2",
-    ),
-    "gpt_neox": (
-        "gpt_neox",
-        LLAMA,
-        "gpt_neox.layers.{}.attention.query_key_value",
-        "attention.dense",
-        ("mlp.dense_h_to_4h",),
-        "mlp.dense_4h_to_h",
-    ),
-    "phi3": (
-        "phi3",
-        {**LLAMA, "pad_token_id": 0},
-        "model.layers.{}.self_attn.qkv_proj",
-        "self_attn.o_proj",
-        ("mlp.gate_up_proj",),
-        "mlp.down_proj",
-    ),
+    "gpt2": ("gpt2", GPT2, *GPT2_NAMES),
+    "opt": ("opt", OPT, *OPT_NAMES),
+    "gpt_neox": ("gpt_neox", LLAMA, *NEOX_NAMES),
+    "phi3": ("phi3", {**LLAMA, "pad_token_id": 0}, *PHI3_NAMES),
 }
 CHANNELS = 22
 Q = "model.layers.{}.self_attn.q_proj"
@@ -84,35 +68,30 @@ def dense_model(architecture, dtype=torch.float32):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=dtype).eval()
 
 
-def spec(model, name, form, rank=None, out_features=None, in_features=None, **more):
+def spec(model, name, form, rank=None, **more):
     module = model.get_submodule(name)
     n_out, n_in = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-    ranked = {} if rank is None else {"rank": rank}
-    return {
-        "form": form,
-        **ranked,
-        "out_features": out_features or n_out,
-        "in_features": in_features or n_in,
-        **more,
-    }
+    return {"form": form, "out_features": n_out, "in_features": n_in} | ({"rank": rank} if rank else {}) | more
 
 
 def all_forms(model, architecture):
     """Specs with every form: a shared basis, one of rows kept of two modules, an unshared one and a pivot form with
     fewer rows, a dense with fewer columns."""
-    _, _, shared, pivot, ups, down = ARCHITECTURES[architecture]
-    owner, other = shared.format(0), shared.format(1)
-    first, second = (name.removesuffix(shared.split("{}.")[1]) for name in (owner, other))
+    _, _, layer, shared, pivot, ups, down = ARCHITECTURES[architecture]
+    first, second = layer.format(0), layer.format(1)
     channels = 2 * CHANNELS if ups == ("mlp.gate_up_proj",) else CHANNELS
-    forms = {first + up: form for up, form in zip(ups, ("pivot", "factors"), strict=False)}
-    return {
-        owner: spec(model, owner, "factors", 3),
-        other: spec(model, other, "factors", 3, basis=owner),
-        first + pivot: spec(model, first + pivot, "pivot", 5, basis=first + pivot, first=0, kept=2),
-        second + pivot: spec(model, second + pivot, "pivot", 5, basis=first + pivot, first=2, kept=3),
-        **{name: spec(model, name, form, 4, out_features=channels) for name, form in forms.items()},
-        first + down: spec(model, first + down, "dense", in_features=CHANNELS),
-    }
+    asked = [
+        (first + shared, "factors", 3, {}),
+        (second + shared, "factors", 3, {"basis": first + shared}),
+        (first + pivot, "pivot", 5, {"basis": first + pivot, "first": 0, "kept": 2}),
+        (second + pivot, "pivot", 5, {"basis": first + pivot, "first": 2, "kept": 3}),
+        *(
+            (first + up, form, 4, {"out_features": channels})
+            for up, form in zip(ups, ("pivot", "factors"), strict=False)
+        ),
+        (first + down, "dense", None, {"in_features": CHANNELS}),
+    ]
+    return {name: spec(model, name, form, rank, **more) for name, form, rank, more in asked}
 
 
 def compressed(architecture, specs=None, dtype=torch.float32):
@@ -140,17 +119,15 @@ def edit_config(folder, change):
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def python(code, *args):
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def saved(request, tmp_path_factory):
-    """(architecture, in-memory compressed model, its folder)"""
+    """(architecture, in-memory compressed model, its folder, the model loaded from there)"""
     folder = tmp_path_factory.mktemp(request.param)
     model = compressed(request.param)
     model.save_pretrained(folder)
-    return request.param, model, folder
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return request.param, model, folder, reloaded
 
 
 @pytest.fixture
@@ -161,35 +138,29 @@ def llama(tmp_path):
     return model, tmp_path
 
 
-def test_reloaded_model_is_the_one_saved_to_the_last_bit(saved):
-    _, model, folder = saved
-    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+def test_a_reloaded_model_is_the_one_saved_to_the_last_bit_and_saves_the_same_bytes(saved, tmp_path):
+    _, model, folder, reloaded = saved
     assert torch.equal(logits(reloaded), logits(model))
-    assert not any(info.values())
     reloaded.tie_weights()
     assert torch.equal(logits(reloaded), logits(model))
-
-
-def test_saving_again_gives_the_same_bytes(saved, tmp_path):
-    _, _, folder = saved
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    reloaded.save_pretrained(tmp_path)
     assert files(tmp_path) == files(folder)
 
 
 def test_shared_basis_is_one_tensor_on_disk_and_one_parameter_in_memory(saved):
-    architecture, model, folder = saved
-    shared, pivot = ARCHITECTURES[architecture][2:4]
-    for template in (f"{shared}.basis", shared.split("{}")[0] + "{}." + f"{pivot}.basis.weight"):
-        owner, other = template.format(0), template.format(1)
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            assert owner in file.keys()  # noqa: SIM118
-            assert other not in file.keys()  # noqa: SIM118
-        for candidate in (model, AutoModelForCausalLM.from_pretrained(folder), copy.deepcopy(model)):
+    architecture, model, folder, reloaded = saved
+    _, _, layer, shared, pivot, *_ = ARCHITECTURES[architecture]
+    stored = load_file(folder / "model.safetensors")
+    for name in (f"{shared}.basis", f"{pivot}.basis.weight"):
+        owner, other = layer.format(0) + name, layer.format(1) + name
+        assert owner in stored
+        assert other not in stored
+        for candidate in (model, reloaded, copy.deepcopy(model)):
             assert candidate.get_parameter(other) is candidate.get_parameter(owner)
 
 
 def test_dequantised_model_is_a_plain_one_with_the_same_logits(saved, tmp_path):
-    architecture, model, folder = saved
+    architecture, model, folder, _ = saved
     plain = AutoModelForCausalLM.from_pretrained(folder)
     plain.dequantize()
     plain.save_pretrained(tmp_path)
@@ -201,9 +172,8 @@ def test_dequantised_model_is_a_plain_one_with_the_same_logits(saved, tmp_path):
 
 
 def test_generates_what_the_saved_model_generates(saved):
-    _, model, folder = saved
+    _, model, _, reloaded = saved
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
-    reloaded = AutoModelForCausalLM.from_pretrained(folder)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(reloaded.generate(**prompt, **options), model.generate(**prompt, **options))
 
@@ -215,9 +185,7 @@ def test_bfloat16_and_shards_survive_the_round_trip(architecture, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}
-    assert {
-        buffer.dtype for m in reloaded.modules() for n, buffer in m.named_buffers(recurse=False) if n == "places"
-    } == {torch.int32}
+    assert {buffer.dtype for name, buffer in reloaded.named_buffers() if name.endswith("places")} == {torch.int32}
     assert torch.equal(logits(reloaded), logits(model))
 
 
@@ -256,13 +224,7 @@ def test_keys_of_later_versions_survive_a_round_trip(llama, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("version", "remedy"),
-    [
-        (3, "upgrade with 'pip install"),
-        (1, "build the folder again"),
-        (0, "upgrade"),
-        ("1", "upgrade"),
-        (None, "upgrade"),
-    ],
+    [(3, "upgrade with 'pip install"), (1, "build the folder again"), ("1", "upgrade"), (None, "upgrade")],
 )
 def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, version, remedy):
     _, folder = llama
@@ -295,15 +257,10 @@ def test_an_audit_refuses_documents_of_another_format(tmp_path, name, kind, key,
         ({"modules": ["a"]}, r"quantization_config\.modules is \['a'\]: Input should be a valid dictionary"),
         ({"modules": "x" * 5000}, r"quantization_config\.modules is 'x+\.\.\.x+': Input should be a valid dict"),
         ({"modules": {"": FINE}}, r"quantization_config\.modules\..*key.* is '': String should have at least 1 char"),
-        ({"modules": {3: FINE}}, r"quantization_config\.modules\.3.* is 3: Input should be a valid string"),
         ({"provenance": "someone"}, r"quantization_config\.provenance is 'someone': Input should be a valid dict"),
-        ({"provenance": math.nan}, r"quantization_config\.provenance is nan: Input should be a valid dict"),
         ({"to_dict": 1}, r"quantization_config\.to_dict is 1; transformers has a meaning of its own for this name"),
         ({"__class__": "x"}, r"quantization_config\.__class__ is 'x'; transformers has a meaning of its own"),
-        ({"specs": "x"}, r"quantization_config\.specs is 'x'; transformers has"),
-        ({"dequantize": True}, r"quantization_config\.dequantize is True; transformers has a meaning of its own"),
         ({"format_version": math.nan}, r"quantization_config\.format_version is nan; drank .* reads 2: upgrade"),
-        ({"format_version": 10**40}, r"quantization_config\.format_version is 1000.*; drank .* reads 2: upgrade"),
     ],
 )
 def test_a_malformed_section_is_refused_by_key_value_and_rule(change, message):
@@ -377,18 +334,13 @@ def two(**changes):
         ({Q.format(0): 3}, r"modules\.model\.layers\.0\.self_attn\.q_proj is 3: Input should be a valid dict"),
         (one(form="sparse"), "q_proj: form is 'sparse'; known are dense, factors, pivot"),
         (one(form=None), r"q_proj\.form is None: Input should be a valid string"),
-        (one(form=[]), r"q_proj\.form is \[\]: Input should be a valid string"),
-        (one(basis=[1]), r"q_proj\.basis is \[1\]: Input should be a valid string"),
         (one(rank=10**40), "q_proj: rank is 1000.*; it must be an integer of at most 15"),
         (one(out_features=math.inf), r"q_proj\.out_features is inf: Input should be a valid integer"),
-        (one(out_features=math.nan), r"q_proj\.out_features is nan: "),
         (one(rank=0), r"q_proj\.rank is 0: Input should be greater than or equal to 1"),
         (one(rank=3.0), r"q_proj\.rank is 3\.0: Input should be a valid integer"),
-        (one(rank=True), r"q_proj\.rank is True: Input should be a valid integer"),
         (one(rank=None), "q_proj: rank is None; it must be an integer of at most 15"),
         (one(rank=16), "q_proj: rank is 16; .* at most 15 for 16 x 16 in form 'factors', or form 'dense'"),
         (one(rank=16, form="pivot"), "rank is 16; .* at most 15 for 16 x 16 in form 'pivot'"),
-        (one(in_features=0), r"q_proj\.in_features is 0: "),
         (one(out_features=17), r"q_proj: 17 x 16 \(out x in\) is larger .* 16 x 16"),
         ({"model.layers.7.self_attn.q_proj": FINE}, "layers.7.self_attn.q_proj is not in this LlamaForCausalLM"),
         ({"model.layers.0.self_attn": FINE}, "self_attn is LlamaAttention; only nn.Linear and Conv1D"),
@@ -403,22 +355,14 @@ def two(**changes):
         (group({"basis": Q.format(1)}, {}), "layers.0.*; that module has no basis of its own"),
         (group({}, {"form": "factors"}), "layers.1.*; that module has no basis of its own to share in form 'factors'"),
         (group({}, {"basis": DOWN}), "layers.1.*: basis is .*down_proj'; that module has no basis of its own"),
-        (group({}, {"basis": Q.format(2)}), "layers.1.*: basis is .*layers.2.*; the owner of a basis must be among"),
-        (group({"rank": 4}, {}), "layers.1.*; rank and in_features there are 4 and 16"),
         (group({}, {"in_features": 15}), "layers.1.*; rank and in_features there are 3 and 16"),
-        (group({"rank": 16}, {"rank": 16}), "layers.0.*: rank is 16; .* at most 15 .* in form 'pivot'"),
         (group({"in_order": True}, {}), "layers.0.*: in_order is True; only 'pivot' without a shared basis"),
         (one(in_order=True), "layers.0.*: in_order is True; only 'pivot' without a shared basis"),
-        (one(form="pivot", in_order=1), r"q_proj\.in_order is 1: Input should be a valid boolean"),
         (group({"first": None}, {}), "layers.0.*: first is None; form 'pivot' needs it here"),
-        (group({"first": -1}, {}), r"q_proj\.first is -1: Input should be greater than or equal to 0"),
-        (group({}, {"kept": 2.0}), r"q_proj\.kept is 2\.0: Input should be a valid integer"),
         (group({}, {"kept": 17}), "layers.1.*: kept is 17; it must be at most the module's out_features, 16"),
-        (group({}, {"first": 0}), "layers.1.*: first is 0, .* before it of the basis of .*layers.0.* end at 1: each"),
         (group({}, {"first": 2}), "layers.1.*: first is 2, but the kept rows before it .* end at 1"),
         (group({"first": 1}, {"first": 2}), "layers.0.*: first is 1, but the kept rows before it .* end at 0"),
         (group({}, {"kept": 1}), "layers.0.*: the modules that share its basis keep 2 rows of 3; .* is one of them mi"),
-        (group({}, {"kept": 3}), "layers.0.*: the modules that share its basis keep 4 rows of 3"),
     ],
 )
 def test_specs_that_are_malformed_or_do_not_fit_are_refused_and_change_nothing(specs, message):
@@ -510,27 +454,31 @@ def test_loading_a_dense_folder_does_not_compress_it(tmp_path):
 LOAD = "AutoModelForCausalLM.from_pretrained(folder)"
 
 
-def test_without_drank_loading_fails_and_importing_it_then_is_enough(tmp_path):
+def python(code, *args):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_drank_loading_fails_and_importing_it_then_is_enough_for_peft_too(tmp_path):
     for architecture in ("llama", "gpt2"):
-        model = dense_model(architecture)
-        for form in ("factors", "pivot", "dense"):
-            specs = all_forms(model, architecture).items()
-            chosen = {name: s for name, s in specs if s["form"] == form and "basis" not in s}
-            compressed(architecture, chosen).save_pretrained(tmp_path / f"{architecture}-{form}")
-        grouped = {name: s for name, s in specs if s["form"] == "pivot" and "basis" in s}
-        compressed(architecture, grouped).save_pretrained(tmp_path / f"{architecture}-group")
+        forms = all_forms(dense_model(architecture), architecture)
+        for form, shared in (("factors", False), ("pivot", False), ("dense", False), ("pivot", True)):
+            chosen = {name: s for name, s in forms.items() if (s["form"], "basis" in s) == (form, shared)}
+            compressed(architecture, chosen).save_pretrained(tmp_path / f"{architecture}-{shared}-{form}")
     code = (
         "import sys\n"
+        "from peft import LoraConfig, get_peft_model\n"
         "from transformers import AutoModelForCausalLM\n"
         "for folder in sys.argv[1:]:\n"
         f"    try: {LOAD}\n"
         "    except RuntimeError as error: assert 'ignore_mismatched_sizes' in str(error), error\n"
         "    else: raise SystemExit(f'{folder} was loaded without drank')\n"
         "import drank\n"
-        f"for folder in sys.argv[1:]: {LOAD}\n"
+        f"for folder in sys.argv[1:]: model = {LOAD}\n"
+        "adapted = get_peft_model(model, LoraConfig(target_modules=['o_proj']))\n"
+        "assert any(type(m).__name__ == 'LoraLowRankLinear' for m in adapted.modules())\n"
     )
-    result = python(code, *sorted(tmp_path.iterdir()))
-    assert result.returncode == 0, result.stderr
+    python(code, *sorted(tmp_path.iterdir()))  # the last one is llama-True-pivot
 
 
 def test_importing_drank_first_is_light_and_enough(llama):
@@ -542,5 +490,4 @@ def test_importing_drank_first_is_light_and_enough(llama):
         "folder = sys.argv[1]\n"
         f"{LOAD}\n"
     )
-    result = python(code, folder)
-    assert result.returncode == 0, result.stderr
+    python(code, folder)

@@ -1,12 +1,12 @@
 """Passes are computed in a type that the processor is fast in: by facts, in every stage, and recorded."""
 
-import json
+import functools
 import logging
+import operator
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,15 +36,11 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def processor(monkeypatch, machine="x86_64", vendor="", onednn=False, amx=False, avx512_bf16=False, onednn_fp16=False):
     """A processor of these facts in the place of this one."""
-
-    def told(value):
-        return lambda: value
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", told(onednn))
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", told(onednn_fp16))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", told(amx), raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", told(avx512_bf16), raising=False)
-    monkeypatch.setattr(precision.platform, "machine", told(machine))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: onednn_fp16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
     monkeypatch.setattr(precision, "cpu_fact", lambda _: vendor)
 
 
@@ -176,19 +172,12 @@ def root(reproduced, tmp_path_factory):
     return root
 
 
-@contextmanager
-def asked(root, **changes):
-    """Other parameters inside the block; keys are section__key."""
+@pytest.fixture
+def asked_for(root):
+    """Changes ``compute.dtype`` for one test."""
     before = (root / "params.yaml").read_text()
-    document = yaml.safe_load(before)
-    for path, value in changes.items():
-        section, _, key = path.partition("__")
-        document[section][key] = value
-    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    try:
-        yield
-    finally:
-        (root / "params.yaml").write_text(before)
+    yield lambda dtype: (root / "params.yaml").write_text(before.replace("dtype: auto", f"dtype: {dtype}"))
+    (root / "params.yaml").write_text(before)
 
 
 @pytest.fixture(autouse=True)
@@ -211,13 +200,9 @@ def rebuilt(root):
     assert "divergence on news 0 nats per token" in told
 
 
-def types_of(root, *keys):
-    """What was recorded: keys of a JSON file of the project."""
-    file, *path = keys
-    found = read_json(root / file)
-    for key in path:
-        found = found[key]
-    return found
+def recorded(root, file, *path):
+    """A value of a JSON file of the project."""
+    return functools.reduce(operator.getitem, path, read_json(root / file))
 
 
 PASSES = {
@@ -237,13 +222,12 @@ PASSES = {
 
 @pytest.mark.parametrize("name", PASSES)
 def test_without_units_no_stage_multiplies_in_bfloat16(root, monkeypatch, name):
-    stage, recorded = PASSES[name]
+    stage, place = PASSES[name]
     processor(monkeypatch)
     with NoHalfProducts() as watched:
         stage(root)
     assert watched.n_products > 0
-    if recorded:
-        assert types_of(root, *recorded) == "float32"
+    assert not place or recorded(root, *place) == "float32"
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -253,33 +237,33 @@ def test_a_stage_that_multiplies_in_bfloat16_is_caught(root, monkeypatch, name):
         PASSES[name][0](root)
 
 
-def test_sums_of_a_slow_type_that_was_asked_for_are_in_float32(root, monkeypatch):
+def test_sums_of_a_slow_type_that_was_asked_for_are_in_float32(root, asked_for, monkeypatch):
     """Covariances of bfloat16 rows: the passes were asked for, the products of the covariances were not."""
     processor(monkeypatch)
     seen = []
     set_precision = torch.set_float32_matmul_precision
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda p: (seen.append(p), set_precision(p)))
-    with asked(root, compute__dtype="bfloat16"):
-        covariance.main("0", root)
-        assert seen == []
-        assert types_of(root, "data/covariance/0/summary.json", "dtype") == "bfloat16"
-        processor(monkeypatch, machine="aarch64", onednn=True)
-        covariance.main("0", root)
-        assert "medium" in seen
+    asked_for("bfloat16")
+    covariance.main("0", root)
+    assert seen == []
+    assert recorded(root, "data/covariance/0/summary.json", "dtype") == "bfloat16"
+    processor(monkeypatch, machine="aarch64", onednn=True)
+    covariance.main("0", root)
+    assert "medium" in seen
 
 
-def test_every_pass_runs_in_float16_and_stores_bfloat16(root):
-    with asked(root, compute__dtype="float16"):
-        for name in ("covariance", "sensitivity", "healing", "evaluation"):
-            stage, recorded = PASSES[name]
-            stage(root)
-            assert types_of(root, *recorded) == "float16"
+def test_every_pass_runs_in_float16_and_stores_bfloat16(root, asked_for):
+    asked_for("float16")
+    for name in ("covariance", "sensitivity", "healing", "evaluation"):
+        stage, place = PASSES[name]
+        stage(root)
+        assert recorded(root, *place) == "float16"
     stored = load_file(root / "data/compression/healed/model.safetensors")
     assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.bfloat16}
-    assert types_of(root, "data/compression/healed/config.json", "dtype") == "bfloat16"
+    assert recorded(root, "data/compression/healed/config.json", "dtype") == "bfloat16"
 
 
-def test_a_stage_on_an_imitated_processor_without_units_records_float32(root):
-    environment = os.environ | AVX2 | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    subprocess.run([sys.executable, "-m", "stages.covariance", "0"], cwd=root, env=environment, check=True)
-    assert json.loads((root / "data/covariance/0/summary.json").read_text())["dtype"] == "float32"
+def test_an_imitated_processor_without_units_computes_in_float32():
+    code = "from drank.model.precision import compute_dtype; print(compute_dtype('auto', 'cpu'))"
+    printed = subprocess.check_output([sys.executable, "-c", code], env=os.environ | AVX2, text=True)
+    assert printed == "torch.float32\n"

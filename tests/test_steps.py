@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from drank.model.perplexity import token_perplexity
 from drank.project.params import read_params
 from drank.project.processes import Group
 from drank.project.progress import progress
@@ -62,7 +61,7 @@ def test_a_model_is_compressed_within_its_budget_and_predicts_about_the_same(par
     assert len(table(document["units"]).splitlines()) == 1 + len(document["units"]) == 15
     dense, model = tiny.llama(), compress(tiny.llama(), document["units"], store, {"variant": variant})
     assert model.config.quantization_config.provenance == {"variant": variant}
-    before, after = (token_perplexity(m, windows(), 4)[0] for m in (dense, model))
+    before, after = (tiny.token_perplexity(m, windows(), 4)[0] for m in (dense, model))
     assert after == pytest.approx(before, rel=0.02)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from drank.method.spectrum import whitened_spectrum
 from drank.model.linears import find_linears
-from drank.model.perplexity import NotFiniteLossError, token_perplexity
+from drank.model.perplexity import NotFiniteLossError
 from drank.model.substitution import measure_sensitivity
 from tests import tiny
 
@@ -51,7 +51,7 @@ def test_a_score_is_the_perplexity_with_that_weight_alone_replaced(build, window
             U, S, Vh = torch.linalg.svd(target.weight, full_matrices=False)
             k = rank(linear.name, 0.3)
             target.weight.copy_((U[:, :k] * S[:k]) @ Vh[:k])
-        assert scores[linear.name][0.3] == pytest.approx(token_perplexity(by_hand, windows, 2)[0], rel=1e-6)
+        assert scores[linear.name][0.3] == pytest.approx(tiny.token_perplexity(by_hand, windows, 2)[0], rel=1e-6)
     assert list(scores) == [linear.name for linear in linears]
     assert all(list(row) == RATIOS for row in scores.values())
 
@@ -59,7 +59,7 @@ def test_a_score_is_the_perplexity_with_that_weight_alone_replaced(build, window
 def test_the_full_rank_scores_as_the_model_itself_and_a_low_one_does_not(windows):
     model = tiny.llama()
     linears = find_linears(model, ["down_proj"])
-    dense, _ = token_perplexity(model, windows, 4)
+    dense, _ = tiny.token_perplexity(model, windows, 4)
     offered = rank_of(linears)
 
     def ranks(name, ratio):  # a ratio without a rank is left out

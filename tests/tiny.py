@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from drank.model.perplexity import perplexity, window_nats
+
 WORDS = [
     a + b for a in ("ka", "lo", "mi", "tu", "re", "so", "ve", "na") for b in ("", "n", "r", "s", "l", "mo", "ti", "dra")
 ]
@@ -54,6 +56,14 @@ def gpt2():
 
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)).eval()
+
+
+def token_perplexity(model, windows, batch_windows, last=None):
+    """Token perplexity over windows and, if there is one, a shorter last window; and the nats of each."""
+    nats = window_nats(model, windows, batch_windows)
+    if last is not None:
+        nats += window_nats(model, last[None], 1)
+    return perplexity(nats, windows.shape[1], None if last is None else len(last)), nats
 
 
 def folder_sha256(folder: Path) -> str:

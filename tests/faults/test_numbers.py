@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from stages import allocation, compression, covariance, evaluation, sampling, spectrum
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from drank.model.vocabulary import TokenError
 from drank.project.files import read_json
 
 LAST = "model.layers.1.mlp.down_proj"
+STORAGES = ("factors", "pivot")
 
 
 def put(value, *names):
@@ -64,12 +66,31 @@ def change_weights(root, change):
 
 
 def without_gradients(root):
-    """The same project with plain covariances and one variant of single matrices."""
-    text = (root / "params.yaml").read_text().replace("fisher: empirical", "fisher: none")
-    text = text[: text.index("  kfac:\n")] + text[text.index("presets:") :]
-    text = text.replace("  kfac:\n    spectrum: kfac\n    allocation: least_loss\n    storage: pivot\n", "")
-    text = text.replace("  kfac-80:\n    preset: kfac\n    spectrum: kfac\n    size_ratio: 0.8\n", "")
-    (root / "params.yaml").write_text(text)
+    """The same project with plain covariances, in bfloat16, and one variant of single matrices for each storage."""
+    document = yaml.safe_load((root / "params.yaml").read_text())
+    document["covariance"]["fisher"] = "none"
+    # Products of bfloat16 numbers are exact in float32, so a covariance of one direction has no rounding beside it.
+    document["compute"]["dtype"] = "bfloat16"
+    del document["spectrum"]["kfac"]
+    plain = {"spectrum": "input", "allocation": "uniform"}
+    document["presets"] = {name: plain | {"storage": name} for name in STORAGES} | {
+        "dense": document["presets"]["dense"]
+    }
+    variants = {name: {"preset": name, "spectrum": "input", "size_ratio": 0.8} for name in STORAGES}
+    document["variants"] = {"dense": document["variants"]["dense"]} | variants
+    (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def factorised(root, name):
+    """The row of a matrix in the summary of its spectrum; every compressed model has finite logits."""
+    spectrum.main("input", root)
+    for storage in STORAGES:
+        allocation.main(storage, root)
+        compression.main(storage, root)
+        model = AutoModelForCausalLM.from_pretrained(root / "data/compression" / storage)
+        assert torch.isfinite(model(torch.arange(64)[None]).logits).all()
+    (row,) = [row for row in read_json(root / "data/spectrum/input/summary.json")["units"] if row["name"] == name]
+    return row
 
 
 @pytest.mark.parametrize(
@@ -114,45 +135,30 @@ def test_a_weight_that_no_covariance_sees_is_named_by_the_spectrum_and_by_evalua
     ],
     ids=["zero matrix", "rank one", "constant activations"],
 )
-@pytest.mark.parametrize("storage", ["factors", "pivot"])
-def test_degenerate_matrices_go_through_and_what_was_discarded_is_told(root, change, file, discarded, storage):
+def test_degenerate_matrices_go_through_and_what_was_discarded_is_told(root, change, file, discarded):
     without_gradients(root)
-    text = (root / "params.yaml").read_text().replace("storage: factors", f"storage: {storage}")
-    # Products of bfloat16 numbers are exact in float32, so a covariance of one direction has no rounding beside it.
-    (root / "params.yaml").write_text(text.replace("dtype: auto", "dtype: bfloat16"))
     change_weights(root, change)
     covariance.main("0", root)
-    spectrum.main("input", root)
-    (row,) = [row for row in read_json(root / "data/spectrum/input/summary.json")["units"] if row["name"] == file]
+    row = factorised(root, file)
     assert row["n_discarded"] == discarded or discarded is None
     assert row["effective_rank"] == pytest.approx(1, abs=1e-3)
-    allocation.main("svd-llm-80", root)
-    compression.main("svd-llm-80", root)
-    model = AutoModelForCausalLM.from_pretrained(root / "data/compression/svd-llm-80")
-    assert torch.isfinite(model(torch.arange(64)[None]).logits).all()
 
 
-@pytest.mark.parametrize("exponent", [-30, -300])
-@pytest.mark.parametrize("scale", [1.0, 1e30])
-def test_a_covariance_of_condition_1e30_gives_finite_factors_and_tells_what_it_discards(root, exponent, scale):
+def test_a_covariance_of_condition_1e30_gives_finite_factors_and_tells_what_it_discards(root):
     """Diagonal, so that float32 holds it exactly; of 1e-300 it holds zeros."""
     without_gradients(root)
     covariance.main("0", root)
     file = root / f"data/covariance/0/inputs/{LAST}.safetensors"
     stored = load_file(file)
-    values = torch.logspace(0, exponent, len(stored["covariance"]), dtype=torch.float64) * scale
-    save_file(stored | {"covariance": torch.diag(values.float())}, file)
-    spectrum.main("input", root)
-    factors = load_file(root / f"data/spectrum/input/factors/{LAST}.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in factors.values())
-    (row,) = [row for row in read_json(root / "data/spectrum/input/summary.json")["units"] if row["name"] == LAST]
-    kept = load_file(root / "data/spectrum/input/singular_values.safetensors")[LAST]
-    assert row["n_discarded"] == 32 - len(kept) > 0
-    assert 1 <= row["effective_rank"] <= 3
-    allocation.main("svd-llm-80", root)
-    compression.main("svd-llm-80", root)
-    model = AutoModelForCausalLM.from_pretrained(root / "data/compression/svd-llm-80")
-    assert torch.isfinite(model(torch.arange(64)[None]).logits).all()
+    for exponent, scale in ((-30, 1.0), (-30, 1e30), (-300, 1.0)):
+        values = torch.logspace(0, exponent, len(stored["covariance"]), dtype=torch.float64) * scale
+        save_file(stored | {"covariance": torch.diag(values.float())}, file)
+        row = factorised(root, LAST)
+        factors = load_file(root / f"data/spectrum/input/factors/{LAST}.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in factors.values())
+        kept = load_file(root / "data/spectrum/input/singular_values.safetensors")[LAST]
+        assert row["n_discarded"] == 32 - len(kept) > 0
+        assert 1 <= row["effective_rank"] <= 3
 
 
 def test_a_window_with_an_id_that_the_model_lacks_is_named(root):

@@ -13,9 +13,10 @@ its sides; medians over the rounds are reported, with the quartiles between whic
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import quantiles
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -40,8 +41,7 @@ class BenchmarkError(ValueError):
 
 def quartiles(samples: Sequence[float]) -> dict[str, float]:
     """Lower quartile, median and upper quartile, interpolated linearly between the sorted samples (one or more)."""
-    points = quantiles(samples if len(samples) > 1 else [*samples, *samples], n=4, method="inclusive")
-    return dict(zip(("lower", "median", "upper"), points, strict=True))
+    return dict(zip(("lower", "median", "upper"), np.quantile(samples, (0.25, 0.5, 0.75)).tolist(), strict=True))
 
 
 def round_robin(
@@ -90,7 +90,7 @@ class Subject:
     def __call__(self, part: str) -> dict[str, float]:
         """Do a part of the work; the figures that it gives."""
         with torch.inference_mode():
-            return {"prefill": self.prefill, "generation": self.generation, "forward": self.forward}[part]()
+            return getattr(self, part)()
 
     def prefill(self) -> dict[str, float]:
         """One pass over the prompt that fills the cache, with the logits of the last token alone, as in `generate`."""
@@ -99,7 +99,9 @@ class Subject:
 
     def generation(self) -> dict[str, float]:
         """One greedy `generate`, timed at each token as a streamer is handed it; the end-of-text token is barred."""
-        stamps, prompt = _Stamps(self.clock), self.windows[:1]
+        times: list[float] = []
+        streamer = SimpleNamespace(put=lambda _: times.append(self.clock()), end=lambda: None)
+        prompt = self.windows[:1]
         start = self._now()
         self.model.generate(
             prompt,
@@ -109,9 +111,9 @@ class Subject:
             do_sample=False,
             num_beams=1,
             pad_token_id=0,  # never used, but transformers warns without one
-            streamer=stamps,
+            streamer=streamer,
         )
-        _, first, *_, last = stamps.times  # the prompt is handed over before the tokens
+        _, first, *_, last = times  # the prompt is handed over before the tokens
         return {"first_token": first - start, "decode": (self.new_tokens - 1) / (last - first)}
 
     def forward(self) -> dict[str, float]:
@@ -128,20 +130,6 @@ class Subject:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
-
-
-class _Stamps:
-    """A streamer of transformers that keeps the time of everything that it is handed."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.times: list[float] = []
-
-    def put(self, _: Tensor) -> None:
-        self.times.append(self.clock())
-
-    def end(self) -> None:
-        pass
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,14 +3,13 @@
 Knows nothing of covariances: what is done with activations and gradients is the callback's business.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 Callback = Callable[[str, Tensor], None]
 
@@ -25,7 +24,9 @@ def watching_inputs(modules: Mapping[str, nn.Module], callback: Callback) -> Ite
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: callback(name, args[0].detach().flatten(0, -2))
 
-    with _removed_afterwards([m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]):
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(hook(name)))
         yield
 
 
@@ -43,17 +44,10 @@ def watching_output_gradients(modules: Mapping[str, nn.Module], callback: Callba
 
         return on_forward
 
-    with _removed_afterwards([m.register_forward_hook(hook(name)) for name, m in modules.items()]):
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(hook(name)))
         yield
-
-
-@contextmanager
-def _removed_afterwards(handles: list[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Batch(NamedTuple):
@@ -83,34 +77,19 @@ def split_windows(
     return batches[part]
 
 
-@torch.inference_mode()
-def run_windows(model: nn.Module, windows: Tensor, batch_windows: int, part: slice = slice(None)) -> Iterator[int]:
-    """Forward passes over windows (n, length) in batches; yields how many windows each batch had.
+def run_batches(model: nn.Module, batches: Iterable[Batch], fisher: str = "none", seed: int = 0) -> Iterator[int]:
+    """Passes of all batches; yields how many windows each has.
 
-    Only the decoder runs: the output head of a small model costs as much as its layers, and nothing here needs logits.
-    """
-    for batch in split_windows(windows, batch_windows, part):
-        run_decoder(model, batch.ids)
-        yield len(batch.ids)
+    Forwards only the decoder runs: the output head of a small model costs as much as its layers, and nothing needs
+    logits. Backwards goes the summed token loss, through activations alone: gradients flow from the embeddings' output
+    on, and no weight needs one, which saves a third of the pass.
 
-
-def run_backward(
-    model: nn.Module,
-    windows: Tensor,
-    batch_windows: int,
-    fisher: str,
-    seed: int = 0,
-    part: slice = slice(None),
-    n_backward: int | None = None,
-) -> Iterator[int]:
-    """Forward and backward passes of the summed token loss through activations alone; yields each batch's size.
-
-    Gradients flow from the embeddings' output on; no weight needs one, which saves a third of the backward pass.
-    Windows behind the first ``n_backward`` pass forwards only. ``fisher`` and ``seed`` are those of :func:`send_back`.
+    Args:
+        fisher, seed: those of :func:`send_back`; "none" asks for no gradient.
     """
     model.requires_grad_(False)
-    for batch in split_windows(windows, batch_windows, part, n_backward):
-        if batch.backward:
+    for batch in batches:
+        if batch.backward and fisher != "none":
             send_back(run_from_embeddings(model, batch.ids).logits, batch, fisher, seed)
         else:
             with torch.inference_mode():
@@ -132,7 +111,7 @@ def run_from_embeddings(model: nn.Module, ids: Tensor) -> Any:
         return output.detach().requires_grad_(True).clone()  # some models scale it in place, which a leaf forbids
 
     # Not by inputs_embeds: some models look at the ids too.
-    with _removed_afterwards([embeddings.register_forward_hook(begin_graph)]):
+    with embeddings.register_forward_hook(begin_graph):
         return model(input_ids=ids, use_cache=False)
 
 

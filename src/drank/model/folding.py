@@ -10,14 +10,14 @@ others put theirs in this order, for nothing where they are no pivot layers, and
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from drank.model.groups import Mlp, find_mlps
 from drank.model.layers import FORMS
-from drank.model.linears import find_linears, is_conv1d
+from drank.model.linears import Linear, find_linears
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ class Stored:
 def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Stored]:
     """The same modules, with one `places` less in each MLP that has any; modules left as they are change in place.
 
-    Left alone are MLPs with a basis shared between layers, which would have to follow two orders, and those with
+    MLPs with a basis shared between layers, which would have to follow two orders, are left alone. So are those with
     parameters of their own between the matrices, which may be one per channel.
     """
     by_name = {module.name: module for module in stored}
@@ -48,8 +48,8 @@ def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Store
             continue
         order = leader.tensors["places"].long().argsort()
         for linear in mlp.before:
-            _reorder(linear.module, linear.name, by_name, order, outputs=True)
-        _reorder(mlp.down.module, mlp.down.name, by_name, order, outputs=False)
+            _reorder(linear, by_name, order, outputs=True)
+        _reorder(mlp.down, by_name, order, outputs=False)
         kept = {key: tensor for key, tensor in by_name[leader.name].tensors.items() if key != "places"}
         by_name[leader.name] = Stored(leader.name, leader.spec | {"in_order": True}, kept)
     return list(by_name.values())
@@ -72,12 +72,12 @@ def _sides(form: str) -> tuple[str | None, str | None]:
     return ("weight", "weight") if form == "dense" else (FORMS[form].columns, FORMS[form].rows)
 
 
-def _reorder(module: Any, name: str, by_name: dict[str, Stored], order: Tensor, outputs: bool) -> None:
+def _reorder(linear: Linear, by_name: dict[str, Stored], order: Tensor, outputs: bool) -> None:
     """Renumber the output or the input channels of a matrix, which is in the model or about to be stored."""
+    name, module = linear.name, cast(Any, linear.module)
     bias = _tensors(name, by_name).get("bias", module.bias)
     if name not in by_name:
-        weight = module.weight.T if is_conv1d(module) else module.weight
-        weight.copy_(weight[order] if outputs else weight[:, order])
+        linear.weight.copy_(linear.weight[order] if outputs else linear.weight[:, order])
         if outputs and bias is not None:
             bias.copy_(bias[order])
         return

@@ -31,8 +31,8 @@ def find_groups(
     """Tuples of up to ``n_layers`` linears of one kind and shape in consecutive layers; single ones where none is due.
 
     Kinds outside GROUPED_ROLES stay single. So does everything where the model has grouped key/value heads (the paper's
-    rule for grouped-query attention), unless ``even_with_grouped_heads``. In the order of the
-    tuples' first linears.
+    rule for grouped-query attention), unless ``even_with_grouped_heads``. Tuples are in the order of their first
+    linears.
     """
     if has_grouped_heads(linears) and not even_with_grouped_heads:
         n_layers = 1
@@ -53,10 +53,10 @@ def find_groups(
 
 
 def has_grouped_heads(linears: Sequence[Linear]) -> bool:
-    """Whether some layer has fewer key and value heads than query heads, by the widths of its projections: a key
+    """True if some layer has fewer key and value heads than query heads, by the widths of its projections: a key
     projection narrower than the query projection, or a fused one narrower than three times the heads' width.
 
-    That width is what the output projection reads or, where that is no target, what the fused projection itself does.
+    The heads' width is what the output projection reads or, where that is no target, what the fused projection reads.
     """
     queries = {linear.layer: linear.out_features for linear in linears if linear.role == "query"}
     heads = {linear.layer: linear.in_features for linear in linears if linear.role == "output"}
@@ -72,8 +72,8 @@ def has_grouped_heads(linears: Sequence[Linear]) -> bool:
 def find_mlps(model: nn.Module, linears: Sequence[Linear]) -> list[Mlp]:
     """MLPs that can lose channels: siblings in one module with roles up and down, perhaps gate, of fitting sizes.
 
-    No such MLP is one with a fused gate and up projection, one of which only a part is targeted, and one with
-    parameters of another kind for each channel, a norm before its down projection, say; their matrices stay single.
+    Matrices stay single in MLPs with a fused gate and up projection, in those of which only a part is targeted, and in
+    those with parameters of another kind for each channel: a norm before the down projection, say.
     """
     siblings: dict[str, list[Linear]] = {}
     for linear in linears:

@@ -8,7 +8,8 @@ forward pass; only the *role* of a linear (needed by rules that speak of queries
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,44 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Last part of a module's name, or last two, -> role. A linear that is not listed is compressed like any other; only
-# rules that name a role (query/key -> value rebalancing, groups, MLPs that lose channels) pass it by.
-ROLES = {
-    "q_proj": "query",
-    "k_proj": "key",
-    "v_proj": "value",
-    "o_proj": "output",
-    "out_proj": "output",
-    "Wq": "query",
-    "Wk": "key",
-    "Wv": "value",
-    "attn.Wo": "output",
-    "qkv_proj": "query_key_value",
-    "query_key_value": "query_key_value",
-    "c_attn": "query_key_value",
-    "Wqkv": "query_key_value",
-    "attention.dense": "output",
-    "self_attention.dense": "output",
-    "self_attn.dense": "output",
-    "attn.c_proj": "output",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "gate_up_proj": "gate_up",
-    "mlp.Wi": "gate_up",
-    "fc1": "up",
-    "fc_in": "up",
-    "c_fc": "up",
-    "dense_h_to_4h": "up",
-    "down_proj": "down",
-    "fc2": "down",
-    "fc_out": "down",
-    "dense_4h_to_h": "down",
-    "mlp.c_proj": "down",
-    "mlp.Wo": "down",
-    "feed_forward.w1": "gate",
-    "feed_forward.w3": "up",
-    "feed_forward.w2": "down",
+# Ends of modules' names by role. A linear that is not listed is compressed like any other; only rules that name a role
+# (query/key -> value rebalancing, groups, MLPs that lose channels) pass it by.
+ENDS = {
+    "query": "q_proj Wq",
+    "key": "k_proj Wk",
+    "value": "v_proj Wv",
+    "query_key_value": "qkv_proj query_key_value c_attn Wqkv",
+    "output": "o_proj out_proj attn.Wo attention.dense self_attention.dense self_attn.dense attn.c_proj",
+    "gate": "gate_proj feed_forward.w1",
+    "up": "up_proj fc1 fc_in c_fc dense_h_to_4h feed_forward.w3",
+    "gate_up": "gate_up_proj mlp.Wi",
+    "down": "down_proj fc2 fc_out dense_4h_to_h mlp.c_proj mlp.Wo feed_forward.w2",
 }
+ROLES = {end: role for role, ends in ENDS.items() for end in ends.split()}
 
 
 class NoTargetsError(ValueError):
@@ -70,8 +47,12 @@ class UnreachedError(ValueError):
 
 @dataclass(frozen=True)
 class Linear:
-    """A targeted linear layer y = W x: where it is and what it does. `kind` is the end of its name that tells it from
-    the other linears of a layer: `q_proj`, but `attn.c_proj` where there also is an `mlp.c_proj`."""
+    """A targeted linear layer y = W x: where it is and what it does.
+
+    Attributes:
+        kind: the end of its name that tells it from the other linears of a layer: `q_proj`, but `attn.c_proj` where
+            there also is an `mlp.c_proj`.
+    """
 
     name: str
     kind: str
@@ -84,8 +65,7 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         """W with shape (out, in); transformers' Conv1D stores the transpose."""
-        weight = self.module.get_parameter("weight")
-        return weight.T if is_conv1d(self.module) else weight
+        return _weight(self.module)
 
 
 @dataclass(frozen=True)
@@ -137,24 +117,18 @@ def survey(
         NoTargetsError: nothing is left; the message says what the model has.
         PatternError: a pattern matches nothing.
     """
-    modules = dict(_linear_modules(model))
-    owners = {name.rpartition(".")[0]: module for name, module in _owners_of_matrices(model)}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    owners = _owners_of_matrices(model)
     _check_patterns("targets", targets, modules, modules)
     _check_patterns("ignore", ignore, modules | owners, modules)
-    reasons = _reasons(model, modules)
-    for name, module in modules.items():
-        ignored = next((pattern for pattern in ignore if _matches(pattern, name, module)), None)
-        if name not in reasons and not any(_matches(pattern, name, module) for pattern in targets):
-            reasons[name] = "matches no target"
-        elif name not in reasons and ignored:
-            reasons[name] = f"ignored: {ignored}"
+    reasons = _reasons(model, modules, targets, ignore)
     kinds = _kinds([name for name in modules if layer_index(name) is not None])
     chosen = [
         Linear(name, kinds[name], role_of(name), layer, *_shape(module), module)
         for name, module in modules.items()
         if name not in reasons and (layer := layer_index(name)) is not None
     ]
-    left = _left_dense(model, chosen, reasons)
+    left = _left_dense(model, chosen, reasons, owners)
     if not chosen:
         found = "; ".join(f"{row.name} ({row.reason})" for row in left if row.name != "vectors") or "nothing"
         raise NoTargetsError(
@@ -191,12 +165,10 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
     def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: seen.update({name: seen.get(name, args[0])})
 
-    handles = [linear.module.register_forward_pre_hook(remember(linear.name)) for linear in linears]
-    try:
+    with ExitStack() as hooks:
+        for linear in linears:
+            hooks.enter_context(linear.module.register_forward_pre_hook(remember(linear.name)))
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     missed = [x.name for x in linears if x.name not in seen and len(re.findall(r"\.\d+\.", x.name)) < 2]
     if missed:
         raise unreached("no token went through", missed)
@@ -214,57 +186,62 @@ def unreached(what: str, names: Sequence[str]) -> UnreachedError:
     )
 
 
-def _linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((n, module) for n, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.get_parameter("weight")
+    return weight.T if is_conv1d(module) else weight
 
 
-def _owners_of_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names of parameters that are no vectors, and the modules that have them."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            yield name, model.get_submodule(name.rpartition(".")[0])
+def _shape(module: nn.Module) -> tuple[int, int]:
+    n_out, n_in = _weight(module).shape
+    return n_out, n_in
 
 
-def _reasons(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why linears cannot be compressed, by name; those that can are not in it."""
+def _owners_of_matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that have parameters other than vectors, by name."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name, p in model.named_parameters() if p.ndim > 1)
+    return {name: model.get_submodule(name) for name in names}
+
+
+def _reasons(
+    model: nn.Module, modules: Mapping[str, nn.Module], targets: Sequence[str], ignore: Sequence[str]
+) -> dict[str, str]:
+    """Why linears stay dense, by name; those that are compressed are not in it."""
     head_of: Any = getattr(model, "get_output_embeddings", None)
     head = head_of() if head_of else None
     places = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places[id(parameter)].append(name)
     peculiar = _peculiar_classes(modules.values())
-    reasons = {}
+    found = {}
     for name, module in modules.items():
-        shared = [place for place in places[id(module.weight)] if place != f"{name}.weight"]
-        if module is head:
-            reasons[name] = "output head"
-        elif layer_index(name) is None:
-            reasons[name] = "outside the layers"
-        elif shared:
-            reasons[name] = f"the same tensor as {_starred(shared[0])}"
-        elif type(module) in peculiar:
-            reasons[name] = f"{type(module).__name__} computes something else than W x + b"
-        elif min(_shape(module)) == 1:
-            reasons[name] = "a single row or column: no rank is smaller"
-    return reasons
+        kind, others = type(module), [place for place in places[id(module.weight)] if place != f"{name}.weight"]
+        ignored = [pattern for pattern in ignore if _matches(pattern, name, module)]
+        reasons = (
+            module is head and "output head",
+            layer_index(name) is None and "outside the layers",
+            others and f"the same tensor as {_starred(others[0])}",
+            kind in peculiar and f"{kind.__name__} computes something else than W x + b",
+            min(_shape(module)) == 1 and "a single row or column: no rank is smaller",
+            not any(_matches(pattern, name, module) for pattern in targets) and "matches no target",
+            ignored and f"ignored: {ignored[0]}",
+        )
+        if reason := next(filter(None, reasons), None):
+            found[name] = str(reason)
+    return found
+
+
+def _peculiar_classes(modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
+    """Classes derived from nn.Linear whose forward pass is another: found by trying the smallest of each."""
+    smallest: dict[type[nn.Module], nn.Module] = {}
+    for module in sorted(modules, key=lambda m: -m.get_parameter("weight").numel()):
+        if type(module).forward is not nn.Linear.forward and not is_conv1d(module):
+            smallest[type(module)] = module
+    return {kind for kind, module in smallest.items() if not _is_affine(module)}
 
 
 @torch.no_grad()
-def _peculiar_classes(modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
-    """Classes derived from nn.Linear whose forward pass is another: found by trying the smallest of each, on weights
-    of our own, since those of a model may be on no device."""
-    derived: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
-    for module in modules:
-        if type(module).forward is not nn.Linear.forward and not is_conv1d(module):
-            derived[type(module)].append(module)
-    return {
-        kind
-        for kind, members in derived.items()
-        if not _is_affine(min(members, key=lambda m: m.get_parameter("weight").numel()))
-    }
-
-
 def _is_affine(module: Any) -> bool:
+    """True if the module gives W x + b on weights of our own, since those of a model may be on no device."""
     n_out, n_in = module.weight.shape
     weight, x = torch.arange(n_out * n_in).sin().view(n_out, n_in), torch.arange(3 * n_in).cos().view(1, 3, n_in)
     own = {"weight": weight} | ({} if module.bias is None else {"bias": torch.arange(n_out).cos()})
@@ -278,45 +255,38 @@ def _is_affine(module: Any) -> bool:
 
 
 def _kinds(names: Sequence[str]) -> dict[str, str]:
+    """The shortest end of every name, numbers left out, that no other path has."""
     paths = {name: tuple(part for part in name.split(".") if not part.isdigit()) for name in names}
     ends: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
     for path in paths.values():
         for n in range(1, len(path) + 1):
             ends[path[-n:]].add(path)
-
-    def kind(path: tuple[str, ...]) -> str:
-        n = next((n for n in range(1, len(path)) if len(ends[path[-n:]]) == 1), len(path))
-        return ".".join(path[-n:])
-
-    return {name: kind(path) for name, path in paths.items()}
+    lengths = {
+        path: next((n for n in range(1, len(path)) if len(ends[path[-n:]]) == 1), len(path)) for path in paths.values()
+    }
+    return {name: ".".join(path[-lengths[path] :]) for name, path in paths.items()}
 
 
-def _left_dense(model: nn.Module, chosen: Sequence[Linear], reasons: Mapping[str, str]) -> list[LeftDense]:
+def _left_dense(
+    model: nn.Module, chosen: Sequence[Linear], reasons: Mapping[str, str], owners: Mapping[str, nn.Module]
+) -> list[LeftDense]:
     compressed = {f"{linear.name}.weight" for linear in chosen}
-    matrices = dict(_owners_of_matrices(model))
     rows: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if name not in matrices:
+        owner = name.rpartition(".")[0]
+        if parameter.ndim < 2:
             rows["vectors", "norms, biases and the like"].append(parameter.numel())
         elif name not in compressed:
-            module, owner = matrices[name], name.rpartition(".")[0]
-            if isinstance(module, nn.Embedding):
-                reason = "embedding"
-            elif layer_index(name) is None:
-                reason = reasons.get(owner, "outside the layers")
-            else:
-                reason = reasons.get(owner, f"no linear, but {type(module).__name__}")
+            kind = (
+                "outside the layers" if layer_index(name) is None else f"no linear, but {type(owners[owner]).__name__}"
+            )
+            reason = "embedding" if isinstance(owners[owner], nn.Embedding) else reasons.get(owner, kind)
             rows[_starred(name), reason].append(parameter.numel())
     return [LeftDense(*key, len(sizes), sum(sizes)) for key, sizes in rows.items()]
 
 
 def _starred(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    shape = module.get_parameter("weight").shape
-    return (shape[1], shape[0]) if is_conv1d(module) else (shape[0], shape[1])
 
 
 def _check_patterns(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from drank.model.capture import Batch, run_decoder, run_from_embeddings, send_back
+from drank.model.capture import Batch, run_batches, run_decoder, run_from_embeddings, send_back
 from drank.model.linears import Linear, find_linears
 
 
@@ -27,11 +27,12 @@ Store = MutableMapping[str, Mapping[str, Tensor]]  # out of the way: a folder of
 
 
 class Sweep(NamedTuple):
-    """Passes over all batches, in which modules below ``prefix`` run once with each, or with gradients too."""
+    """Passes over batches, in which modules below ``prefix`` run once with each."""
 
     prefix: str
     inputs: bool  # True if their inputs are to be taken in this sweep
     gradients: bool  # True if their output gradients are
+    n_windows: int
     passes: Iterator[int]  # yields each batch's number of windows
 
 
@@ -75,19 +76,29 @@ def load_offloaded(
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=places, offload_folder=weights).eval()
 
 
-def offloaded_sweeps(
-    model: nn.Module, blocks: str, batches: Sequence[Batch], fisher: str, seed: int, store: Store
-) -> Iterator[Sweep]:
-    """One sweep per block forwards and, unless fisher is "none", one for the head and one per block backwards.
+def sweeps(
+    model: nn.Module,
+    linears: Sequence[Linear],
+    batches: Sequence[Batch],
+    fisher: str,
+    seed: int,
+    store: Store | None,
+) -> list[Sweep]:
+    """All passes in one sweep or, with a store, one per block forwards and, unless fisher is "none", one for the head
+    and one per block backwards.
 
-    Exhaust a sweep's ``passes`` before asking for the next. Every input and gradient is what ``run_windows`` and
-    ``run_backward`` show, to the bit on the same machine. Forwards, the store holds the outputs of one block; with
-    gradients, of all of them: blocks * tokens * hidden size * bytes of the dtype.
+    Exhaust a sweep's ``passes`` before the next sweep's. With a store every input and gradient is what
+    :func:`drank.model.capture.run_batches` shows, to the bit on the same machine. Forwards, it holds the outputs of one
+    block; with gradients, of all of them: blocks * tokens * hidden size * bytes of the dtype.
 
     Raises:
-        OffloadError: a block hands on more than hidden states.
+        OffloadError: a block hands on more than hidden states; see also :func:`find_blocks`.
     """
+    n_all = sum(len(batch.ids) for batch in batches)
+    if store is None:
+        return [Sweep("", True, fisher != "none", n_all, run_batches(model, batches, fisher, seed))]
     model.requires_grad_(False)
+    blocks, returning = find_blocks(model, linears), [batch for batch in batches if batch.backward]
     stack = _Stack(model, blocks, differentiable=fisher != "none")
     n_blocks = len(stack.blocks)
 
@@ -102,7 +113,7 @@ def offloaded_sweeps(
             yield len(batch.ids)
 
     def backward(i: int) -> Iterator[int]:
-        for batch in (batch for batch in batches if batch.backward):
+        for batch in returning:
             before, gradient = f"{i - 1}-{batch.first}", f"gradient-{batch.first}"
             entering = store[before]["states"].to(batch.ids.device).requires_grad_(True) if i else None
             with torch.enable_grad():
@@ -117,12 +128,12 @@ def offloaded_sweeps(
                 del store[before]
             yield len(batch.ids)
 
-    for i in range(n_blocks):
-        yield Sweep(f"{blocks}.{i}.", True, False, forward(i))
+    found = [Sweep(f"{blocks}.{i}.", True, False, n_all, forward(i)) for i in range(n_blocks)]
     if fisher != "none":
-        yield Sweep("head", False, False, backward(n_blocks))
-        for i in reversed(range(n_blocks)):
-            yield Sweep(f"{blocks}.{i}.", False, True, backward(i))
+        n_back = sum(len(batch.ids) for batch in returning)
+        found.append(Sweep("head", False, False, n_back, backward(n_blocks)))
+        found += [Sweep(f"{blocks}.{i}.", False, True, n_back, backward(i)) for i in reversed(range(n_blocks))]
+    return found
 
 
 class _Done(Exception):  # noqa: N818  no error: the pass has reached what it was run for
@@ -146,7 +157,8 @@ class _Stack:
                 assert entering is not None
                 # A model that uses earlier hidden states, or what comes with them, meets NaN and is refused.
                 hidden = entering if j == i - 1 else _nan_like(entering)
-                changes.enter_context(_forward(self.blocks[j], self._stand_in(j, hidden)))
+                told = (hidden, *self.others[j]) if j in self.others else hidden
+                changes.enter_context(_forward(self.blocks[j], lambda *_args, _told=told, **_kwargs: _told))
             if i < len(self.blocks):
                 changes.enter_context(_forward(self.blocks[i], self._last(i, entering)))
             try:
@@ -158,18 +170,15 @@ class _Stack:
         self._refuse_leaks(i, entering, [output.logits])
         return output.logits
 
-    def _stand_in(self, j: int, hidden: Tensor) -> Any:
-        output = (hidden, *self.others[j]) if j in self.others else hidden
-        return lambda *_args, **_kwargs: output
-
     def _last(self, i: int, entering: Tensor | None) -> Any:
         forward = self.blocks[i].forward
 
         def run(*args: Any, **kwargs: Any) -> None:
             self._refuse_leaks(i, entering, [*args, *kwargs.values()])
             output = forward(*args, **kwargs)
-            hidden, *others = output if isinstance(output, tuple) else (output,)
+            hidden = output
             if isinstance(output, tuple):
+                hidden, *others = output
                 self.others[i] = [_nan_like(other) if isinstance(other, Tensor) else None for other in others]
             if not isinstance(hidden, Tensor):
                 raise OffloadError(

@@ -13,7 +13,6 @@ import torch
 
 log = logging.getLogger("drank.precision")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_FACTS = Path("/proc/cpuinfo")  # Linux only
 X86 = ("x86_64", "amd64", "i386", "i686")
 
@@ -28,12 +27,10 @@ def compute_dtype(asked: str, device: str) -> torch.dtype:
         asked: "auto", "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:0".
 
-    Raises:
-        KeyError: another type was asked for.
     """
     if asked == "auto":
         return torch.bfloat16 if has_units(torch.bfloat16, device) else torch.float32
-    dtype = DTYPES[asked]
+    dtype: torch.dtype = getattr(torch, asked)
     if not has_units(dtype, device):
         log.warning(
             "%s is slow on this processor, which has no fast units for it: passes take 2 to 20 times as long as in "
@@ -50,7 +47,7 @@ def agreed_dtype(asked: str, device: str, gather: Callable[[str], list[str]]) ->
         gather: every process's value, given this one's.
     """
     chosen = set(gather(name_of(compute_dtype(asked, device))))
-    return DTYPES[chosen.pop()] if len(chosen) == 1 else torch.float32
+    return getattr(torch, chosen.pop()) if len(chosen) == 1 else torch.float32
 
 
 def has_units(dtype: torch.dtype, device: str) -> bool:
@@ -76,9 +73,8 @@ def has_units(dtype: torch.dtype, device: str) -> bool:
         return False
     if platform.machine().lower() not in X86:
         return True
-    if _told(lambda: torch.cpu._is_amx_tile_supported()):
-        return True
-    return _told(lambda: torch.cpu._is_avx512_bf16_supported()) and "intel" not in cpu_fact("vendor_id").lower()
+    avx512_bf16 = _told(lambda: torch.cpu._is_avx512_bf16_supported()) and "intel" not in cpu_fact("vendor_id").lower()
+    return avx512_bf16 or _told(lambda: torch.cpu._is_amx_tile_supported())
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -4,8 +4,7 @@ Each linear is taken by itself: its rank-k product stands in for the weight, the
 weight is put back bit for bit. Knows a loaded model and a way to read vectors; nothing of files or allocations.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Int64
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from drank.method.spectrum import factors
 from drank.model.linears import Linear
-from drank.model.perplexity import NotFiniteLossError, token_perplexity
+from drank.model.perplexity import NotFiniteLossError, perplexity, window_nats
 
 
 @torch.no_grad()
@@ -48,23 +47,17 @@ def measure_sensitivity(
     for linear in progress(linears):
         ranks = {ratio: rank for ratio in ratios if (rank := menu_rank(linear.name, ratio)) is not None}
         scores[linear.name] = {}
-        with _restored(linear.weight.detach()) as (weight, own):
+        weight = linear.weight.detach()
+        own = weight.clone()
+        try:
             for ratio, rank in ranks.items():
                 vectors = {key: rows.to(own.device) for key, rows in read_vectors(linear.name, rank).items()}
                 left, right = factors(own, **vectors)
                 weight.copy_(left @ right)
-                try:
-                    scores[linear.name][ratio], _ = token_perplexity(model, windows, batch_windows)
-                except NotFiniteLossError as error:
-                    raise NotFiniteLossError(f"{linear.name} at ratio {ratio} (rank {rank}): {error}") from error
+                nats = window_nats(model, windows, batch_windows)
+                scores[linear.name][ratio] = perplexity(nats, windows.shape[1])
+        except NotFiniteLossError as error:
+            raise NotFiniteLossError(f"{linear.name} at ratio {ratio} (rank {rank}): {error}") from error
+        finally:
+            weight.copy_(own)
     return scores
-
-
-@contextmanager
-def _restored(weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight, to be overwritten in place, and a copy; afterwards it has its own bits again, whatever happened."""
-    own = weight.clone()
-    try:
-        yield weight, own
-    finally:
-        weight.copy_(own)

@@ -50,9 +50,6 @@ class SamplingError(ValueError):
     """The text is too small for what is asked of it; the message has both numbers."""
 
 
-# --- documents ------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Picked(Sequence[str]):
     """Documents in an order of their own, each read, and changed, when it is asked for."""
@@ -130,9 +127,6 @@ def _read_back(run: re.Match) -> str:
         return run[0]
 
 
-# --- token windows --------------------------------------------------------------------------------------------
-
-
 def begin_token(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer puts before every text, or None if it puts none there.
 
@@ -157,18 +151,14 @@ def token_stream(documents: Iterable[str], tokenizer: Tokenizer, begin: Begin = 
     code of D-Rank and Basis Sharing, whose documents are lines).
     """
     front, back = ([], []) if begin == "window" else _special_ids(tokenizer)
+    joined = (SEPARATOR * (number > 0) + document for number, document in enumerate(documents))
     stream = array("i")
-    for text in ([document] for document in documents) if begin == "document" else [_joined(documents)]:
+    for text in ([document] for document in documents) if begin == "document" else [joined]:
         stream.extend(front)
         for ids in _encoded(text, tokenizer):
             stream.extend(ids)
         stream.extend(back)
     return torch.from_numpy(np.asarray(stream))
-
-
-def _joined(documents: Iterable[str]) -> Iterator[str]:
-    for number, document in enumerate(documents):
-        yield SEPARATOR + document if number else document
 
 
 def _encoded(text: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -254,9 +244,7 @@ def consecutive_windows(stream: Stream, n_windows: int | None, window_length: in
     return _with_begin(stream[:n_tokens].view(n_windows, n_read), begin_token)
 
 
-def short_last_window(
-    stream: Stream, window_length: int, begin_token: int | None
-) -> Int64[Tensor, "last_length"] | None:
+def short_last_window(stream: Stream, window_length: int, begin_token: int | None) -> Int64[Tensor, "n"] | None:
     """The rest after the whole windows of ``consecutive_windows``; None where that leaves no token to predict."""
     n_read = window_length - (begin_token is not None)
     last = _with_begin(stream[len(stream) // n_read * n_read :][None], begin_token)[0]
@@ -273,9 +261,6 @@ def _with_begin(windows: Int[Tensor, "n_windows n_read"], begin_token: int | Non
     if begin_token is None:
         return windows
     return torch.cat([windows.new_full((len(windows), 1), begin_token), windows], dim=1)
-
-
-# --- task items for lm-eval -----------------------------------------------------------------------------------
 
 
 def rolling_items(documents: Iterable[str]) -> list[dict[str, str]]:

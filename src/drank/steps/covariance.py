@@ -1,6 +1,6 @@
 """Covariance: second moments of the linears' inputs and, if asked, of the gradients of their outputs."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,14 +11,12 @@ from torch import Tensor
 from drank.method.covariance import NotFiniteError, SecondMoment
 from drank.model.capture import (
     Callback,
-    run_backward,
-    run_windows,
     split_windows,
     watching_inputs,
     watching_output_gradients,
 )
-from drank.model.linears import Linear, shared_inputs, survey, unreached
-from drank.model.offload import Sweep, find_blocks, offloaded_sweeps
+from drank.model.linears import shared_inputs, survey, unreached
+from drank.model.offload import sweeps
 from drank.model.precision import has_units, name_of
 from drank.model.vocabulary import check_windows
 from drank.project.params import Covariance
@@ -64,9 +62,11 @@ def collect(
             tell(f"  {row.parameters:>14,}  {row.name}: {row.reason}")
     moment = partial(SecondMoment, device=asked.device, bfloat16_units=has_units(torch.bfloat16, asked.device))
     owners = shared_inputs(model, linears, windows[:1, :8])
-    mine = _n_passes(model, linears, asked, len(windows)) // group.size  # about: batches are dealt out, not windows
-    bar = progress(desc="covariance", unit="windows", total=mine)
-    for sweep in _sweeps(model, linears, windows, asked, group, hidden_states):
+    batches = split_windows(windows, asked.batch_windows, group.share, asked.fisher_windows)
+    store_of_states = hidden_states if asked.offload else None
+    planned = sweeps(model, linears, batches, asked.fisher, asked.fisher_seed, store_of_states)
+    bar = progress(desc="covariance", unit="windows", total=sum(sweep.n_windows for sweep in planned))
+    for sweep in planned:
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
         owning = {name: linear for name, linear in within.items() if owners[name] == name}
         inputs = {n: moment(a.in_features) for n, a in owning.items() if sweep.inputs}
@@ -88,31 +88,6 @@ def collect(
 
 def _add_to(moments: dict[str, SecondMoment]) -> Callback:
     return lambda name, rows: moments[name].add(rows)
-
-
-def _sweeps(
-    model: Any, linears: list[Linear], windows: Tensor, asked: Covariance, group: Group,
-    hidden_states: MutableMapping[str, Tensors],
-) -> Iterator[Sweep]:  # fmt: skip
-    """All passes at once, or block after block."""
-    draw = (asked.fisher, asked.fisher_seed)
-    if asked.offload:
-        batches = split_windows(windows, asked.batch_windows, group.share, asked.fisher_windows)
-        yield from offloaded_sweeps(model, find_blocks(model, linears), batches, *draw, hidden_states)
-    elif asked.fisher == "none":
-        yield Sweep("", True, False, run_windows(model, windows, asked.batch_windows, group.share))
-    else:
-        passes = run_backward(model, windows, asked.batch_windows, *draw, group.share, asked.fisher_windows)
-        yield Sweep("", True, True, passes)
-
-
-def _n_passes(model: Any, linears: list[Linear], asked: Covariance, n_windows: int) -> int:
-    """Passes of all windows together: each once, or block after block and, with gradients, back from the head."""
-    if not asked.offload:
-        return n_windows
-    n_blocks = len(list(model.get_submodule(find_blocks(model, linears)).children()))
-    back = 0 if asked.fisher == "none" else asked.fisher_windows or n_windows
-    return n_blocks * n_windows + (n_blocks + 1) * back
 
 
 def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: MutableMapping[str, Tensors]) -> None:
