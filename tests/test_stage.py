@@ -82,12 +82,13 @@ def raw(tmp_path, command_line):
 
 
 def test_raw_writes_the_model_and_every_text_and_drops_another(tmp_path, raw):
-    (tmp_path / "data/raw/text").mkdir(parents=True)
-    (tmp_path / "data/raw/text/removed.jsonl").write_text("")
+    texts = tmp_path / "data/raw/text"
+    texts.mkdir(parents=True)
+    (texts / "removed.jsonl").write_text("")
     assert raw() == 0
-    assert sorted(path.name for path in (tmp_path / "data/raw/text").iterdir()) == ["commons.jsonl", "news.jsonl"]
-    lines = (tmp_path / "data/raw/text/news.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in lines] == tiny.documents(120, 1)
+    assert sorted(path.name for path in texts.iterdir()) == ["commons.jsonl", "news.jsonl"]
+    documents = [json.loads(line)["text"] for line in (texts / "news.jsonl").read_text().splitlines()]
+    assert documents == tiny.documents(120, 1)
     weights = load_file(tmp_path / "data/raw/model/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
