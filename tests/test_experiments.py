@@ -325,8 +325,6 @@ def test_the_table_of_the_page_is_what_the_dry_run_says(name):
 def test_the_dry_run_prints_sizes_and_steps_and_needs_no_weights():
     done = CliRunner().invoke(app, ["llama-7b", "--dry-run", "--root", str(REPOSITORY)])
     assert done.exit_code == 0, done.output
-    params = read_params(REPOSITORY / f"{FOLDER}/llama-7b.yaml")
-    assert all(re.search(rf"\b{re.escape(variant)} ", done.output) for variant in params.variants)
     smaller = PARAMETERS["llama-7b"] - round(0.2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008))
     assert re.search(rf"\bd-rank-80 .* {smaller:,} ", done.output)
     assert all(f"{step} " in done.output for step in ("raw", "covariance", "spectrum", "evaluation", "all"))

@@ -40,14 +40,6 @@ def changed(key, value):
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "left_out"),
-    [("covariance", "processes", 1), ("covariance", "offload", False), ("evaluation", "processes", 1)],
-)
-def test_files_older_than_a_key_are_read_as_before(read, section, name, left_out):
-    assert getattr(getattr(read(changed(f"{section}/{name}", None)), section), name) == left_out
-
-
-@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("sampling/n_window", 3, "unknown key 'sampling.n_window' .value 3."),
@@ -64,6 +56,7 @@ def test_files_older_than_a_key_are_read_as_before(read, section, name, left_out
         ("presets/asvd/scores", None, "presets.asvd: allocation 'sensitivity' needs scores, which is None"),
         ("presets/svd-llm/cap", 0.0, "'presets.svd-llm.cap' = 0.* greater than 0"),
         ("presets/svd-llm/floor", 0.5, None),
+        ("covariance/processes", None, None),  # files older than a key
         ("presets/svd-llm", {"spectrum": "input", "allocation": "uniform", "storage": "factors", "floor": 0.5,
                              "cap": 0.4}, "presets.svd-llm: floor = 0.5, cap = 0.4; the rule: `floor` is below `cap`"),
         ("presets/svd", {"spectrum": "kfac", "allocation": "uniform", "storage": "pivot"}, "know no blocks"),

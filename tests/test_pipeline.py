@@ -120,6 +120,8 @@ def test_the_dense_variant_is_the_model_itself(project):
         (("- re:.*", "- no_such_proj"), "covariance@0", "'no_such_proj' matches nothing in this model"),
         (("window_length: 64", "window_length: 200000"), "sampling", "200000"),
         (("local:source/model", "hub:some/model"), "raw", "some/model"),
+        (("local:source/model", "local:nowhere"), "raw", "error: local:nowhere: not found"),
+        (("local:source/model", "ftp://x"), "raw", "'model.source' = 'ftp://x'"),
         (("local:source/news.jsonl", "local:source/nwes.jsonl"), "raw", "nwes.jsonl"),
     ],
 )
