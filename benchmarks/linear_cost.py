@@ -14,7 +14,7 @@ from scipy.stats import linregress
 from torch import Tensor
 
 from benchmarks.covariance_overhead import collect
-from benchmarks.measure import Times, arguments, begin, interleaved, print_table, shown
+from benchmarks.measure import Times, arguments, begin, interleaved, llama, print_table, shown
 from drank.model.linears import find_linears, shared_inputs
 
 COUNTS = (2, 4, 8, 16)
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to draw the lines (PNG or SVG)")
     asked = parser.parse_args()
     begin(asked)
-    models = {n: llama(n) for n in COUNTS}
+    models = {n: llama(n, 256) for n in COUNTS}
     runs = {}
     for fisher in KINDS:
         runs |= {f"windows {fisher} {n}": partial(run, models[4], windows_of(n), fisher) for n in COUNTS}
@@ -42,17 +42,6 @@ def main() -> None:
     print_table(["against", "covariances of", *map(str, COUNTS), "slope", "intercept", "R²"], rows)
     if asked.picture:
         draw(times, asked.picture)
-
-
-def llama(n_layers: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=768, num_hidden_layers=n_layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 def windows_of(n: int) -> Tensor:

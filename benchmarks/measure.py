@@ -74,6 +74,18 @@ def speeds(flops: float, times: Sequence[float]) -> list[float]:
     return [flops / t / 1e9 for t in times]
 
 
+def llama(n_layers: int, width: int) -> Any:
+    """A random Llama in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=n_layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """As Markdown."""
     print("| " + " | ".join(columns) + " |")

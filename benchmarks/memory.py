@@ -9,13 +9,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.measure import print_table
+from benchmarks.measure import llama, print_table
 from drank.project.files import TensorFolder, scratch_folder
-from drank.project.progress import progress
 
 AXES = {"layers": (2, 4, 8, 16), "width": (128, 256, 512, 1024), "windows": (2, 4, 8, 16)}
 BASE = {"layers": 4, "width": 512, "windows": 4}
@@ -51,17 +49,6 @@ def main() -> None:
         draw(peaks, asked.picture)
 
 
-def llama(n_layers: int, width: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=n_layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
 def peak(folder: str, n_windows: int, fisher: str, offload: bool) -> float:
     """MiB."""
     command = [sys.executable, "-m", "benchmarks.memory", "--peak", folder, str(n_windows), fisher, str(offload)]
@@ -85,7 +72,7 @@ def peak_here(model: Path, n_windows: int, fisher: str, offload: bool) -> int:
             loaded = load_offloaded(model, torch.float32, "cpu", params.targets, params.ignore, scratch / "weights")
         else:
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        collect(loaded, windows, params, Group(), TensorFolder(folder), TensorFolder(scratch), str, progress)
+        collect(loaded, windows, params, Group(), TensorFolder(folder), TensorFolder(scratch))
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 

@@ -7,22 +7,18 @@ of the multiply-adds. "order" is the pivot layer over itself with its outputs le
 each into its place costs, where 1 is nothing.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
-from operator import truediv
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drank.model.benchmark import round_robin
+from benchmarks.measure import arguments, begin, interleaved, print_table, ratios, shown
 from drank.model.layers import FactorLinear, PivotLinear
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in, out: queries, gate and up, down of a Llama of 7B
 SIZES = (0.8, 0.5)
-ROUNDS = {1: 41, 512: 15}
 MULTIPLE = 32  # of ranks, as in the preset kfac-aligned
 
 
@@ -61,50 +57,35 @@ def unordered(layer: PivotLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     return kept, F.linear(kept, layer.coefficients)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def main() -> None:
+    parser = arguments(__doc__, rounds=15)
+    asked = parser.parse_args()
+    begin(asked)
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
-    print("in x out, type, tokens, size    limit   factors   pivot   order    (dense ms)")
+    rows = []
     for n_in, n_out in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             dense = nn.Linear(n_in, n_out, bias=False, dtype=dtype)
-            layers = {
-                (size, name): make(n_in, n_out, size, dtype)
-                for size in SIZES
-                for name, make in (("factors", factor_layer), ("pivot", pivot_layer))
-            }
-            for n_tokens, rounds in ROUNDS.items():
+            factors = {size: factor_layer(n_in, n_out, size, dtype) for size in SIZES}
+            pivots = {size: pivot_layer(n_in, n_out, size, dtype) for size in SIZES}
+            for n_tokens in (1, 512):
                 x = torch.randn(n_tokens, n_in).to(dtype)
-                runs: dict[tuple[float, str], Callable[[], object]] = {(1.0, "dense"): partial(dense, x)}
-                runs |= {case: partial(layer, x) for case, layer in layers.items()}
+                runs: dict[str, Callable[[], object]] = {"dense": partial(dense, x)}
+                runs |= {f"factors {size}": partial(layer, x) for size, layer in factors.items()}
+                runs |= {f"pivot {size}": partial(layer, x) for size, layer in pivots.items()}
                 # Last, so that none comes right after the layer whose weights it shares.
-                runs |= {(size, "unordered"): partial(unordered, layers[size, "pivot"], x) for size in SIZES}
-                times = round_robin({case: partial(seconds, run) for case, run in runs.items()}, rounds)
-                for size in SIZES:
-                    pivot = layers[size, "pivot"]
+                runs |= {f"unordered {size}": partial(unordered, layer, x) for size, layer in pivots.items()}
+                times = interleaved(runs, asked.rounds)
+                for size, pivot in pivots.items():
                     places_in_weights = pivot.places.numel() * 4 / dtype.itemsize if n_tokens == 1 else 0
                     numbers = sum(parameter.numel() for parameter in pivot.parameters())
                     limit = (numbers + places_in_weights) / dense.weight.numel()
-                    factors, whole, order = (
-                        median(map(truediv, times[size, name], times[reference]))
-                        for name, reference in (
-                            ("factors", (1.0, "dense")),
-                            ("pivot", (1.0, "dense")),
-                            ("pivot", (size, "unordered")),
-                        )
-                    )
-                    print(
-                        f"{n_in:5} x {n_out:5}, {str(dtype)[6:]:8}, {n_tokens:3}, {size}    {limit:.3f}   "
-                        f"{factors:7.2f}   {whole:5.2f}   {order:5.2f}    "
-                        f"({1000 * median(times[1.0, 'dense']):.1f})"
-                    )
+                    compared = (f"factors {size}", "dense"), (f"pivot {size}", "dense")
+                    found = [ratios(times, *pair) for pair in (*compared, (f"pivot {size}", f"unordered {size}"))]
+                    case = f"{n_in} x {n_out}, {str(dtype)[6:]}, {n_tokens} tokens, {size}"
+                    rows.append([case, f"{limit:.3f}", *map(shown, found), shown(times["dense"], 1000, 1)])
+    print_table(["in x out, type, tokens, size", "limit", "factors", "pivot", "order", "dense, ms"], rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Evaluation: a variant's model, test windows and tasks -> results/<variant>.json, data/evaluation/<variant>.json."""
 
-from functools import partial
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,13 +12,14 @@ from drank.project.dvc import Inputs
 from drank.project.files import JsonLinesFolder, read_json, read_tensors, write_json
 from drank.project.params import read_params
 from drank.project.processes import launch, must_launch, process_group
-from drank.project.progress import progress
 from drank.steps.evaluation import evaluate
+
+OF_ALLOCATION = ("variant", "preset", "size_ratio", "kept_ratio", "targeted_parameters")
 
 
 def main(variant: str, root: Path = Path()) -> None:
-    params = read_params(root / "params.yaml")
-    (chosen, _), asked, inputs = params.variant(variant), params.evaluation, Inputs(root)
+    params, inputs = read_params(root / "params.yaml"), Inputs(root)
+    chosen, asked = params.variant(variant)[0], params.evaluation
     if must_launch(asked.processes):
         launch(asked.processes, "stages.evaluation", variant, "--root", str(root))
         return
@@ -29,14 +29,12 @@ def main(variant: str, root: Path = Path()) -> None:
         folder, tasks = inputs / f"data/compression/{variant}", JsonLinesFolder(inputs / "data/sampling/tasks")
         dtype = agreed_dtype(params.compute.dtype, asked.device, group.gather)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(asked.device)
-        bar = partial(progress, quiet=not group.is_first)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        figures, nats = evaluate(model, tokenizer, windows, last, tasks, asked, group, bar)
+        figures, nats = evaluate(model, tokenizer, windows, last, tasks, asked, group)
         if not group.is_first:
             return
         allocation = read_json(inputs / f"data/allocation/{variant}.json")
-        results = figures | {key: allocation[key] for key in ("kept_ratio", "targeted_parameters")}
-        results |= {"variant": variant, "preset": chosen.preset, "size_ratio": chosen.size_ratio}
+        results = figures | {key: allocation[key] for key in OF_ALLOCATION}
         results["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         write_json(root / "results" / f"{variant}.json", results)
         curve = {"loss_curve": read_json(folder / CURVE)} if chosen.healing else {}

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from drank.model.vocabulary import check_windows
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import JsonLinesFolder, TensorFolder, replacing_folder, write_json
@@ -18,19 +17,10 @@ def main(root: Path = Path()) -> None:
     base = inputs / "data/raw/model"
     config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     texts = {name: Text(inputs / f"data/raw/text/{name}.jsonl", tokenizer) for name in params.text}
-    drawn = sample(texts, tokenizer, params.sampling, params.evaluation.tasks)
-    for name, windows in [*drawn.calibration.items(), *drawn.tests.items()]:
-        check_windows(config, windows, f"windows drawn for {name}")
     with replacing_folder(root / "data/sampling") as folder:
-        store, tasks = TensorFolder(folder), JsonLinesFolder(folder / "tasks")
-        for name, windows in drawn.calibration.items():
-            store[f"calibration/{name}"] = {"windows": windows}
-        store["calibration_text"], store["test"] = drawn.calibration_text, drawn.tests
-        if drawn.last:
-            store["last"] = drawn.last
-        for name, items in drawn.tasks.items():
-            tasks[name] = items
-        write_json(folder / "summary.json", drawn.summary)
+        stores = TensorFolder(folder), JsonLinesFolder(folder / "tasks")
+        summary = sample(texts, tokenizer, config, params.sampling, params.evaluation.tasks, *stores)
+        write_json(folder / "summary.json", summary)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def test_alternatives_take_turns():
 
 
 @pytest.mark.parametrize(
-    "script", ["ratio_sweep", "first_run", "covariance_overhead", "linear_cost", "output_order", "memory"]
+    "script",
+    ["ratio_sweep", "first_run", "covariance_overhead", "linear_cost", "output_order", "pivot_layer", "memory"],
 )
 def test_scripts_explain_themselves(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])

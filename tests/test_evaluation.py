@@ -149,8 +149,7 @@ REPETITIVE = ["ab" * 90, "the end " * 30]  # the last window of each begins like
 NATURAL = ["Once upon a time, there was a village by the sea.", "Short."]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 8])
-@pytest.mark.parametrize("texts", [REPETITIVE, NATURAL], ids=["repetitive", "natural"])
+@pytest.mark.parametrize(("texts", "batch_size"), [(REPETITIVE, 1), (REPETITIVE, 4), (NATURAL, 8)])
 def test_rolling_perplexity_is_that_of_a_direct_computation(tmp_path, tokenizer, texts, batch_size):
     model = tiny_llama()
     folder = write_tasks(tmp_path, tale_rolling=[{"text": text} for text in texts])
@@ -224,7 +223,8 @@ def test_the_stage_writes_one_flat_record_and_the_same_bytes_again(tmp_path, tok
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     tiny_llama().bfloat16().save_pretrained(tmp_path / "data/compression/dense")
     tokenizer.save_pretrained(tmp_path / "data/compression/dense")
-    write_json(tmp_path / "data/allocation/dense.json", {"kept_ratio": 1.0, "targeted_parameters": 3840})
+    allocation = {"variant": "dense", "preset": "dense", "size_ratio": 1.0, "kept_ratio": 1.0}
+    write_json(tmp_path / "data/allocation/dense.json", allocation | {"targeted_parameters": 3840})
     tests = {name: torch.randint(258, (2, 8)) for name in ("news", "commons")}
     write_tensors(tmp_path / "data/sampling/test.safetensors", tests)
     (tmp_path / "data/sampling/tasks").mkdir()

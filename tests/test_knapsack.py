@@ -38,7 +38,7 @@ def relaxation(units, budget):
     return result.fun
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(options, min_size=1, max_size=4), st.integers(1, 80))
 def test_optimum_equals_brute_force(units, budget):
     expected = brute_force(units, budget)
@@ -49,17 +49,7 @@ def test_optimum_equals_brute_force(units, budget):
     solution = solve(units, budget, relative_gap=1e-9)
     assert solution.weight <= budget
     assert solution.cost == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert solution.bound <= solution.cost
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(options, min_size=1, max_size=4), st.integers(30, 120))
-def test_bound_is_at_least_the_linear_relaxation_and_never_above_the_cost(units, budget):
-    if sum(u.weights.min() for u in units) > budget:
-        return
-    solution = solve(units, budget)
-    assert relaxation(units, budget) <= solution.bound + 1e-6
-    assert solution.bound <= solution.cost + 1e-12
+    assert relaxation(units, budget) - 1e-6 <= solution.bound <= solution.cost
 
 
 def test_a_budget_below_the_lightest_options_names_the_nearest():

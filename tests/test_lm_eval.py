@@ -11,7 +11,6 @@ import yaml
 
 from drank.project.params import Evaluation
 from drank.project.processes import Group
-from drank.project.progress import progress
 from drank.steps.evaluation import EvaluationError, evaluate, load_tasks, run_tasks
 from tests.test_evaluation import LAST_WORD, NEXT_SENTENCE, byte_tokenizer, tiny_llama
 
@@ -134,8 +133,8 @@ def asked(*tasks):
 def test_without_begin_and_end_tokens_all_is_measured_that_needs_none(folder, tokenizer, caplog):
     items = {"last_word": LAST_WORD, "next_sentence": NEXT_SENTENCE, "news_rolling": [{"text": "Once upon a time."}]}
     write(folder, "first_word", [{"context": "", "target": "once"}], **WORD)
-    model, bar = tiny_llama(max_position_embeddings=64), partial(progress, quiet=True)
-    arguments = (WINDOWS, {}, items, asked(*items, "first_word"), Group(), bar)
+    model = tiny_llama(max_position_embeddings=64)
+    arguments = (WINDOWS, {}, items, asked(*items, "first_word"), Group())
     with_tokens, _ = evaluate(model, tokenizer, *arguments)
     figures, nats = evaluate(model, byte_tokenizer(), *arguments)
     assert "not_measured" not in with_tokens.pop("protocol")
@@ -177,4 +176,4 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_computed(folder, to
     model = tiny_llama()
     model.register_forward_hook(lambda *_: pytest.fail("computed before the tasks were looked at"))
     with pytest.raises(EvaluationError, match=message):
-        evaluate(model, tokenizer, WINDOWS, {}, {}, asked("own"), Group(0, 2), partial(progress, quiet=True))
+        evaluate(model, tokenizer, WINDOWS, {}, {}, asked("own"), Group(0, 2))

@@ -1,5 +1,7 @@
 """The released D-Rank code's ranks: each rule by hand, the literature's arithmetic, invariants, errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,13 +54,11 @@ def test_a_type_falls_back_to_uniform_ranks_as_the_code_does_and_the_paper_does_
     assert ranks(released(units, 0.5, 0.2), kind) == expected
 
 
-def test_a_type_of_unknown_role_goes_by_the_test_of_energies():
-    def fused(layer, R, energies):
-        return Unit(f"{layer}", "c_attn", "query_key_value", layer, 8, 8, np.array(energies), R)
-
-    for second, expected in ((STEEP, [3, 1]), (TWO, [2, 2])):
-        got = released([fused(0, 4.0, FLAT), fused(1, 1.0, second)], 0.5, 0.2)
-        assert [got.choices[name].rank for name in ("0", "1")] == expected
+@pytest.mark.parametrize(("second", "expected"), [(STEEP, [3, 1]), (TWO, [2, 2])])
+def test_a_type_of_unknown_role_goes_by_the_test_of_energies(second, expected):
+    rows = ((4.0, FLAT), (1.0, second))
+    units = [Unit(f"{i}.c", "c", "query_key_value", i, 8, 8, np.array(e), R) for i, (R, e) in enumerate(rows)]
+    assert ranks(released(units, 0.5, 0.2), "c") == expected
 
 
 def test_steps_move_ranks_from_the_least_sensitive_unit_to_the_most():
@@ -127,10 +127,7 @@ def test_waste_of_the_released_code_on_llama_7b(beta, share):
     assert 32 * wasted / 1e6 == pytest.approx({0.2: 64, 0.3: 150, 0.4: 236}[beta], rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("n_layers", "rank", "a_matrix"),
-    [(1, 655, 655), (2, 1092, 546)],
-)
+@pytest.mark.parametrize(("n_layers", "rank", "a_matrix"), [(1, 655, 655), (2, 1092, 546)])
 def test_uniform_ranks_of_stacked_grouped_heads_are_those_of_the_paper(n_layers, rank, a_matrix):
     """Why it does not stack keys and values of Llama-3: the rank that one matrix is left with falls."""
     u = unit(0, "gate_proj", 5.0, (n_layers * 1024, 4096))
@@ -194,16 +191,12 @@ def build(rows, heads):
 
 
 @given(model, st.sampled_from(["many", "grouped"]), st.floats(0.2, 1.0), st.floats(0, 0.9))
-@settings(deadline=None, max_examples=120)
 def test_the_budget_is_never_exceeded_and_every_choice_is_storable(rows, heads, size_ratio, beta):
     units = build(rows, heads)
     got = released(units, size_ratio, beta)
     assert got.price <= got.budget
-    assert (
-        got.bound
-        <= got.objective
-        == pytest.approx(sum(u.effective_rank / got.choices[u.name].rank for u in units), rel=1e-9)
-    )
+    assert got.bound <= got.objective
+    assert got.objective == pytest.approx(sum(u.effective_rank / got.choices[u.name].rank for u in units), rel=1e-9)
     for u in units:
         choice = got.choices[u.name]
         assert 1 <= choice.rank <= u.full_rank
@@ -218,13 +211,10 @@ def test_the_budget_is_never_exceeded_and_every_choice_is_storable(rows, heads, 
 
 
 @given(model, st.sampled_from(["many", "grouped"]), st.floats(0.2, 1.0), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=20)
 def test_order_of_units_and_scale_of_energies_do_not_matter(rows, heads, size_ratio, draw):
     units = build(rows, heads)
-    shuffled = [
-        Unit(u.name, u.kind, u.role, u.layer, u.out_features, u.in_features, u.energies * 4, u.effective_rank)
-        for u in units
-    ]
+    shuffled = [replace(u, energies=u.energies * 4) for u in units]
     draw.shuffle(shuffled)
     assert released(shuffled, size_ratio, 0.3).choices == released(units, size_ratio, 0.3).choices
 
@@ -235,12 +225,7 @@ def test_order_of_units_and_scale_of_energies_do_not_matter(rows, heads, size_ra
         (Menu("pivot"), 0.8, ValueError, "pivot.* leave the menu at its defaults"),
         (Menu(floor=0.1), 0.8, ValueError, "floor=0.1"),
         (Menu(multiple_of=8), 0.8, ValueError, "multiple_of=8"),
-        (
-            Menu(),
-            0.1,
-            InfeasibleBudgetError,
-            "up_proj: size_ratio 0.1 leaves 12 .* least possible 32 .* 0.2500 or more",
-        ),
+        (Menu(), 0.1, InfeasibleBudgetError, "size_ratio 0.1 leaves 12 .* least possible 32 .* 0.2500 or more"),
     ],
 )
 def test_errors_say_what_is_wrong_and_what_to_do(menu, size_ratio, error, message):

@@ -63,7 +63,7 @@ def by_hand(units, scores, threshold, menu):
 
 
 @given(grids, st.floats(0.2, 0.99), st.sampled_from(["factors", "pivot"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=60)
 def test_the_threshold_is_the_least_of_all_that_fit(rows, size_ratio, storage):
     units, scores, menu = *case(rows), Menu(storage)
     budget = int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
@@ -84,7 +84,7 @@ def test_the_threshold_is_the_least_of_all_that_fit(rows, size_ratio, storage):
 
 
 @given(grids, st.floats(0.4, 0.99))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=30)
 def test_no_choice_of_ratios_within_the_budget_has_a_better_worst_score(rows, size_ratio):
     units, scores = case(rows)
     units = [u for u in units if u.full_rank > 1]

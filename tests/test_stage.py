@@ -66,36 +66,17 @@ def test_arguments_reach_the_stage_and_a_good_end_has_exit_status_0(command_line
     assert seen == [("d-rank-80", Path("elsewhere"))]
 
 
-@pytest.fixture
-def raw(tmp_path, command_line):
-    """Runs the stage with a model's source, or as params.yaml says, and returns its exit status."""
+def test_raw_writes_the_model_and_every_text_and_drops_another(tmp_path, command_line):
     tiny.project(tmp_path)
-
-    def run(source="local:source/model"):
-        (tmp_path / "params.yaml").write_text(tiny.PARAMS.replace("local:source/model", source))
-        command_line("--root", str(tmp_path))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(REPOSITORY / "stages" / "raw.py"), run_name="__main__")
-        return end.value.code
-
-    return run
-
-
-def test_raw_writes_the_model_and_every_text_and_drops_another(tmp_path, raw):
-    (tmp_path / "data/raw/text").mkdir(parents=True)
-    (tmp_path / "data/raw/text/removed.jsonl").write_text("")
-    assert raw() == 0
-    assert sorted(path.name for path in (tmp_path / "data/raw/text").iterdir()) == ["commons.jsonl", "news.jsonl"]
-    lines = (tmp_path / "data/raw/text/news.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in lines] == tiny.documents(120, 1)
+    texts = tmp_path / "data/raw/text"
+    texts.mkdir(parents=True)
+    (texts / "removed.jsonl").write_text("")
+    command_line("--root", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY / "stages" / "raw.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert sorted(path.name for path in texts.iterdir()) == ["commons.jsonl", "news.jsonl"]
+    documents = [json.loads(line)["text"] for line in (texts / "news.jsonl").read_text().splitlines()]
+    assert documents == tiny.documents(120, 1)
     weights = load_file(tmp_path / "data/raw/model/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [("local:nowhere", "error: local:nowhere: not found"), ("ftp://x", "'model.source' = 'ftp://x'")],
-)
-def test_raw_says_what_is_wrong_with_a_source(raw, capsys, model, message):
-    assert raw(model) == 1
-    assert message in capsys.readouterr().err

@@ -78,15 +78,8 @@ def test_healing_refuses_its_own_window_length_and_ids_of_another_vocabulary(tmp
     def healed(asked, token):
         model, text = tiny.gpt2(), {"tokens": torch.full((900,), token)}
         model.config.quantization_config = {"quant_method": "drank"}
-        heal(
-            lambda name, dtype: model.to(dtype),
-            text,
-            asked,
-            torch.float32,
-            "0" * 64,
-            Checkpoint(tmp_path, {}),
-            progress,
-        )
+        checkpoint = Checkpoint(tmp_path, {})
+        heal(lambda name, dtype: model.to(dtype), text, asked, torch.float32, "0" * 64, checkpoint, progress)
 
     asked = Healing(**HEALING)
     with pytest.raises(TokenError, match="healing.window_length is 300, but the model has 256 positions"):

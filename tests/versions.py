@@ -17,7 +17,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def ranges() -> dict[str, Requirement]:
-    """What pyproject.toml asks of each of them."""
+    """The range that pyproject.toml asks of each of them."""
     lines = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     asked = {requirement.name: requirement for requirement in map(Requirement, lines)}
     return {name: asked[name] for name in LIBRARIES}

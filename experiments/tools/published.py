@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from drank.planning.footprint import Shape
+from drank.planning.estimate import Model, read_shape
+from drank.planning.footprint import model_parameters
 from drank.project.dvc import LockError, read_lock
 from drank.project.files import read_json
-from drank.project.params import Count, Name, ParamsError, Section, Share, read_as, read_params
+from drank.project.params import Name, ParamsError, Section, Share, read_as, read_params
 from drank.project.plain_yaml import load
 from drank.project.state import check_order, check_params, check_written, lineage
 from experiments.tools.copies import FOLDER
@@ -28,41 +29,6 @@ ZERO_SHOT = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Verdict = Literal["reached", "higher", "lower", "not run"]
-
-
-class GatedConfig(Section):
-    """Sizes of a decoder, in the words of its config.json."""
-
-    model_type: Literal["llama", "mistral"]
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count
-    vocab_size: Count
-
-    def shape(self, name: str) -> Shape:
-        sizes = (self.num_hidden_layers, self.hidden_size, self.intermediate_size)
-        return Shape(name, *sizes, self.num_attention_heads, self.num_key_value_heads, self.vocab_size)
-
-
-class OptConfig(Section):
-    """The same of an OPT, which has biases, learned positions (two more than it says) and a tied head."""
-
-    model_type: Literal["opt"]
-    hidden_size: Count
-    ffn_dim: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    vocab_size: Count
-    max_position_embeddings: Count
-
-    def shape(self, name: str) -> Shape:
-        return Shape(
-            name, self.num_hidden_layers, self.hidden_size, self.ffn_dim, self.num_attention_heads,
-            self.num_attention_heads, self.vocab_size, gated=False, tied=True, biases=True,
-            positions=self.max_position_embeddings + 2,
-        )  # fmt: skip
 
 
 class Tolerance(Section):
@@ -87,11 +53,23 @@ class PublishedRow(Section):
 class Published(Section):
     """Published figures of an experiment, and the facts that foresee its cost without any weights."""
 
-    config: Annotated[GatedConfig | OptConfig, Field(discriminator="model_type")]
+    config: dict[str, Any]
+    """Sizes of the model, in the words of its config.json."""
     test_tokens: Annotated[int, Field(ge=0)]
     """Tokens that evaluation reads, of test texts and zero-shot tasks together; about, for the dry run alone."""
     tolerance: Tolerance
     rows: Annotated[tuple[PublishedRow, ...], Field(min_length=1)]
+
+    def model(self, name: str) -> Model:
+        """The model's shape, and its parameters as transformers counts them."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shape = read_shape(self.config, name)
+        assert shape is not None, "the shipped files have all sizes"
+        with torch.device("meta"):
+            n_parameters = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.config)).num_parameters()
+        return Model(shape, n_parameters / model_parameters(shape))
 
 
 @dataclass(frozen=True)

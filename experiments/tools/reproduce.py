@@ -1,6 +1,7 @@
 """``python -m experiments.tools.reproduce NAME``: what an experiment will take, which published figures it reached."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,17 @@ from rich.table import Table
 
 from drank.cli.options import CommandError, Root
 from drank.cli.pipeline import reproduce as repro
+from drank.planning import footprint
+from drank.planning.estimate import Cost, Model, costs
+from drank.planning.machine import Speed
 from drank.project.command import run_app
-from drank.project.params import read_params
-from experiments.tools.copies import FOLDER, prepare
-from experiments.tools.costs import Cost, Size, costs, sizes
+from drank.project.params import Params, read_params
+from experiments.tools.copies import FOLDER, NOT_SHIPPED, prepare
 from experiments.tools.published import Finding, compare, document, outcome, read_published, read_results
 
-A100 = (312.0, 19.5)  # TFLOP/s of its data sheet, dense, tensor cores
+# FLOP/s of its data sheet, dense, tensor cores; eigenproblems had .21 of the speed of products on two CPU cores
+# (docs/performance.md). No GPU was measured, and they are what GPUs are least good at.
+A100 = Speed("bfloat16", passes=312e12, float64=19.5e12, eigenproblem=0.21 * 19.5e12)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 MARKS = {"reached": "[green]reached[/]", "not run": "[yellow]not run[/]"}
 
@@ -27,10 +32,8 @@ def reproduce(
     variants: Annotated[list[str] | None, typer.Argument(help="Only these variants; all that were published.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Run it first, in experiments/NAME (needs a GPU).")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it will take: sizes, memory, disk, hours.")
+        bool, typer.Option("--dry-run", help="Only say what it will take: sizes, memory, disk, hours on an A100.")
     ] = False,
-    bf16: Annotated[float, typer.Option(help="--dry-run: TFLOP/s of matrix products in bfloat16.", min=0)] = A100[0],
-    float64: Annotated[float, typer.Option(help="--dry-run: the same in float64.", min=0)] = A100[1],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the table.")] = False,
     root: Root = Path(),
 ) -> None:
@@ -38,9 +41,9 @@ def reproduce(
     published = read_published(root, name)
     compare(published, {}, variants or ())  # a name that nothing was published of is refused before hours of running
     if dry_run:
-        params, shape = read_params(root / FOLDER / f"{name}.yaml"), published.config.shape(name)
-        spent = costs(params, shape, published.test_tokens, _speed("bf16", bf16), _speed("float64", float64))
-        _print(table_of_sizes(sizes(params, shape)), table_of_costs(spent))
+        params, model = read_params(root / FOLDER / f"{name}.yaml"), published.model(name)
+        spent = costs(params, model, published.test_tokens // params.sampling.window_length)
+        _print(table_of_sizes(params, model, spent), table_of_costs(spent))
         return
     if run:
         file = f"{prepare(root, name)}/dvc.yaml"
@@ -73,37 +76,44 @@ def table_of_findings(findings: list[Finding]) -> Table:
     return table
 
 
-def table_of_sizes(sizes: list[Size]) -> Table:
+def table_of_sizes(params: Params, model: Model, found: Mapping[str, Cost]) -> Table:
+    """Variants as they will be, as if every size ratio were met exactly."""
     table = Table()
     for heading in ("variant", "kept", "parameters", "GB"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for size in sizes:
-        table.add_row(size.variant, f"{size.size_ratio:g}", f"{size.parameters:,}", f"{size.n_bytes / 1e9:.2f}")
+    whole = footprint.model_parameters(model.shape)
+    for name, variant in params.variants.items():
+        left_out = whole - footprint.compressed_parameters(model.shape, variant.size_ratio)
+        cells = f"{round(whole * model.parameters) - left_out:,}", f"{found[f'compression@{name}'].disk / 1e9:.2f}"
+        table.add_row(name, f"{variant.size_ratio:g}", *cells)
     return table
 
 
-def table_of_costs(costs: list[Cost]) -> Table:
-    """Stages one after the other, and all of them: the highest memory, the sums of disk and hours."""
+def totals(found: Mapping[str, Cost]) -> dict[str, tuple[float, float, float]]:
+    """By step, and for all of them: the highest memory and the sum of what is written, in bytes, and hours."""
+    steps: dict[str, list[Cost]] = {}
+    for stage, cost in found.items():
+        if (step := stage.partition("@")[0]) not in NOT_SHIPPED:
+            steps.setdefault(step, []).append(cost)
+    steps["all"] = [cost for costs in steps.values() for cost in costs]
+    return {
+        step: (max(c.memory for c in costs), sum(c.disk for c in costs), sum(c.seconds(A100) for c in costs) / 3600)
+        for step, costs in steps.items()
+    }
+
+
+def table_of_costs(found: Mapping[str, Cost]) -> Table:
     table = Table()
-    table.add_column("stage")
+    table.add_column("step")
     for heading in ("memory, GB", "disk, GB", "hours"):
         table.add_column(heading, justify="right")
-    for cost in costs:
-        table.add_row(cost.stage, *(_number(n) for n in (cost.memory / 1e9, cost.disk / 1e9, cost.hours)))
-    table.add_section()
-    disk, hours = sum(cost.disk for cost in costs), sum(cost.hours for cost in costs)
-    table.add_row("all", *(_number(n) for n in (max(cost.memory for cost in costs) / 1e9, disk / 1e9, hours)))
+    for step, (memory, disk, hours) in totals(found).items():
+        table.add_row(step, *(_number(n) for n in (memory / 1e9, disk / 1e9, hours)))
     return table
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if 0 < value < 1000 else f"{value:.0f}" if value else "-"
-
-
-def _speed(option: str, teraflops: float) -> float:
-    if not teraflops:
-        raise CommandError(f"--{option} = 0: a speed in TFLOP/s is above 0")
-    return teraflops * 1e12
 
 
 def _print(*tables: Table) -> None:

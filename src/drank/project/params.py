@@ -30,8 +30,6 @@ from drank.project import plain_yaml
 
 # Names are parts of names of files, which have 255 bytes at most, and of MLflow's keys, which have 250 characters.
 PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
-# Names that Windows, where a clone may be read, keeps for devices.
-DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
 
 def _check_name(name: str) -> str:
@@ -39,8 +37,6 @@ def _check_name(name: str) -> str:
     if not re.fullmatch(PATTERN[1:-1], name):
         why = "1 to 64 letters, digits, '_' and '-' make a name, the first of them a letter or digit"
         why += "; DVC reads a dot as the way to a key" if "." in name else ""
-    elif name.lower() in DEVICES:
-        why = "Windows keeps this name for a device"
     elif not isinstance(value := plain_yaml.load(name), str):
         why = f"YAML reads this as {type(value).__name__}"
     else:
@@ -313,7 +309,7 @@ class Preset(Section):
     cap: Share = 1.0
     """Largest rank on offer, as a share of the full one."""
     dense_option: bool = True
-    """Whether a matrix may stay as it is. One that no rank on offer makes smaller always may."""
+    """True lets a matrix stay as it is. One that no rank on offer makes smaller always may."""
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
 
@@ -444,10 +440,11 @@ class Params(Section):
 
     def _dangling(self) -> Iterator[str]:
         """Keys that name what is not there. A preset that no variant uses may."""
-        names = [("sampling.calibration_text", self.sampling.calibration_text, "text")]
-        names += [(f"variants.{name}.preset", variant.preset, "presets") for name, variant in self.variants.items()]
-        names += [(f"variants.{name}.spectrum", v.spectrum, "spectrum") for name, v in self.variants.items()]
-        for key, name, section in names:
+        named = [("sampling.calibration_text", self.sampling.calibration_text, "text")]
+        for variant, entry in self.variants.items():
+            named.append((f"variants.{variant}.preset", entry.preset, "presets"))
+            named.append((f"variants.{variant}.spectrum", entry.spectrum, "spectrum"))
+        for key, name, section in named:
             if name not in (known := getattr(self, section)):
                 yield f"{key} = {name!r} is not in section '{section}', which has {', '.join(known) or 'nothing'}"
 
@@ -499,23 +496,15 @@ class Params(Section):
         Raises:
             ParamsError: params.yaml has no such variant.
         """
-        variant, preset = self.variant(name)
-        sections: dict[str, Section | None] = {
-            "preset": preset,
-            "spectrum": self.spectrum[variant.spectrum],
-            "healing": variant.healing,
-            # Folders made before the section was there stay as they are.
-            "compute": self.compute if "compute" in self.model_fields_set else None,
-            **{key: getattr(self, key) for key in ("covariance", "sampling", "evaluation", "model")},
-        }
-        made_of = {
-            key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items() if section
-        }
-        texts = {key: text.model_dump(mode="json", exclude_none=True) for key, text in self.text.items()}
-        return made_of | {
-            "variant": {"name": name} | variant.model_dump(mode="json", exclude={"healing"}),
-            "text": texts,
-        }
+        chosen, dumped = self.variant(name)[0], self.model_dump(mode="json", exclude_none=True)
+        variant = {"name": name, **dumped["variants"][name]}
+        made_of = {"preset": dumped["presets"][chosen.preset], "spectrum": dumped["spectrum"][chosen.spectrum]}
+        if chosen.healing:
+            made_of["healing"] = variant.pop("healing")
+        if "compute" in self.model_fields_set:  # folders made before the section was there stay as they are
+            made_of["compute"] = dumped["compute"]
+        shared = ("covariance", "sampling", "evaluation", "model", "text")
+        return made_of | {key: dumped[key] for key in shared} | {"variant": variant}
 
 
 def _found(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -565,11 +554,6 @@ def parse_as(content: bytes, where: str, kind: type[Kind]) -> Kind:
         pointer = str(document).startswith("version https://git-lfs.")
         found = "a pointer of Git LFS; `git lfs pull` fetches the file" if pointer else type(document).__name__
         raise ParamsError(f"{where}: expected one section per step, found {found}")
-    for section, entries in document.items():
-        for name in entries if isinstance(entries, dict) else ():
-            if not isinstance(name, str):
-                found = type(name).__name__
-                raise ParamsError(f"{where}: {section}.{name}: YAML reads this name as {found}; begin it with a letter")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 
 from drank.project.command import end_without
 from drank.project.files import replacing_folder
+from drank.project.progress import progress
 
 # A process may wait for the slowest one for hours; a lost one is noticed by its closed connection.
 PATIENCE = timedelta(weeks=1)
@@ -80,6 +81,10 @@ class Group:
             texts = [torch.empty_like(padded) for _ in range(self.size)]
             distributed.all_gather(texts, padded)
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
+
+    def progress(self, items: Iterable[Any] | None = None, *, desc: str, unit: str, **more: Any) -> Any:
+        """``progress.progress``, which the first process alone shows."""
+        return progress(items, desc=desc, unit=unit, quiet=not self.is_first, **more)
 
     @contextmanager
     def replacing_folder(self, destination: Path) -> Iterator[Path]:

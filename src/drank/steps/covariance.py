@@ -1,6 +1,7 @@
 """Covariance: second moments of the linears' inputs and, if asked, of the gradients of their outputs."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+import logging
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,6 +24,10 @@ from drank.project.params import Covariance
 from drank.project.processes import Group
 
 Tensors = Mapping[str, Tensor]
+NOTHING = {"inputs": "nothing entered", "gradients": "no gradient came back to"}
+NOT_FINITE = {"inputs": "activations entering", "gradients": "gradients leaving"}
+
+log = logging.getLogger("drank.covariance")
 
 
 def collect(
@@ -32,8 +37,6 @@ def collect(
     group: Group,
     store: MutableMapping[str, Tensors],
     hidden_states: MutableMapping[str, Tensors],
-    tell: Callable[[str], None],
-    progress: Callable[..., Any],
 ) -> dict[str, Any]:
     """Every linear's covariance into ``store``: ``inputs/<owner>`` and, with gradients, ``gradients/<linear>``.
 
@@ -43,8 +46,6 @@ def collect(
         model: on ``asked.device``, or loaded by ``offload.load_offloaded``.
         windows: (n, length) token ids, on the same device.
         hidden_states: store of an offloaded pass for the states between blocks.
-        tell: takes the list of parameters that are left as they are, once.
-        progress: makes a bar with ``update`` and ``close``.
 
     Returns:
         The summary: ``fisher``, ``fisher_windows``, ``owners``, ``n_tokens``, ``n_windows``, ``dtype``, ``left_dense``.
@@ -55,17 +56,16 @@ def collect(
     """
     check_windows(model, windows, "data/sampling/calibration")
     linears, left = survey(model, asked.targets, asked.ignore)
-    if group.is_first:
-        parameters = sum(linear.weight.numel() for linear in linears)
-        tell(f"{len(linears)} linears with {parameters:,} parameters to compress; left as it is:")
-        for row in left:
-            tell(f"  {row.parameters:>14,}  {row.name}: {row.reason}")
+    parameters = sum(linear.weight.numel() for linear in linears)
+    log.info("%d linears with %s parameters to compress; left as it is:", len(linears), f"{parameters:,}")
+    for row in left:
+        log.info("  %14s  %s: %s", f"{row.parameters:,}", row.name, row.reason)
     moment = partial(SecondMoment, device=asked.device, bfloat16_units=has_units(torch.bfloat16, asked.device))
     owners = shared_inputs(model, linears, windows[:1, :8])
     batches = split_windows(windows, asked.batch_windows, group.share, asked.fisher_windows)
     store_of_states = hidden_states if asked.offload else None
     planned = sweeps(model, linears, batches, asked.fisher, asked.fisher_seed, store_of_states)
-    bar = progress(desc="covariance", unit="windows", total=sum(sweep.n_windows for sweep in planned))
+    bar = group.progress(desc="covariance", unit="windows", total=sum(sweep.n_windows for sweep in planned))
     for sweep in planned:
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
         owning = {name: linear for name, linear in within.items() if owners[name] == name}
@@ -105,8 +105,7 @@ def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: Mut
         try:
             tensors = {"covariance": moment.mean(), "magnitude": moment.mean_magnitude()}
         except NotFiniteError as error:
-            what = {"inputs": "activations entering", "gradients": "gradients leaving"}[kind]
-            raise NotFiniteError(f"{what} {name}: {error}") from None
+            raise NotFiniteError(f"{NOT_FINITE[kind]} {name}: {error}") from None
         store[f"{kind}/{name}"] = {key: t.float().cpu() for key, t in tensors.items() if t is not None}
     if missed:
-        raise unreached({"inputs": "nothing entered", "gradients": "no gradient came back to"}[kind], missed)
+        raise unreached(NOTHING[kind], missed)

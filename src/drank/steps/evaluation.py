@@ -7,7 +7,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import islice
@@ -21,6 +20,9 @@ from drank.model.precision import name_of
 from drank.model.vocabulary import check_windows, n_positions
 from drank.project.params import Evaluation
 from drank.project.processes import Group
+
+Items = Mapping[str, Sequence[Mapping[str, Any]]]  # of tasks, by task
+Progress = Callable[[Iterable[int]], Iterable[int]]
 
 log = logging.getLogger("drank.evaluation")
 MAX_LENGTH = 2048  # tokens in a window of lm-eval, fewer if the model has fewer positions
@@ -65,10 +67,9 @@ def evaluate(
     tokenizer: Any,
     tests: Mapping[str, Tensor],
     last: Mapping[str, Tensor],
-    items: Mapping[str, Sequence[Mapping[str, Any]]],
+    items: Items,
     asked: Evaluation,
     group: Group,
-    progress: Callable[..., Any],
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """All figures by name with ``parameters`` and ``protocol``, and the nats of every test window by text.
 
@@ -84,15 +85,13 @@ def evaluate(
         NotFiniteLossError: a window's loss is not finite.
     """
     tasks = load_tasks(items, asked.tasks, tokenizer, group.size)
-    for name, windows in tests.items():
-        check_windows(model, windows, f"data/sampling/test.safetensors, {name}")
-        if name in last:
-            check_windows(model, last[name][None], f"data/sampling/last.safetensors, {name}")
+    for file, texts in (("test", tests), ("last", last)):
+        for name, windows in texts.items():
+            check_windows(model, windows.view(-1, windows.shape[-1]), f"data/sampling/{file}.safetensors, {name}")
     figures: dict[str, Any] = {"parameters": count_parameters(model)}
     nats: dict[str, list[float]] = {}
     for name, windows in sorted(tests.items()):
-        bar = partial(progress, desc=name, unit="batches")
-        mine = windows[group.share]
+        mine, bar = windows[group.share], partial(group.progress, desc=name, unit="batches")
         parts = group.gather(window_nats(model, mine, asked.batch_windows, bar) if len(mine) else [])
         nats[name] = [parts[i % group.size][i // group.size] for i in range(len(windows))]
         if name in last:
@@ -100,7 +99,7 @@ def evaluate(
         ends = len(last[name]) if name in last else None
         figures[f"token_perplexity/{name}"] = perplexity(nats[name], windows.shape[1], ends)
         log.info("token perplexity of %s: %.4f", name, figures[f"token_perplexity/{name}"])
-    bar = partial(progress, desc="lm-eval", unit="requests")
+    bar = partial(group.progress, desc="lm-eval", unit="requests")
     figures |= run_tasks(model, tokenizer, tasks, asked.batch_windows, bar)
     for name, reason in tasks.missing.items():
         log.warning("not measured: %s: %s", name, reason)
@@ -124,15 +123,13 @@ class Tasks:
         missing: the reason by the name of a task or figure that cannot be measured.
     """
 
+    ours: frozenset[str] = frozenset()
     loaded: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
-    ours: frozenset[str] = frozenset()
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def load_tasks(
-    items: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], tokenizer: Any, n_processes: int = 1
-) -> Tasks:
+def load_tasks(items: Items, names: Sequence[str], tokenizer: Any, n_processes: int = 1) -> Tasks:
     """Tasks and groups by their names, with their items, before anything is computed.
 
     A task that is in ``items`` is ours and needs no network; any other name is one of lm-eval's own. A task that needs
@@ -142,11 +139,11 @@ def load_tasks(
         EvaluationError: a task is neither ours nor lm-eval's, cannot be loaded, has fewer items than there are
             processes, or would run code that a model writes.
     """
+    found = Tasks(frozenset(names) & frozenset(items))
     if not names:
-        return Tasks()
+        return found
     from lm_eval.tasks import TaskManager
 
-    found = Tasks(ours=frozenset(names) & frozenset(items))
     manager = TaskManager(include_defaults=not found.ours.issuperset(names))
     if unknown := sorted(set(names).difference(found.ours, manager.all_tasks)):
         raise EvaluationError(
@@ -156,16 +153,16 @@ def load_tasks(
     for name in names:
         try:
             loaded = manager.load([_task(name, items[name]) if name in found.ours else name])
-            sizes = {key: len(task.eval_docs) for key, task in loaded["tasks"].items()}
+            missing = {key: reason for key, task in loaded["tasks"].items() if (reason := _lacks(task, tokenizer))}
         except Exception as error:  # of the network, of a package that is missing, of code that a task brings
             raise EvaluationError(
                 f"evaluation.tasks: lm-eval cannot load {name}: {type(error).__name__}: {error}; its own tasks come "
                 f"from the hub, and some need packages of their own"
             ) from error
         for key, task in loaded["tasks"].items():
-            if sizes[key] < n_processes:
+            if (n_items := len(task.eval_docs)) < n_processes:
                 raise EvaluationError(
-                    f"evaluation.processes = {n_processes}, but task {key} has {sizes[key]} items, and each process "
+                    f"evaluation.processes = {n_processes}, but task {key} has {n_items} items, and each process "
                     f"needs one"
                 )
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -177,10 +174,8 @@ def load_tasks(
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             aggregation = task.aggregation()
             aggregation.update({metric: _bounded(function) for metric, function in aggregation.items()})
-        reasons = {key: reason for key, task in loaded["tasks"].items() if (reason := _lacks(task, tokenizer))}
-        if reasons:
-            found.missing |= reasons
-        else:
+        found.missing |= missing
+        if not missing:
             found.loaded |= loaded["tasks"]
             found.groups |= loaded["groups"]
     return found
@@ -218,11 +213,11 @@ def run_tasks(
     tokenizer: Any,
     tasks: Tasks,
     batch_size: int,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Progress = iter,
 ) -> dict[str, float]:
     """lm-eval's figures by flat name: ``acc/last_word``, ``bits_per_byte/news``, ``acc_stderr/last_word``...
 
-    Of our tasks the suffix ``_rolling`` is dropped, so that a text has one name in all its figures. An accuracy p of n
+    Our tasks lose the suffix ``_rolling``, so that a text has one name in all its figures. An accuracy p of n
     items has the standard error sqrt(p (1 - p) / n). In a group of torch.distributed, each process takes its share of
     the items, and process 0 alone gets figures. Figures that are no finite numbers go to ``tasks.missing``.
 
@@ -255,27 +250,25 @@ def run_tasks(
     return figures
 
 
-def _counting(progress: Callable[[Iterable[int]], Iterable[int]]) -> Any:
+def _counting(progress: Progress) -> Any:
     """lm-eval's class of models, which shows ``progress`` in the place of its bars."""
     from lm_eval.models.huggingface import HFLM
 
     class Counting(HFLM):
         _ticks: Iterator[int] = iter(())
 
-        @contextmanager
-        def _counted(self, total: int) -> Iterator[None]:
+        def _counted(self, run: Callable[..., Any], requests: list[Any], total: int) -> Any:
             self._ticks = iter(progress(range(total)))
-            yield
+            found = run(requests, disable_tqdm=True)
             deque(self._ticks, maxlen=0)  # the bar ends, also where processes share requests out unevenly
+            return found
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            with self._counted(len(requests)):
-                return super().loglikelihood(requests, disable_tqdm=True)
+            return self._counted(super().loglikelihood, requests, len(requests))
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             windows = sum(-(-len(self.tok_encode(request.args[0])) // self.max_length) for request in requests)
-            with self._counted(windows):
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            return self._counted(super().loglikelihood_rolling, requests, windows)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> Any:
             # Without a begin and an end token, lm-eval fails where it asks whether the string begins with one.
