@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from drank.planning.estimate import Cost, costs, read_model, read_test_windows
 from drank.project.dvc import LockError, read_lock
@@ -15,16 +15,14 @@ from drank.project.params import Params
 Level = Literal["error", "warning", "cannot say", "remark"]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was found, in one sentence: the key of params.yaml or the place, its value, the rule, the fix.
+class Finding(NamedTuple):
+    """One sentence: the key of params.yaml or the place, its value, the rule, the fix."""
 
-    Attributes:
-        level: an ``error`` ends `drank run` before it begins; what a check ``cannot say`` is counted beside the others.
-    """
-
-    level: Level
+    level: Level  # an error ends `drank run` before it begins
     text: str
+
+
+Findings = Iterator[tuple[Level, str]]
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,19 @@ class Facts:
     def folder(self) -> Path | None:
         """The model's folder: as ``raw`` wrote it, as ``local:`` names it, or in the cache of the Hugging Face hub."""
         scheme, _, name = self.params.model.source.partition(":")
-        folder: Path | None = None
         if self.fetched.get("model") == self.params.model.source:
-            folder = self.root / "data/raw/model"
+            folder: Path | None = self.root / "data/raw/model"
         elif scheme == "local":
             folder = self.root / Path(name).expanduser()
-        elif scheme == "hub":
-            folder = cached_snapshot("models", name)
+        else:
+            folder = cached_snapshot("models", name) if scheme == "hub" else None
         return folder if folder is not None and (folder / "config.json").is_file() else None
 
     @cached_property
     def decoder(self) -> Mapping[str, Any]:
         """The part of config.json that speaks of text."""
         config = self.document("config.json")
-        inner = config.get("text_config")
-        return inner if isinstance(inner, dict) else config
+        return config.get("text_config", config)
 
     @cached_property
     def tokenizer(self) -> Mapping[str, Any]:
@@ -83,21 +79,13 @@ class Facts:
         if model is None:
             return {}
         found = costs(self.params, model, read_test_windows(self.params, self.root))
-        return {name: cost for name, cost in found.items() if not (self.root / out_of(name)).exists()}
+        outs = {name: name.replace("release@", "models@").replace("@", "/") for name in found}
+        return {name: cost for name, cost in found.items() if not (self.root / "data" / outs[name]).exists()}
 
     def document(self, name: str) -> dict[str, Any]:
         """A JSON file of the model's folder; empty where there is none."""
-        try:
-            document = json.loads(((self.folder or Path()) / name).read_bytes()) if self.folder else {}
-        except (OSError, ValueError):
-            return {}
-        return document if isinstance(document, dict) else {}
-
-
-def out_of(stage: str) -> str:
-    """The folder that a stage writes."""
-    step, _, item = stage.partition("@")
-    return f"data/models/{item}" if step == "release" else f"data/{step}/{item}"
+        file = (self.folder or Path()) / name
+        return json.loads(file.read_bytes()) if self.folder and file.is_file() else {}
 
 
 def cached_snapshot(kind: str, name: str) -> Path | None:
@@ -114,5 +102,5 @@ def cached_snapshot(kind: str, name: str) -> Path | None:
 
 
 def offline() -> bool:
-    """Whether the Hugging Face hub must not be asked."""
+    """True if the Hugging Face hub must not be asked."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

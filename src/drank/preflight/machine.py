@@ -1,12 +1,12 @@
 """Disk and memory of this machine against what the stages will take."""
 
 import shutil
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from drank.preflight.facts import Facts, Finding
+from drank.preflight.facts import Facts, Finding, Findings
 from drank.project.dvc import dvc_folder, setting
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
@@ -24,11 +24,12 @@ FIXES = {
 }
 
 
-def disk(facts: Facts) -> Iterator[Finding]:
-    """Whether what stages will write fits: once where outputs are links to DVC's cache, twice where they are copies."""
-    linked = has_links(facts.root)
+def disk(facts: Facts) -> Findings:
+    """Outputs against the free disk: once where they are links to DVC's cache, twice where they are copies."""
+    cache_type = setting(dvc, "type") if (dvc := dvc_folder(facts.root)) else None
+    linked = cache_type is not None and ("hardlink" in cache_type[1] or "symlink" in cache_type[1])
     needed = {name: cost.disk * (1 if linked else 2) for name, cost in facts.costs.items()}
-    needed = {name: n for name, n in needed.items() if not (linked and name.startswith("release@"))}  # of compression
+    needed = {name: n for name, n in needed.items() if not (linked and name.startswith("release@"))}  # links, too
     free = float(shutil.disk_usage(facts.root).free)
     if (total := sum(needed.values())) > free:
         largest = max(needed, key=lambda name: needed[name])
@@ -40,20 +41,15 @@ def disk(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def has_links(root: Path) -> bool:
-    """True if DVC's outputs are links to its cache, by its configuration."""
-    dvc = dvc_folder(root)
-    found = setting(dvc, "type") if dvc else None
-    return found is not None and ("hardlink" in found[1] or "symlink" in found[1])
-
-
-def memory(facts: Facts) -> Iterator[Finding]:
-    """Whether what the largest stage of each kind holds fits into this machine's memory."""
-    total = min(float(psutil.virtual_memory().total), memory_limit())
+def memory(facts: Facts) -> Findings:
+    """The largest stage of each kind against this machine's memory."""
+    total = float(psutil.virtual_memory().total)
+    with suppress(OSError, ValueError):  # no container, or one without a limit, "max"
+        total = min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
     held = {name: getattr(cost.on, "processes", 1) * (cost.memory + PROCESS) for name, cost in facts.costs.items()}
-    on_gpu = {name for name, cost in facts.costs.items() if cost.on.device == "cuda" and not name.startswith("raw")}
+    on_gpu = {name for name, cost in facts.costs.items() if cost.on.device == "cuda" and name != "raw"}
     if on_gpu:
-        yield Finding("cannot say", "memory of the GPU: compare it with `nvidia-smi`")
+        yield "cannot say", "memory of the GPU: compare it with `nvidia-smi`"
     for step, (_, fix) in FIXES.items():
         names = [name for name in held.keys() - on_gpu if name.partition("@")[0] == step]
         name = max(names, key=lambda name: held[name], default=None)
@@ -62,14 +58,6 @@ def memory(facts: Facts) -> Iterator[Finding]:
                 "error" if held[name] > 1.5 * total else "warning",
                 f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {fix}",
             )
-
-
-def memory_limit() -> float:
-    """Bytes that a container may have."""
-    try:
-        return float(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # none, or "max"
-        return float("inf")
 
 
 def gb(n_bytes: float) -> str:

@@ -1,20 +1,16 @@
 """The model's files against what is asked of them: tokens, positions, packages."""
 
-import os
-import re
-from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from drank.planning.estimate import read_model
-from drank.preflight.facts import Facts, Finding
+from drank.preflight.facts import Facts, Finding, Findings
 
-# Packages that read a tokenizer of these files alone.
-TOKENIZERS = {"tokenizer.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}
+TOKENIZERS = {"*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # optional packages, by what they read
 
 
-def sizes(facts: Facts) -> Iterator[Finding]:
+def sizes(facts: Facts) -> Findings:
     """Says what is not known before the model is here."""
     if facts.folder is None:
         yield Finding(
@@ -23,15 +19,18 @@ def sizes(facts: Facts) -> Iterator[Finding]:
             f"and tokens are not checked; `dvc repro raw` makes one, then `drank check --before`",
         )
     elif read_model(facts.folder) is None:
-        yield Finding("cannot say", f"{facts.folder}/config.json does not tell the model's sizes: disk and memory")
+        yield "cannot say", f"{facts.folder}/config.json does not tell the model's sizes: disk and memory"
 
 
-def tokens(facts: Facts) -> Iterator[Finding]:
+def tokens(facts: Facts) -> Findings:
     """Needs of tasks of a tokenizer, and special tokens that have no embedding."""
     if facts.folder is None:
         return
     rolling = [task for task in facts.params.evaluation.tasks if task.endswith("_rolling") or task == "wikitext"]
-    if rolling and (facts.folder / "tokenizer_config.json").is_file() and not ends(facts.tokenizer):
+    # Some classes of tokenizers have tokens that their files do not name.
+    plain = facts.tokenizer.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+    ends = any(facts.tokenizer.get(key, None if plain else "default") for key in ("bos_token", "eos_token"))
+    if rolling and (facts.folder / "tokenizer_config.json").is_file() and not ends:
         yield Finding(
             "warning",
             f"evaluation.tasks: {', '.join(rolling)}: lm-eval begins a text with a begin or end token, and the "
@@ -42,11 +41,9 @@ def tokens(facts: Facts) -> Iterator[Finding]:
     for key in ("pad_token_id", "bos_token_id"):
         token = facts.decoder.get(key)
         if isinstance(token, int) and isinstance(size, int) and token >= size:
-            yield Finding(
-                "error", f"{facts.folder}/config.json: {key} = {token}, and embeddings end at {size - 1} (vocab_size)"
-            )
+            yield "error", f"{facts.folder}/config.json: {key} = {token}, and embeddings end at {size - 1} (vocab_size)"
     entries = facts.document("tokenizer.json")
-    ids = [entry["id"] for entry in entries.get("added_tokens", ()) if isinstance(entry, dict) and "id" in entry]
+    ids = [entry["id"] for entry in entries.get("added_tokens", ())]
     vocabulary = entries.get("model", {}).get("vocab", {})
     ids += vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     if isinstance(size, int) and ids and max(ids) >= size:
@@ -57,13 +54,7 @@ def tokens(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def ends(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer has a begin or end token: named in its files, or by default of its class."""
-    plain = tokenizer.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend")
-    return any(tokenizer.get(key, None if plain else "default") for key in ("bos_token", "eos_token"))
-
-
-def positions(facts: Facts) -> Iterator[Finding]:
+def positions(facts: Facts) -> Findings:
     """Windows longer than the model has positions."""
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
     limit = next((facts.decoder[name] for name in names if isinstance(facts.decoder.get(name), int)), None)
@@ -82,27 +73,15 @@ def positions(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def packages(facts: Facts) -> Iterator[Finding]:
-    """Optional packages that will be imported, and a GPU that is asked for."""
-    needed: dict[str, str] = {}
-    if facts.folder and not (facts.folder / "tokenizer.json").is_file():
-        needed = {package: pattern for pattern, package in TOKENIZERS.items() if any(facts.folder.glob(pattern))}
-    if any(text.source.startswith("hub:") for text in facts.params.text.values()):
-        needed["datasets"] = "hub: texts"
-    if facts.params.model.source.endswith(".gguf") or (facts.params.model.member or "").endswith(".gguf"):
-        needed["gguf"] = "a GGUF file"
-    for package, what in needed.items():
-        if find_spec(package) is None:
-            yield Finding("error", f"package {package} is not installed, and {what} needs it; `pip install {package}`")
+def packages(facts: Facts) -> Findings:
+    """Packages that a tokenizer without tokenizer.json needs, and a GPU that is asked for."""
+    for pattern, package in TOKENIZERS.items():
+        alone = facts.folder and any(facts.folder.glob(pattern)) and not (facts.folder / "tokenizer.json").is_file()
+        if alone and find_spec(package) is None:
+            yield "error", f"{package} is not installed, and {pattern} needs it; `pip install {package}`"
     params = facts.params
     sections: dict[str, Any] = {"covariance": params.covariance, "evaluation": params.evaluation}
     sections |= {f"variants.{name}.healing": variant.healing for name, variant in params.variants.items()}
     asked = [f"{name}.device" for name, section in sections.items() if section and section.device == "cuda"]
-    if not asked:
-        return
-    torch = find_spec("torch")
-    told = Path(torch.origin).with_name("version.py").read_text() if torch and torch.origin else ""
-    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
-        yield Finding("error", f"{', '.join(asked)} = cuda, and there is no GPU here (no /dev/nvidiactl); give cpu")
-    elif not re.search(r"^(cuda|hip)\b[^=]*= *['\"]", told, re.MULTILINE):
-        yield Finding("error", f"{', '.join(asked)} = cuda, and torch is a build for CPUs: install one for your GPU")
+    if asked and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        yield "error", f"{', '.join(asked)} = cuda, and there is no GPU here (no /dev/nvidiactl); give cpu"

@@ -1,59 +1,54 @@
-"""Tasks of evaluation: whether lm-eval has them, and whether their data can be fetched."""
+"""Tasks of evaluation: unknown to lm-eval, or without data."""
 
 import ast
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from drank.preflight.facts import Facts, Finding, cached_snapshot, offline
-
-SAMPLED = ("last_word", "next_sentence")
-HUB = "https://huggingface.co"
-PATIENCE = 1.0  # seconds
+from drank.planning.estimate import REQUESTS
+from drank.preflight.facts import Facts, Finding, Findings, cached_snapshot, offline
 
 
-def tasks(facts: Facts) -> Iterator[Finding]:
+def tasks(facts: Facts) -> Findings:
     """Tasks and groups that lm-eval does not have, or whose data cannot be fetched."""
     evaluation, n_items = facts.params.evaluation, facts.params.sampling.n_task_items
-    if (sampled := [task for task in evaluation.tasks if task in SAMPLED]) and n_items < evaluation.processes:
+    if (sampled := [task for task in evaluation.tasks if task in REQUESTS]) and n_items < evaluation.processes:
         yield Finding(
             "error",
             f"evaluation.tasks: {', '.join(sampled)}: sampling.n_task_items = {n_items}, and each of "
             f"evaluation.processes = {evaluation.processes} needs one; raise it, or take the tasks out",
         )
-    ours = {*SAMPLED, *(f"{name}_rolling" for name in facts.params.text)}
+    ours = {*REQUESTS, *(f"{name}_rolling" for name in facts.params.text)}
     asked = [task for task in evaluation.tasks if task not in ours]
     if not asked:
         return
-    if (spec := find_spec("lm_eval")) is None or not spec.submodule_search_locations:
-        yield Finding("error", "evaluation.tasks: lm-eval is not installed; `pip install lm-eval`")
-        return
-    known = lm_eval_names(Path(spec.submodule_search_locations[0], "tasks"))
+    lm_eval = find_spec("lm_eval")
+    assert lm_eval  # a dependency
+    known = lm_eval_names(Path(str(lm_eval.origin)).with_name("tasks"))
     for task in asked:
         if task not in known:
             like = get_close_matches(task, [*known, *ours], 3)
             hint = f"; did you mean {', '.join(like)}?" if like else ""
-            yield Finding("error", f"evaluation.tasks: '{task}' is neither a task or group of lm-eval nor ours{hint}")
+            yield "error", f"evaluation.tasks: '{task}' is neither a task or group of lm-eval nor ours{hint}"
     found = [task for task in asked if task in known]
     for task in found:
         if missing := missing_packages(known[task].parent):
-            yield Finding("warning", f"evaluation.tasks: {task} imports {', '.join(missing)}: `pip install` them first")
+            yield "warning", f"evaluation.tasks: {task} imports {', '.join(missing)}: `pip install` them first"
     if found:
         named = f"evaluation.tasks: {', '.join(found)}: lm-eval fetches their data from the hub"
         missing = [task for task in found if not has_data(known[task], known)]
         if missing and offline():
             yield Finding(
-                "error", f"{named}; {', '.join(missing)} is not in the cache, and HF_HUB_OFFLINE is set: unset it once"
+                "error",
+                f"{named}; {', '.join(missing)} is not in the cache, and HF_HUB_OFFLINE is set: unset it once",
             )
-        elif missing and not reachable(os.environ.get("HF_ENDPOINT", HUB)):
-            yield Finding(
-                "error", f"{named}, which cannot be reached; take {', '.join(missing)} out, or run where it can"
-            )
+        elif missing and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+            yield "error", f"{named}, which cannot be reached; take {', '.join(missing)} out, or run where it can"
 
 
 def lm_eval_names(folder: Path) -> dict[str, Path]:
@@ -80,7 +75,7 @@ INCLUDED = re.compile(r"^['\"]?include['\"]?: *['\"]?([^\s'\"#]+)", re.MULTILINE
 
 
 def has_data(file: Path, known: Mapping[str, Path], seen: frozenset[Path] = frozenset()) -> bool:
-    """Whether the hub's cache has the data sets of a task, or of all of a group's, as far as files name them."""
+    """True if the hub's cache has the data sets of a task, or of all of a group's, as far as files name them."""
     if file in seen or not file.is_file():
         return True
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -107,7 +102,7 @@ def reachable(address: str) -> bool:
     place = urlsplit(address)
     try:
         port = place.port or (443 if place.scheme == "https" else 80)
-        socket.create_connection((place.hostname or "", port), PATIENCE).close()
+        socket.create_connection((place.hostname or "", port), timeout=1.0).close()
     except OSError:
         return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))  # which may reach it
     return True
