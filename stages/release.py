@@ -16,10 +16,10 @@ def main(variant: str, root: Path = Path()) -> None:
     config = read_json(source / "config.json")
     weights = [file.name for file in (root / "data/raw/model").glob("*.safetensors")]
     tasks = [file.stem for file in (root / "data/sampling/tasks").glob("*.jsonl")]
-    files = {file: inputs.sha256(file) for file in step.inputs_of(params, variant, weights, tasks)}
-    digests = {file.name: inputs.sha256(f"data/compression/{variant}/{file.name}") for file in source.iterdir()}
+    files = {file: file_sha256(inputs / file) for file in step.inputs_of(params, variant, weights, tasks)}
+    digests = {file.name: file_sha256(file) for file in (inputs / f"data/compression/{variant}").iterdir()}
     with replacing_folder(root / "data/models" / variant) as folder:
-        copy_files(inputs / f"data/compression/{variant}", folder)
+        copy_files(source, folder)
         write_text(folder / step.CARD, step.card(parameters, allocation, results))
         digests[step.CARD] = file_sha256(folder / step.CARD)
         made_of, types = step.made(params, variant, files, allocation, config, results)

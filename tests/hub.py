@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -33,10 +34,19 @@ class Hub(ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}
         self.asked: list[tuple[str, str, str | None]] = []
         self.sent: dict[str, int] = {}
+        self.connections: list[socket.socket] = []
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def close(self) -> None:
+        """As if the machine were gone, for connections that are kept alive, too."""
+        self.shutdown()
+        self.server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_) -> None:
         """A client that hangs up early is part of what is tested."""
@@ -50,14 +60,17 @@ def serving() -> Iterator[Hub]:
     try:
         yield hub
     finally:
-        hub.shutdown()
-        hub.server_close()
+        hub.close()
         thread.join()
 
 
 class _Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.append(self.connection)
 
     def log_message(self, *_) -> None:
         pass

@@ -64,30 +64,14 @@ def test_json_comes_back_as_it_was(tmp_path_factory, value):
     assert read_json(path) == value
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"a": {"b": [1.0, math.nan]}}, r"not written: 'a\.b\.1' is nan"),
-        ({"loss": math.inf}, "'loss' is inf"),
-        ((-math.inf,), "'0' is -inf"),
-    ],
-)
-def test_json_refuses_what_is_not_finite_and_leaves_the_old_file(tmp_path, value, message):
+@pytest.mark.parametrize("value", [{"a": {"b": [1.0, math.nan]}}, {"loss": math.inf}, (-math.inf,), "\ud800"])
+def test_json_that_cannot_be_written_leaves_the_old_file_and_no_litter(tmp_path, value):
     path = tmp_path / "a.json"
     write_json(path, 1)
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(ValueError, match=r"a\.json: not written: a number in it is NaN or infinite|surrogates"):
         write_json(path, value)
     assert read_json(path) == 1
     assert names(tmp_path) == ["a.json"]
-
-
-def test_a_text_that_cannot_be_encoded_leaves_the_old_file_and_no_litter(tmp_path):
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["a.txt"]
 
 
 def test_writing_over_a_link_replaces_the_link_and_not_the_file_it_points_to(tmp_path):
@@ -118,11 +102,11 @@ def test_tensors_come_back_with_shape_and_dtype_also_from_a_slice(tmp_path):
 def test_equal_tensors_give_equal_bytes_in_any_order_and_process(tmp_path):
     program = (
         "import sys, torch, pathlib; from drank.project.files import write_tensors\n"
-        "t = {'a': torch.arange(6.), 'b': torch.ones(2, 2), 'c': torch.arange(3)}\n"
-        "write_tensors(pathlib.Path(sys.argv[1]), {k: t[k] for k in sys.argv[2]})"
+        "t = {'c': torch.arange(3), 'b': torch.ones(2, 2), 'a': torch.arange(6.)}\n"
+        "write_tensors(pathlib.Path(sys.argv[1]), t)"
     )
-    for order in ("abc", "cba"):
-        subprocess.run([sys.executable, "-c", program, str(tmp_path / order), order], check=True)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "cba")], check=True)
+    write_tensors(tmp_path / "abc", {"a": torch.arange(6.0), "b": torch.ones(2, 2), "c": torch.arange(3)})
     assert (tmp_path / "abc").read_bytes() == (tmp_path / "cba").read_bytes()
 
 
@@ -194,7 +178,7 @@ def test_a_scratch_folder_starts_empty_and_goes_away(tmp_path, left):
 
 
 def caused(cause):
-    """What a library makes of it."""
+    """Wrapped, as libraries do."""
     wrapped = RuntimeError("the library has failed")
     wrapped.__cause__ = cause
     return wrapped
@@ -203,10 +187,7 @@ def caused(cause):
 @pytest.mark.parametrize(
     ("error", "named"),
     [
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            r"^out/a\.json: the disk is full \([\d,]+ bytes are left, 70 ",
-        ),
+        (OSError(errno.ENOSPC, "No space left on device"), r"^out/a\.json: the disk is full \([\d,]+ bytes are left\)"),
         (OSError(errno.EDQUOT, "Quota", "b/.c.json.partial"), r"^b/c\.json: the disk quota is used up \("),
         (PermissionError(errno.EACCES, "denied", "x.json"), r"^x\.json: permission denied; let this user"),
         (OSError(errno.EROFS, "Read-only", "x", None, "y/.z.partial/w"), r"^y/z/w: the file system is read-only; "),
@@ -216,7 +197,7 @@ def caused(cause):
     ],
 )
 def test_what_the_system_refuses_names_the_file_the_rule_and_the_fix(error, named):
-    told = refusal(error, Path("out/a.json"), needed=70)
+    told = refusal(error, Path("out/a.json"))
     assert isinstance(told, FileError)
     assert re.search(named, str(told))
     assert str(told).endswith(", then run the same command again")

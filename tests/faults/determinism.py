@@ -1,7 +1,7 @@
 """The tiny pipeline as on other people's computers: the same bytes where they are promised, and else how far off.
 
 ``python -m tests.faults.determinism`` makes a small project and builds it again in every setting below, in a fresh
-folder without a cache; it prints a row a setting. What is promised is in docs/determinism.md.
+folder without a cache; it prints a row per setting. Promises are in docs/determinism.md.
 
     bytes       settings under which ``data/``, ``results/`` and ``dvc.lock`` must be the same bytes: ``dvc repro``
     kernels     settings that imitate another CPU, or take other threads: the stages alone, and how far they are off
@@ -73,7 +73,7 @@ KERNELS = {
 
 
 def sown(project: Path, place: Path, setting: Setting) -> Path:
-    """What a project is made of, without what it made, in a folder of the setting."""
+    """Sources of a project, without its outputs, in a folder of the setting."""
     root = place / setting.folder
     root.mkdir(parents=True)
     names = ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "source", "stages", "src")

@@ -4,19 +4,15 @@
 ``refused`` by an error class of drank, or ``traceback``, of which there should be none.
 """
 
-import argparse
 import copy
 import json
 import random
 import shutil
 import struct
-import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
 import yaml
 from experiments.tools.published import read_published
 from transformers import AutoModelForCausalLM
@@ -30,8 +26,8 @@ from drank.project.state import read_state
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.views.compared import compare_targets
 from tests import compressed
-from tests.conftest import REPOSITORY, reproduce
-from tests.faults.campaign import quieten
+from tests.conftest import REPOSITORY
+from tests.faults.campaign import campaign
 from tests.faults.damage import MODEL, VARIANT
 from tests.test_sources import fetch_model, fetch_text, tiny_llama, write_gguf
 from tests.tiny import PARAMS, llama
@@ -300,25 +296,15 @@ def outcome(read: Callable[[random.Random], None], seed: int) -> tuple[str, Exce
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1000, help="documents of each kind")
-    parser.add_argument("--kind", help="one kind only")
-    asked = parser.parse_args()
-    quieten()
-    with tempfile.TemporaryDirectory() as scratch:
-        reproduce(Path(scratch) / "project")
-        (Path(scratch) / "tries").mkdir()
-        for kind, read in Tries(Path(scratch) / "tries", Path(scratch) / "project").all().items():
-            if asked.kind not in (None, kind):
-                continue
-            counts, shown = Counter[str](), set()
-            for seed in range(asked.n):
+    kind = {"help": "one kind only"}
+    with campaign(__doc__, 1000, ("read", "refused", "traceback"), kind=kind) as work:
+        (work.scratch / "tries").mkdir()
+        for name, read in Tries(work.scratch / "tries", work.project()).all().items():
+            for seed in range(work.asked.n if work.asked.kind in (None, name) else 0):
                 came, error = outcome(read, seed)
-                counts[came] += 1
-                if came == "traceback" and type(error) not in shown:
-                    shown.add(type(error))
-                    typer.echo(f"{kind}, seed {seed}: {type(error).__name__}: {str(error)[:200]}")
-            typer.echo(f"{kind:16}" + "".join(f"{counts[c]:8} {c}" for c in ("read", "refused", "traceback")))
+                work.counts.rows[name][came] += 1
+                if came == "traceback":
+                    work.counts.lost(f"{name}, {type(error).__name__}", f"seed {seed}: {str(error)[:200]}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ HEALING = {
 
 
 def sources(root: Path, model: str) -> None:
-    """Model, texts and params.yaml, with a variant that is healed; of the default model two layers are compressed."""
+    """Model, texts and params.yaml, with a variant that is healed; two layers of the default model are compressed."""
     if model == "tiny":
         tiny.project(root)
         document = yaml.safe_load((root / "params.yaml").read_text())
@@ -142,7 +142,7 @@ class Repro:
             time.sleep(refused)
 
     def at_work(self, run: Started, root: Path) -> bool:
-        """Whether the command does what it is to be killed at."""
+        """True while the command does the work that it is to be killed at."""
         return "Running stage" in run.output
 
     def strike(self, run: Started, root: Path) -> bool:
@@ -189,7 +189,7 @@ class Repro:
         """At what a kill left."""
 
     def judge(self, root: Path) -> None:
-        """What was made in the end."""
+        """Compare the end with that of an undisturbed run."""
         orphans = alive(self.orphans, seconds=45)  # one that waits for a lost peer in C ends after 30
         found = contents(root)
         self.expected = self.expected or found
@@ -254,7 +254,7 @@ class Processes(Repro):
 
 
 def stages_of(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that run a stage, without the shells around them."""
+    """Processes that run a stage, without the shells around them."""
     found = []
     for process in processes:
         with suppress(psutil.Error):
@@ -272,7 +272,7 @@ def ranks_of(processes: list[psutil.Process]) -> dict[str, psutil.Process]:
 
 
 def alive(processes: list[psutil.Process], seconds: float = 0) -> list[psutil.Process]:
-    """Those that still run after so long."""
+    """Processes that still run after so long."""
     end = time.monotonic() + seconds
     while (left := [process for process in processes if runs(process)]) and time.monotonic() < end:
         time.sleep(0.05)

@@ -43,7 +43,7 @@ def test_damage_at_rest_is_refused_by_name_when_it_is_next_read(damager, kind, m
 
 @pytest.mark.parametrize("kind", [*READ_BY_OTHERS, *UNCHECKED])
 def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_the_audit(damager, kind):
-    """Of a released folder, and of what it was sliced from."""
+    """In a released folder, and in what it was sliced from."""
     seen = damager.fault(kind, at_rest=True, ask_dvc=False, use_it=False)
     assert seen.audit, seen
 
@@ -56,7 +56,7 @@ def test_damage_at_rest_that_no_stage_looks_for_is_seen_by_check(damager, kind):
 
 
 def test_a_damaged_lock_is_refused_or_changes_no_figure(damager):
-    """Nobody reads the sizes in it, and only those of its stages that a variant came through are the variant's."""
+    """Nobody reads the sizes in it, and a variant has only the stages that it came through."""
     for _ in range(6):
         seen = damager.fault("lock", at_rest=False, ask_dvc=False)
         assert seen.use in ("named", "same"), seen

@@ -197,14 +197,12 @@ def test_a_tensor_of_a_type_that_torch_packs_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b"text\none, two, three\nfour\n", "line 2 has more fields than the header"),
         ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "cannot be read as .jsonl"),
         ("t.jsonl", b'{"text": "half \\ud800"}\n', "document 1 holds .*half of a character"),
-        ("t.parquet", b"PAR1" + bytes(20) + b"PAR1", "cannot be read as .parquet"),
         ("t.zip", packed("t.txt", "x").replace(b"\x14\x00\x00\x00", b"\x14\x00\x01\x00"), "encrypted"),
         ("t.zip", packed("t.txt", "x").replace(b"\x00\x00\x00\x00!", b"\x00\x63\x00\x00!"), "damaged|not supported"),
     ],
-    ids=["fields without quotes", "nested without end", "half a character", "parquet", "password", "rare method"],
+    ids=["nested without end", "half a character", "password", "rare method"],
 )
 def test_a_text_that_would_be_misread_or_cannot_be_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -11,13 +11,13 @@ import pytest
 
 from drank.project.files import FileError, replacing_folder, scratch_folder, write_text
 from drank.project.turns import turn
-from tests.faults.campaign import DVC, Started, contents
+from tests.faults.campaign import DVC, contents
 from tests.faults.two_at_once import CASES, VARIANT, Projects, met
 
 
 @pytest.fixture(scope="module")
 def projects(reproduced, tmp_path_factory):
-    return Projects(reproduced, tmp_path_factory.mktemp("two"), seed=0)
+    return Projects(reproduced, tmp_path_factory.mktemp("two"), seed=0, quick=True)
 
 
 @pytest.mark.pipeline
@@ -31,7 +31,7 @@ def test_two_dvc_on_one_stage_leave_what_one_leaves(projects):
     root = projects.copy()
     before = contents(root)
     command = (*DVC, "repro", "--force", "--single-item", f"allocation@{VARIANT}")
-    met(Started(root, *command), Started(root, *command))
+    met(projects.start(root, *command), projects.start(root, *command))
     assert contents(root) == before
 
 

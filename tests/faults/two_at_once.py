@@ -41,7 +41,7 @@ VARIANT = "d-rank-80"
 RATIO = 0.7  # which the project is not reproduced with
 REPRO, RUN, TRACK = (*DVC, "repro"), (*DRANK, "run"), (*DRANK, "track")
 
-# What DVC says when two of it meet: both sentences name what is in the way and what to do.
+# Said by DVC when two of it meet: both sentences name what is in the way and what to do.
 MET = ("is busy, it is being blocked by", "Unable to acquire lock. Most likely another DVC process is running")
 
 
@@ -56,13 +56,23 @@ def store(root: Path) -> str:
 
 
 class Projects:
-    """Copies of one reproduced project, and what undisturbed runs make of it."""
+    """Copies of one reproduced project, and what undisturbed runs make of it.
 
-    def __init__(self, project: Path, scratch: Path, seed: int) -> None:
-        self.project, self.scratch = project, scratch
+    Where commands are to be ``quick``, they are pytest's forks, begin at once, and are started a tenth as far apart.
+    """
+
+    def __init__(self, project: Path, scratch: Path, seed: int, quick: bool = False) -> None:
+        self.project, self.scratch, self.quick = project, scratch, quick
         self.draw = random.Random(seed)
         self.expected: dict[float, dict[str, str]] = {}
         self.length, self.n_copies = 0.0, 0
+
+    def start(self, root: Path, *command: str, **variables: str) -> Started:
+        return Started(root, *command, quick=self.quick, **variables)
+
+    def pause(self) -> None:
+        """Up to a second."""
+        time.sleep(self.draw.random() * (0.1 if self.quick else 1))
 
     def copy(self, ratio: float | None = None) -> Path:
         self.n_copies += 1
@@ -73,7 +83,7 @@ class Projects:
         return root
 
     def undisturbed(self, ratio: float) -> dict[str, str]:
-        """What one `dvc repro` makes of this ratio; how long it takes is remembered."""
+        """Contents after one `dvc repro` with this ratio; how long it takes is remembered."""
         if ratio not in self.expected:
             root, before = self.copy(ratio), time.monotonic()
             run(root, *REPRO)
@@ -209,9 +219,9 @@ def one_stage_twice(projects: Projects) -> str:
     """One stage twice by hand, that writes a folder; and afterwards once more."""
     root = projects.copy()
     before, command = contents(root), (sys.executable, "-m", "stages.covariance", "0")
-    first = Started(root, *command)
-    time.sleep(projects.draw.random())
-    found = met(first, Started(root, *command), allowed=("another process is writing this at the moment",))
+    first = projects.start(root, *command)
+    projects.pause()
+    found = met(first, projects.start(root, *command), allowed=("another process is writing this at the moment",))
     check(contents(root) == before, "other bytes")
     run(root, *command)
     check(contents(root) == before, "other bytes when typed again")
@@ -246,8 +256,8 @@ def together(projects: Projects, roots: list[Path], **variables: str) -> None:
     """`drank track` in each, at random distances: all end well, and one alone says that it logged the state."""
     started = []
     for root in roots:
-        started.append(Started(root, *TRACK, **variables))
-        time.sleep(projects.draw.random() * 2 if projects.draw.random() < 0.5 else 0)
+        started.append(projects.start(root, *TRACK, **variables))
+        projects.pause()
     check_said(started)
 
 

@@ -135,8 +135,8 @@ def _healed(made: Cost, asked: Healing, model: Model, ratio: float) -> Cost:
     distilled = asked.objective == "distillation"
     passes = 3 * footprint.evaluation_flops(shape, ratio, tokens, length)
     passes += distilled * footprint.evaluation_flops(shape, 1.0, tokens, length)
-    graph = shape.n_layers * footprint.graph(shape, batch) + footprint.head_peak(shape, batch)
-    held = made.memory * (1 + distilled) + graph
+    peaks = footprint.passes(shape, batch)
+    held = made.memory * (1 + distilled) + shape.n_layers * peaks["graph"] + peaks["head"]
     return Cost(asked, held, made.disk, made.read, passes * model.parameters, made.products, start=made.start)
 
 

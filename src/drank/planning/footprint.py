@@ -102,63 +102,49 @@ def moments(sides: Sequence[int], magnitudes: bool) -> int:
     return sum(4 * d**2 + 8 * d * magnitudes for d in sides)
 
 
-def writing(sides: Sequence[int]) -> int:
-    """Making a mean of the widest sum: one float32 matrix beside it."""
-    return 4 * max(sides) ** 2
+def passes(shape: Shape, tokens: int) -> dict[str, int]:
+    """Bytes that passes over so many tokens hold at once; d is the hidden size, m the MLP's, d_kv that of all keys.
 
-
-def forward_peak(shape: Shape, tokens: int) -> int:
-    """A block's forward pass, largest where the input of down is watched: (4 d + 6 m) bytes per token with d the
-    hidden and m the MLP's size. The residual stream is there twice; that input is there in bfloat16 and in float32."""
-    return tokens * (4 * shape.hidden + 6 * shape.mlp)
-
-
-def graph(shape: Shape, tokens: int) -> int:
-    """Kept for a block's backward pass: 12 d + 4 d_kv + 6 m + 4 heads + 8 bytes per token. Inputs of two norms in
-    float32 and their scales; queries, keys, values, attention's output and its log-sums; three of the MLP's
-    activations. Weights need no gradient, so inputs of linears are not kept."""
-    kv = shape.kv_heads * shape.head_size
-    return tokens * (12 * shape.hidden + 4 * kv + 6 * shape.mlp + 4 * shape.heads + 8)
-
-
-def backward_peak(shape: Shape, tokens: int) -> int:
-    """A block's backward pass, its graph included: largest where up's gradient is watched, after two of the MLP's
-    activations were freed: 6 m + 6 d bytes per token more than the graph."""
-    return graph(shape, tokens) + 6 * tokens * (shape.mlp + shape.hidden)
-
-
-def head_peak(shape: Shape, tokens: int) -> int:
-    """Logits and their gradient in float32, in bfloat16, and cut by a token per window: 14 bytes per token and word."""
-    return 14 * tokens * shape.vocabulary
+    * forward: a block's pass, largest where the input of down is watched: 4 d + 6 m per token. The residual stream is
+      there twice, that input in bfloat16 and in float32.
+    * graph: what a block's backward pass needs: 12 d + 4 d_kv + 6 m + 4 heads + 8 per token. Inputs of two norms in
+      float32 and their scales; queries, keys, values, attention's output and its log-sums; three of the MLP's
+      activations. Weights need no gradient, so inputs of linears are not kept.
+    * backward: a block's backward pass with its graph, largest where up's gradient is watched, after two of the MLP's
+      activations were freed: 6 m + 6 d per token more than the graph.
+    * head: logits and their gradient in float32, in bfloat16, and cut by a token per window: 14 per token and word.
+    """
+    d, m, d_kv = shape.hidden, shape.mlp, shape.kv_heads * shape.head_size
+    graph = 12 * d + 4 * d_kv + 6 * m + 4 * shape.heads + 8
+    sizes = {"forward": 4 * d + 6 * m, "graph": graph, "backward": graph + 6 * (m + d), "head": 14 * shape.vocabulary}
+    return {name: tokens * size for name, size in sizes.items()}
 
 
 def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[str, int]:
     """Bytes of the covariance stage, by what they are; the process itself, some 0.5 GB, not counted.
 
     Sums of inputs and of gradients are held together, unless offloaded: inputs are then watched forwards and gradients
-    backwards, block by block.
+    backwards, block by block. Making a mean takes one float32 matrix beside the widest sum.
     """
     inputs, gradients = input_sides(shape), output_sides(shape) if kfac else []
     n_blocks = 1 if offload else shape.n_layers
-    forward, backward = forward_peak(shape, setting.batch), backward_peak(shape, setting.batch)
+    forward, graph, backward, head = passes(shape, setting.batch).values()
     if not kfac:
-        passes = forward
+        peak = forward
     elif offload:
-        passes = max(forward, backward, head_peak(shape, setting.batch))
+        peak = max(forward, backward, head)
     else:
-        others = (shape.n_layers - 1) * graph(shape, setting.batch)
-        head = graph(shape, setting.batch) + head_peak(shape, setting.batch)
-        passes = others + max(forward, backward, head)
+        peak = (shape.n_layers - 1) * graph + max(forward, backward, graph + head)
     sums = [moments(inputs, magnitudes=True), moments(gradients, magnitudes=False)]
     return {
         "weights": 2 * (n_blocks * block_parameters(shape) + end_parameters(shape)),
         "covariances": n_blocks * (max(sums) if offload else sum(sums)),
-        "pass or writing": max(passes, writing(inputs + gradients)),
+        "pass or writing": max(peak, 4 * max(inputs + gradients) ** 2),
     }
 
 
-# Bytes that a unit of spectrum, or an MLP with its cuts, takes in float64, over the square of the MLP's size. Counted
-# on small models of such proportions (hidden size .29 to .37 of the MLP's): 20 to 21, and 66 to 82.
+# Bytes that a unit of spectrum, or an MLP with its cuts, takes in float64, over the square of the MLP's size. On small
+# models of such proportions (hidden size .29 to .37 of the MLP's) 20 to 21 were counted, and 66 to 82.
 UNIT, MLP = 21, 73
 
 
@@ -178,8 +164,8 @@ def covariance_files(shape: Shape, kfac: bool) -> int:
 
 
 def hidden_states(shape: Shape, setting: Setting, kfac: bool) -> int:
-    """bfloat16, of an offloaded run, gone afterwards: what the blocks put out; for kfac of all of them at once, whose
-    place gradients take. One batch is there twice."""
+    """bfloat16 outputs of the blocks of an offloaded run, gone afterwards; for kfac of all blocks at once, whose place
+    gradients take. One batch is there twice."""
     blocks = shape.n_layers if kfac else 1
     return (blocks * setting.tokens + setting.batch) * shape.hidden * 2
 
@@ -194,8 +180,8 @@ def cut_sizes(shape: Shape, setting: Setting) -> list[int]:
 
 
 def spectra_units(shape: Shape, setting: Setting, blocks: bool, layers: int = 1) -> Iterator[tuple[int, int]]:
-    """(out, in) of all factored matrices of the model. As blocks: those of the MLP once for every cut. Where ``layers``
-    consecutive layers share a basis: stacked, but for o and down."""
+    """(out, in) of all factored matrices of the model: as blocks, an MLP's once for every cut; where ``layers``
+    consecutive layers share a basis, stacked, but for o and down."""
     whole, rest = divmod(shape.n_layers, layers)
     for name, (out, n) in shape.linears.items():
         if blocks and name not in ("q", "k", "v", "o"):
@@ -231,12 +217,12 @@ def compressed_folder(shape: Shape, size: float, pivot: bool) -> int:
 
 
 def moment_flops(d: int) -> int:
-    """A token; panels of rows from the diagonal on."""
+    """FLOPs per token: panels of rows from the diagonal on."""
     return sum(2 * min(PANEL, d - i) * (d - i) for i in range(0, d, PANEL))
 
 
 def covariance_flops(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> float:
-    """Passes and sums. Causal attention takes 2 · hidden · length a token, 2.5 times as much backward; the linears,
+    """Passes and sums. Causal attention takes 2 · hidden · length per token, 2.5 times as much backward; the linears,
     whose weights need no gradient, as much backward as forward. Offloaded, a backward pass runs its block again."""
     linears, attention = 2 * shape.n_parameters, 2 * shape.hidden * setting.window_length
     layer = float(linears + attention + sum(map(moment_flops, input_sides(shape))))

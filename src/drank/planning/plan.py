@@ -5,20 +5,19 @@ what it made from the same inputs in its cache, or the output before it may come
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from re import compile as pattern
-from typing import Any
 
 from drank.planning.estimate import costs, read_model, read_test_windows, seconds
 from drank.planning.machine import Speed
 from drank.project.params import Params, ParamsError, read_params
 
 TIMELESS = "time is told when the model is there"
-STAGE = pattern(r"(?P<running>Running )?[Ss]tage '(?P<name>[^']+)'(:| is cached| didn't change)")
+STAGE = re.compile(r"^(?P<running>Running )?[Ss]tage '(?P<name>[^']+)'(:| is cached|(?P<same> didn't change))", re.M)
 
 
 class Plan:
@@ -107,32 +106,9 @@ def speeds(params: Params) -> dict[tuple[int, str], Speed]:
 def planned(root: Path, targets: Iterable[str]) -> list[str] | None:
     """Names of the stages that ``dvc repro TARGET...`` will run at most, in its order; None if that cannot be told.
 
-    In a process of its own, since DVC reads targets relative to the working directory. Mistakes in a project are left
-    for ``dvc repro`` to tell.
+    Mistakes in a project are left for ``dvc repro`` to tell.
     """
-    command = [sys.executable, "-m", "drank.planning.plan", *targets]
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else None
-
-
-def collect(targets: list[str]) -> list[str]:
-    """The same for the project of the working directory, in this process."""
-    from dvc.repo import Repo
-    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
-
-    with Repo() as repo:
-        graph = get_active_graph(repo.index.graph)  # from a stage to those that it reads from
-        running: list[Any] = []
-        for stage in plan_repro(graph, collect_stages(repo, targets or ["dvc.yaml"])):
-            changed = stage.changed_stage() or any(file.status() for file in (*stage.deps, *stage.outs))
-            if stage.cmd and (changed or set(graph.successors(stage)) & set(running)):
-                running.append(stage)
-        return [stage.addressing for stage in running]
-
-
-if __name__ == "__main__":
-    try:
-        names = collect(sys.argv[1:])
-    except (Exception, KeyboardInterrupt):
-        raise SystemExit(1) from None
-    sys.stdout.write(json.dumps(names))
+    command = [sys.executable, "-m", "dvc", "repro", "--dry", "--force-downstream", *targets]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    names = [stage["name"] for stage in STAGE.finditer(done.stdout) if not stage["same"]]
+    return list(dict.fromkeys(names)) if done.returncode == 0 else None

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 import psutil
@@ -58,7 +59,7 @@ def _told(error: Exception) -> str | None:
     """The user's message; None for a bug."""
     if isinstance(error, OSError) and error.filename is None and _abandoned(sys.stdout):
         if error.errno == errno.EPIPE:
-            return ""  # as of any program whose reader has seen enough
+            return ""  # the reader has seen enough, as `head` has
         return f"error: standard output: {error.strerror}; send it to a file or a program that takes it\n"
     ours = isinstance(error, ValueError) and type(error).__module__.startswith("drank.")
     told = error if ours else refusal(error)
@@ -66,9 +67,9 @@ def _told(error: Exception) -> str | None:
 
 
 def _abandoned(stream: TextIO) -> bool:
-    """Whether what was said cannot be delivered; it is then dropped, since Python would try again when it ends."""
+    """True if text cannot be delivered; it is then dropped, since Python would try again when it ends."""
     try:
-        stream.write("\n")  # of what has failed once, Python may keep nothing
+        stream.write("\n")  # Python may have kept nothing of the text that failed
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -113,20 +114,11 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def open_closed_streams() -> None:
-    """Put something in the place of standard streams that are closed.
-
-    Or the next file that is opened would take the number, and get what a library or a child says there. Text written on
-    a closed standard output still fails, and on a closed standard error is lost.
-    """
-    for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), "r" if name == "stdin" else "w"))
-
-
 def quieten_libraries() -> None:
     """No telemetry, and no progress bars in a log file; libraries read this when they are imported, later."""
-    open_closed_streams()
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the next file would take its number, and what a library writes there
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

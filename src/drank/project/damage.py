@@ -1,4 +1,4 @@
-"""Every byte that dvc.lock speaks of, in the workspace and in DVC's cache, read again: what is not as recorded."""
+"""Reads every byte that dvc.lock speaks of again, in the workspace and in DVC's cache, and tells what is damaged."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ class Findings:
 
     Attributes:
         damages: files that are not as recorded.
-        whole: outs whose every file was read, in the workspace or as a copy in DVC's cache.
-        absent: outs whose files, or some of them, are in neither: nothing can be said of these.
+        whole: outs whose every file was read, in the workspace or in DVC's cache.
+        absent: outs of which some files are in neither, so that nothing can be said.
         uncached: outs without a copy of every file in DVC's cache.
     """
 
@@ -39,29 +39,26 @@ def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter
         LockError: no dvc.lock, or not one.
     """
     cache, outs, found = dvc.cache_folder(root), dvc.outs_by_path(root), Findings()
+    damages: dict[Path, Damage] = {}  # outs may share a file of the cache
     for path in bar(outs):
         here, written = root / path, outs[path].items()
         ways = [dvc.differing(here, md5, cache, stage) for md5, stage in written] if here.exists() else []
         wrong = ways[-1] if ways and all(ways) else []
-        found.damages += [damage for damage in wrong if damage.found]
-        copies = [_copy(cache, md5, stage) for md5, stage in written]
-        found.damages += [damage for damages, _ in copies for damage in damages]
-        copied = copies[-1][1]
+        damages |= {damage.path: damage for damage in wrong if damage.found}
+        copied = False
+        for md5, stage in written:
+            broken, copied = _copy(cache, md5, stage) if cache else ([], False)
+            damages |= {damage.path: damage for damage in broken}
         if not copied:
             found.uncached.append(path)
-        if not copied and (not ways or any(damage.found is None for damage in wrong)):
-            found.absent.append(path)
-        else:
-            found.whole.append(path)
-    # Outs may share a file of the cache.
-    found.damages = list({damage.path: damage for damage in found.damages}.values())
+        lacking = not copied and (not ways or any(damage.found is None for damage in wrong))
+        (found.absent if lacking else found.whole).append(path)
+    found.damages = list(damages.values())
     return found
 
 
-def _copy(cache: Path | None, md5: str, stage: str) -> tuple[list[Damage], bool]:
-    """Differing entries of DVC's cache, the list of a folder among them, and whether it has an entry for every file."""
-    if cache is None:
-        return [], False
+def _copy(cache: Path, md5: str, stage: str) -> tuple[list[Damage], bool]:
+    """Differing entries of DVC's cache, the list of a folder among them, and True if it has an entry for every file."""
     members = dvc.cached(cache, md5)
     entries = {dvc.entry(cache, md5): md5.removesuffix(".dir")} | dict((members or {}).values())
     there = {file: (one, dvc.dvc_md5(file)) for file, one in entries.items() if file.is_file()}
@@ -90,7 +87,7 @@ def find_torn(root: Path) -> dict[Path, str]:
 
 
 def mend(damages: Iterable[Damage]) -> list[Path]:
-    """Take the damaged files away, so that DVC restores them or makes them again; what was not recorded stays."""
+    """Take damaged files away, so that DVC restores them or makes them again; files that were not recorded stay."""
     gone = [damage.path for damage in damages if damage.recorded]
     for path in gone:
         if path.is_dir():

@@ -43,7 +43,7 @@ class UnitRow(Document):
 
     @property
     def price_of_form(self) -> int:
-        """Parameters that a matrix of this form, rank and size takes (docs/method.md, section 4)."""
+        """Parameters of a matrix of this form, rank and size (docs/method.md, section 4)."""
         if self.form == "dense":
             return self.out_features * self.in_features
         return int(PRICES[self.form](self.out_features, self.in_features, self.rank))

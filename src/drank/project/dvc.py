@@ -7,10 +7,8 @@ import configparser
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import yaml
@@ -65,7 +63,7 @@ class Inputs:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self._cache, self._known = root, cache_folder(root), dict[Path, str]()
+        self.root, self._cache = root, cache_folder(root)
         self._outs = outs_by_path(root) if (root / "dvc.lock").is_file() else {}
 
     def __truediv__(self, name: str) -> Path:
@@ -75,25 +73,14 @@ class Inputs:
             self._check(path, max(within, key=len))
         return path
 
-    def sha256(self, name: str) -> str:
-        """SHA-256 of a checked file; one pass over its bytes gives this hash and the md5 that is compared."""
-        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-        with (self.root / name).open("rb") as stream:
-            while part := stream.read(2**18):
-                md5.update(part)
-                sha256.update(part)
-        self._known[self.root / name] = md5.hexdigest()
-        self / name
-        return sha256.hexdigest()
-
     def _check(self, path: Path, out: str) -> None:
         folder, written = self.root / out, self._outs[out]
-        found = [differing(folder, md5, self._cache, stage, path, self._known) for md5, stage in written.items()]
+        found = [differing(folder, md5, self._cache, stage, path) for md5, stage in written.items()]
         if all(found):
             first = found[0][0]
             raise DamageError(
                 f"{first.path}: damaged, or changed since {first.stage} wrote it: its md5 is {first.found or 'gone'}, "
-                f"recorded is {first.recorded or 'no such file'}. `drank check --mend` takes away what is damaged, "
+                f"expected {first.recorded or 'no such file'}. `drank check --mend` takes away what is damaged, "
                 f"DVC's cached copy too; `dvc repro` then makes it again"
             )
 
@@ -177,14 +164,7 @@ def outs_by_path(root: Path) -> dict[str, dict[str, str]]:
     return outs
 
 
-def differing(
-    path: Path,
-    md5: str,
-    cache: Path | None,
-    stage: str = "",
-    within: Path | None = None,
-    known: Mapping[Path, str] = MappingProxyType({}),
-) -> list[Damage]:
+def differing(path: Path, md5: str, cache: Path | None, stage: str, within: Path | None = None) -> list[Damage]:
     """Files at ``path`` that are not those of this md5; none if all are.
 
     Files of a folder are compared with the folder's list in DVC's cache, or the folder as a whole where the cache has
@@ -193,29 +173,23 @@ def differing(
     Args:
         stage: what wrote it, for the report.
         within: the part of a folder that is compared, where the folder has a list.
-        known: as in ``dvc_md5``.
     """
     listed = read_listing(cache, md5) if path.is_dir() else None
     if listed is None:
-        now, then = {path: dvc_md5(path, known)}, {path: md5}
+        now, then = {path: dvc_md5(path)}, {path: md5}
     else:
         part = within or path
-        now = {file: dvc_md5(file, known) for file in ([part] if part.is_file() else files_of(part))}
+        now = {file: dvc_md5(file) for file in ([part] if part.is_file() else files_of(part))}
         then = {path / name: one for name, one in listed.items() if (path / name).is_relative_to(part)}
     names = sorted({file for file, _ in now.items() ^ then.items()})
     return [Damage(file, stage, then.get(file), now.get(file)) for file in names]
 
 
-def dvc_md5(path: Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
-    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths, sorted.
-
-    Files whose md5 is ``known`` are not read.
-    """
+def dvc_md5(path: Path) -> str:
+    """The hash that DVC writes in its lock: of a file's bytes, or of a folder's list of hashes and paths, sorted."""
     if path.is_dir():
-        rows = [{"md5": dvc_md5(file, known), "relpath": file.relative_to(path).as_posix()} for file in files_of(path)]
+        rows = [{"md5": dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files_of(path)]
         return hashlib.md5(json.dumps(rows).encode(), usedforsecurity=False).hexdigest() + ".dir"
-    if path in known:
-        return known[path]
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -257,12 +231,12 @@ def setting(dvc: Path, key: str) -> tuple[Path, str] | None:
 
 
 def entry(cache: Path, md5: str) -> Path:
-    """Where the cache keeps the bytes of this md5; of a folder, ``<md5>.dir``, its list."""
+    """Where the cache keeps the bytes of this md5; for a folder, ``<md5>.dir``, its list."""
     return cache / md5[:2] / md5[2:]
 
 
 def read_listing(cache: Path | None, md5: str) -> dict[str, str] | None:
-    """Every file's md5 by its path, of a folder with this one; None of a file, or where the cache has no whole list."""
+    """Every file's md5 by its path, for a folder with this one; None for a file, or if the cache has no whole list."""
     if cache is None or not md5.endswith(".dir") or not entry(cache, md5).is_file():
         return None
     content = entry(cache, md5).read_bytes()
@@ -271,8 +245,10 @@ def read_listing(cache: Path | None, md5: str) -> dict[str, str] | None:
     return {file["relpath"]: file["md5"] for file in json.loads(content)}
 
 
-def cached(cache: Path | None, md5: str) -> dict[str, tuple[Path, str]] | None:
-    """Where the cache would keep this md5, and of what md5 that is: a file under the empty name, the files of a folder
-    by their names. None of a folder without a whole list there."""
+def cached(cache: Path, md5: str) -> dict[str, tuple[Path, str]] | None:
+    """Places in the cache for this md5, each with its own md5: a file's by the empty name, a folder's files by theirs.
+
+    None for a folder without a whole list there.
+    """
     listed = read_listing(cache, md5) if md5.endswith(".dir") else {"": md5}
-    return {name: (entry(cache, one), one) for name, one in listed.items()} if cache and listed is not None else None
+    return None if listed is None else {name: (entry(cache, one), one) for name, one in listed.items()}

@@ -1,13 +1,14 @@
 """Files written whole or not at all, and read with errors that name them. Every stage writes through here.
 
 JSON and safetensors only. Whatever is written is a function of its content: keys are sorted, modes are fixed.
-A reader never meets half a file, since a finished temporary sibling is renamed onto the destination.
+A reader never meets half a file, since a finished temporary sibling is renamed onto the destination. Each function
+raises FileError, with the name of the file, where the system refuses to read or write; readers also if it is missing or
+damaged.
 """
 
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -29,12 +30,8 @@ WRITABLE = 0o222
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes atomically; missing parent folders are created.
-
-    Raises:
-        FileError: the system refuses to write them.
-    """
-    with replacing_file(path, len(content)) as partial:
+    """Write bytes atomically; missing parent folders are created."""
+    with replacing_file(path) as partial:
         partial.write_bytes(content)
 
 
@@ -47,35 +44,23 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON document as ``write_bytes``: sorted keys, indented by two, one newline at the end.
 
     Raises:
-        FileError: a number is NaN or infinite, which JSON cannot say; the message names its key.
+        FileError: a number is NaN or infinite, which JSON cannot say.
     """
-    for key, number in _numbers(value):
-        if not math.isfinite(number):
-            raise FileError(f"{path}: not written: '{key}' is {number}, and JSON has finite numbers only")
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every float of a nested document with the dotted key that leads to it."""
-    if isinstance(value, float):
-        yield key, value
-    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, item in inner:
-        yield from _numbers(item, f"{key}.{name}" if key else str(name))
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise FileError(f"{path}: not written: a number in it is NaN or infinite ({error})") from None
+    write_text(path, f"{text}\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document.
-
-    Raises:
-        FileError: the file is missing, is not JSON, or the system refuses to read it.
-    """
-    with _reading(path, "JSON", ValueError, RecursionError):
+    """Read a JSON document."""
+    with reading(path, "JSON", ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
-def _reading(path: Path, form: str, *damaged: type[Exception]) -> Iterator[None]:
+def reading(path: Path, form: str, *damaged: type[Exception]) -> Iterator[None]:
     """Errors of reading a file as one of the user; ``damaged`` are raised for content that is not ``form``."""
     try:
         check_access(path)
@@ -93,23 +78,15 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
 
     No metadata: safetensors keeps it in a hash map, whose order changes from save to save (huggingface/safetensors
     issue 584).
-
-    Raises:
-        FileError: the system refuses to write the file.
     """
     from safetensors.torch import save_file
 
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing_file(path, sum(tensor.nbytes for tensor in contiguous.values())) as partial:
-        save_file(contiguous, partial)
+    with replacing_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def read_tensors(path: Path) -> dict[str, "Tensor"]:
-    """Read all tensors of a safetensors file, on the CPU.
-
-    Raises:
-        FileError: the file is missing, truncated, not safetensors, or the system refuses to read it.
-    """
+    """Read all tensors of a safetensors file, on the CPU."""
     from safetensors.torch import load_file
 
     with _safetensors(path):
@@ -128,7 +105,7 @@ def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
     """The first rows of every tensor of a safetensors file; the rest of it is not read.
 
     Raises:
-        FileError: as ``read_tensors``, or the file holds fewer rows than asked.
+        FileError: the file holds fewer rows than asked.
     """
     from safetensors import safe_open
 
@@ -143,7 +120,7 @@ def read_rows(path: Path, n_rows: int) -> dict[str, "Tensor"]:
 def _safetensors(path: Path) -> AbstractContextManager[None]:
     from safetensors import SafetensorError
 
-    return _reading(path, "safetensors", SafetensorError, RuntimeError)  # torch's, if it is cut while it is read
+    return reading(path, "safetensors", SafetensorError, RuntimeError)  # torch's, if it is cut while it is read
 
 
 Values = TypeVar("Values")
@@ -164,8 +141,8 @@ class _Folder(MutableMapping[str, Values]):
         return self._file(str(name)).is_file()
 
     def __iter__(self) -> Iterator[str]:
-        files = sorted(self.path.rglob(f"*{self.suffix}"))
-        return iter([file.relative_to(self.path).as_posix().removesuffix(self.suffix) for file in files])
+        for file in sorted(self.path.rglob(f"*{self.suffix}")):
+            yield file.relative_to(self.path).as_posix().removesuffix(self.suffix)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -175,11 +152,7 @@ class _Folder(MutableMapping[str, Values]):
 
 
 class TensorFolder(_Folder[Mapping[str, "Tensor"]]):
-    """A folder of safetensors files as a mapping: ``folder[name]`` has the tensors of ``<name>.safetensors``.
-
-    Raises:
-        FileError: as ``read_tensors`` and ``write_tensors``.
-    """
+    """A folder of safetensors files as a mapping: ``folder[name]`` has the tensors of ``<name>.safetensors``."""
 
     suffix = ".safetensors"
 
@@ -195,17 +168,13 @@ class TensorFolder(_Folder[Mapping[str, "Tensor"]]):
 
 
 class JsonLinesFolder(_Folder[list[Any]]):
-    """A folder of JSON lines as a mapping: ``folder[name]`` has the values of ``<name>.jsonl``.
-
-    Raises:
-        FileError: the file is missing, or a line is no JSON.
-    """
+    """A folder of JSON lines as a mapping: ``folder[name]`` has the values of ``<name>.jsonl``."""
 
     suffix = ".jsonl"
 
     def __getitem__(self, name: str) -> list[Any]:
         file = self._file(name)
-        with _reading(file, "JSON lines", ValueError), file.open(encoding="utf-8") as lines:
+        with reading(file, "JSON lines", ValueError), file.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
     def __setitem__(self, name: str, values: Iterable[Any]) -> None:
@@ -260,10 +229,10 @@ def weights_sha256(digests: Mapping[str, str]) -> str:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for the time of a ``with`` block; what a killed run left there is removed first.
+    """An empty folder for the time of a ``with`` block; leftovers of a killed run are removed first.
 
     Raises:
-        FileError: another process has it, or the system refuses to write there.
+        FileError: another process has it.
     """
     with refusals(path):
         if not path.is_dir():
@@ -284,7 +253,7 @@ def replacing_folder(destination: Path) -> Iterator[Path]:
     ``.<name>.old`` first; a run killed between the two renames is repaired by the next call.
 
     Raises:
-        FileError: the system refuses to write there, or another process fills it.
+        FileError: another process fills it.
     """
     old = destination.with_name(f".{destination.name}.old")
     partial = _partial(destination)
@@ -305,9 +274,10 @@ def _partial(destination: Path) -> Path:
 
 
 @contextmanager
-def replacing_file(path: Path, needed: int | None = None) -> Iterator[Path]:
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A file to fill, which takes the place of ``path`` when the block ends well, as ``replacing_folder``."""
     partial = _partial(path)
-    with refusals(path, needed):
+    with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         with _own(partial):
@@ -352,7 +322,7 @@ def _own(partial: Path) -> Iterator[None]:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file or folder still has this name."""
+    """True if an open file or folder still has this name."""
     return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 

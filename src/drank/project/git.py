@@ -27,12 +27,12 @@ class Commit:
 
 
 def has_history(root: Path) -> bool:
-    """Whether ``root`` lies in a git repository with at least one commit.
+    """True if ``root`` lies in a git repository with at least one commit.
 
     Raises:
         GitError: there is a repository, and git cannot be asked about it; so for every function here.
     """
-    return _ask(root, "rev-parse", "--verify", "--quiet", "HEAD") is not None
+    return resolve(root, "HEAD") is not None
 
 
 def is_shallow(root: Path) -> bool:
@@ -41,8 +41,8 @@ def is_shallow(root: Path) -> bool:
 
 def head(root: Path) -> tuple[str | None, bool] | None:
     """The commit of HEAD (None before the first), and whether files differ from it; None outside git."""
-    status, commit = _ask(root, "status", "--porcelain"), _ask(root, "rev-parse", "--verify", "--quiet", "HEAD")
-    return None if status is None else (commit.decode().strip() if commit else None, bool(status.strip()))
+    status = _ask(root, "status", "--porcelain")
+    return None if status is None else (resolve(root, "HEAD"), bool(status.strip()))
 
 
 def find_commits(root: Path, text: str, path: str) -> list[Commit]:
@@ -52,7 +52,7 @@ def find_commits(root: Path, text: str, path: str) -> list[Commit]:
     """
     found: dict[str, Commit] = {}
     for scope in ("HEAD", "--all"):
-        # Merges too (-m): a lock that was written while a merge was resolved is in no other commit.
+        # Merges too (-m): no other commit has a lock that was written while a merge was resolved.
         rows = run(root, "log", scope, "-m", "--reverse", "--format=%H%x00%cs%x00%s", f"-S{text}", "--", path)
         for row in rows.decode(errors="replace").splitlines():
             sha, date, subject = row.split("\0")
@@ -67,7 +67,7 @@ def file_at(root: Path, revision: str, path: str) -> bytes | None:
 
 
 def keeps(root: Path, path: Path) -> bool:
-    """Whether git has this file or one of this folder, or would have it with the next ``git add``."""
+    """True if git has this file or one of this folder, or would have it with the next ``git add``."""
     return bool(_ask(root, "ls-files", "--cached", "--others", "--exclude-standard", "--", str(path.absolute())))
 
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from drank.project.files import read_json, replacing_folder
 from drank.project.params import ModelSource
@@ -22,7 +21,6 @@ MERGE = (
     'python -c "from peft import AutoPeftModelForCausalLM as Model; '
     "Model.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\""
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def fetch_model(asked: ModelSource, destination: Path, downloads: Path, root: Path = Path()) -> None:
@@ -79,9 +77,9 @@ def _check_folder(source: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise SourceError(f"{source}: no config.json, so not the folder of a model")
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        has = f"only pickles ({', '.join(pickles)}), which run code when loaded" if pickles else "no weights"
-        raise SourceError(f"{source}: has {has}; a model needs *.safetensors")
+        raise SourceError(
+            f"{source}: has no *.safetensors; weights in pickles (*.bin, *.pt) would run code when loaded"
+        )
     config = read_json(folder / "config.json")
     if compressed := config.get("quantization_config"):
         method = compressed.get("quant_method", "method not named")
@@ -139,12 +137,19 @@ def _read_once() -> Iterator[None]:
     import gguf
     import numpy as np
 
-    with (
-        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
-        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
-        patch.object(np, "memmap", lambda path, *_, **__: np.fromfile(path, np.uint8)),
-    ):
+    places = {
+        (gguf, "GGUFReader"): cache(gguf.GGUFReader),
+        (gguf, "get_tensor_name_map"): cache(gguf.get_tensor_name_map),
+        (np, "memmap"): lambda path, *_, **__: np.fromfile(path, np.uint8),
+    }
+    own = {(module, name): getattr(module, name) for module, name in places}
+    try:
+        for (module, name), value in places.items():
+            setattr(module, name, value)
         yield
+    finally:
+        for (module, name), value in own.items():
+            setattr(module, name, value)
 
 
 def _load(source: str, folder: Path, options: dict[str, Any], common: dict[str, Any]) -> tuple[Any, Any]:

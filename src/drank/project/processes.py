@@ -95,7 +95,7 @@ class Group:
 
 
 def must_launch(n_processes: int) -> bool:
-    """Whether this is the one process that a user or DVC started, and more are wanted."""
+    """True in the one process that a user or DVC started, if more are wanted."""
     return n_processes > 1 and "WORLD_SIZE" not in os.environ
 
 

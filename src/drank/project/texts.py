@@ -13,12 +13,12 @@ import sys
 import zipfile
 from array import array
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 from itertools import accumulate, groupby, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any
 
-from drank.project.files import FileError, replacing_file, scratch_folder
+from drank.project.files import FileError, reading, replacing_file, scratch_folder
 from drank.project.params import TextSource
 from drank.project.refusals import check_access
 from drank.project.sources import COMMIT, SourceError, advise_pin, file_of, hub_name, scheme_of, told
@@ -26,7 +26,6 @@ from drank.project.sources import COMMIT, SourceError, advise_pin, file_of, hub_
 log = logging.getLogger(__name__)
 
 BOMB = 200  # times its packed size: texts unpack to 3 to 20 times, zeros to 1032 times in gzip and without end in bzip2
-GAP = re.compile(r"[\s,]*")  # between the elements of an array
 SMALL = 2**26  # bytes that anything may unpack to
 
 
@@ -41,9 +40,7 @@ def fetch_text(asked: TextSource, destination: Path, downloads: Path, root: Path
         SourceError: the source cannot be had, lacks the member, column or split, holds no text, or fewer documents
             than asked.
     """
-    source = asked.source
-    n_documents = n_characters = 0
-    blank = True
+    source, n_documents, n_characters, blank = asked.source, 0, 0, True
     rows = _hub_rows(asked) if scheme_of(asked) == "hub" else _file_rows(asked, downloads, root)
     # ASCII with JSON's escapes: a document is one line also to readers that split lines at U+0085 or U+2028.
     with replacing_file(destination) as partial, partial.open("w", encoding="ascii") as lines, closing(rows):
@@ -71,11 +68,8 @@ class Text(Sequence[str]):
     """
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
-        try:
-            check_access(path)
-        except FileNotFoundError:
-            raise FileError(f"{path}: not found; the stage raw writes it (`dvc repro raw`)") from None
-        self._lines, self._tokenizer = path.open("rb"), tokenizer
+        with reading(path, "JSON lines"):
+            self._lines, self._tokenizer = path.open("rb"), tokenizer
         self._starts = array("q", accumulate(map(len, self._lines), initial=0))
 
     def __len__(self) -> int:
@@ -164,20 +158,12 @@ def _file_rows(asked: TextSource, downloads: Path, root: Path) -> Generator[Any,
 def _unpacked(file: Path, scratch: Path) -> Path:
     """The file itself, or what it packs, however often, as a file in the scratch folder."""
     most = max(SMALL, BOMB * file.stat().st_size)
-    while (suffix := file.suffix.lower()) in (".gz", ".zip"):
-        with told(f"{file.name}: cannot be unpacked; it is damaged, or has a password"), ExitStack() as opened:
-            if suffix == ".gz":
-                name = file.stem
-                packed: Any = opened.enter_context(gzip.open(file))
-            else:
-                archive = opened.enter_context(zipfile.ZipFile(file))
-                names = [name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in READERS]
-                if len(names) != 1:
-                    raise SourceError(f"{file.name}: should hold one file of {KNOWN}; holds {archive.namelist()}")
-                name = names[0]
-                packed = opened.enter_context(archive.open(name))
-            target = scratch / PurePosixPath(name).name
-            unpacked = opened.enter_context(target.open("wb"))
+    while file.suffix.lower() in (".gz", ".zip"):
+        with (
+            told(f"{file.name}: cannot be unpacked; it is damaged, or has a password"),
+            _packed(file) as (name, packed),
+            (scratch / name).open("wb") as unpacked,
+        ):
             while piece := packed.read(2**20):
                 unpacked.write(piece)
                 if unpacked.tell() > most:
@@ -185,8 +171,23 @@ def _unpacked(file: Path, scratch: Path) -> Path:
                         f"{file.name}: unpacks to more than {most} bytes, {BOMB} times its size or more, as no text "
                         f"does; if it is one, unpack it by hand"
                     )
-        file = target
+        file = scratch / name
     return file
+
+
+@contextmanager
+def _packed(file: Path) -> Iterator[tuple[str, Any]]:
+    """Name and content of what a file packs."""
+    if file.suffix.lower() == ".gz":
+        with gzip.open(file) as packed:
+            yield file.stem, packed
+        return
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in READERS]
+        if len(names) != 1:
+            raise SourceError(f"{file.name}: should hold one file of {KNOWN}; holds {archive.namelist()}")
+        with archive.open(names[0]) as packed:
+            yield PurePosixPath(names[0]).name, packed
 
 
 def _csv(path: Path, column: str) -> Iterator[Any]:
@@ -204,32 +205,16 @@ def _json(path: Path, column: str) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as stream:
         while (first := stream.read(1)).isspace():
             pass
-        if first == "[":
-            yield from _elements(stream)
-            return
         stream.seek(0)
+        if first == "[":
+            yield from json.load(stream)
+            return
         for number, line in enumerate(stream, start=1):
             try:
                 if line.strip():
                     yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}; a file has one object per line, or is one array") from None
-
-
-def _elements(stream: TextIO) -> Iterator[Any]:
-    """The elements of a JSON array, behind its bracket, each as soon as it is read."""
-    held, decode = "", json.JSONDecoder().raw_decode
-    while piece := stream.read(max(2**20, len(held))):
-        held, at = held + piece, 0
-        while True:
-            try:
-                element, at = decode(held, GAP.match(held, at).end())  # type: ignore[union-attr]
-            except json.JSONDecodeError:
-                break  # the next piece has the rest
-            yield element
-        held = held[at:]
-    if held.strip() != "]":
-        raise ValueError(f"the array has no end: {held[:50]!r}")
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
