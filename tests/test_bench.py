@@ -3,23 +3,21 @@
 import inspect
 import itertools
 import json
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from drank.cli import commands
-from drank.cli.bench import BenchError, find_models, log
-from drank.model.benchmark import FIGURES, BenchmarkError, Subject, quartiles, round_robin
+from drank.cli.bench import BenchError, find_models
+from drank.model.benchmark import FIGURES, BenchmarkError, Subject, peak_memory, quartiles, round_robin
 from drank.project.params import ParamsError
 from drank.project.processes import ProcessError
-from drank.tracking import find_runs, log_speed, track
 from drank.views.speed import SHOWN
 from tests import compressed, tiny
-from tests.conftest import run
-from tests.toy import Runs
 
 WINDOWS = torch.arange(36).reshape(3, 12)
 PARTS = ("prefill", "generation", "forward")
@@ -101,15 +99,18 @@ def test_the_end_of_text_does_not_end_a_generation():
     assert next(ticks) == 11.0  # the start, the prompt, and nine tokens
 
 
-def test_peak_memory_counts_what_was_freed(tmp_path):
+def grown():
+    cpu = torch.device("cpu")
+    start = peak_memory(cpu)
+    for _ in range(3):
+        torch.ones(200_000_000, dtype=torch.uint8)
+    return peak_memory(cpu) - start
+
+
+def test_peak_memory_counts_what_was_freed():
     """In a process of its own, where nothing else has grown before; 200 MB at once count, one after another too."""
-    program = (
-        "import torch; from drank.model.benchmark import peak_memory as peak\n"
-        "cpu = torch.device('cpu'); start = peak(cpu)\n"
-        "for _ in range(3): torch.ones(200_000_000, dtype=torch.uint8)\n"
-        "print(peak(cpu) - start)"
-    )
-    assert 190_000_000 < int(run(tmp_path, sys.executable, "-c", program).stdout) < 300_000_000
+    with ProcessPoolExecutor(1, get_context("fork")) as process:
+        assert 190_000_000 < process.submit(grown).result() < 300_000_000
 
 
 def test_a_prompt_must_fit():
@@ -219,28 +220,3 @@ def test_the_table_tells_ratios_and_figures(timed):
     assert f"{1000 * document['models']['kfac-80']['first_token']['median']:,.0f}" in output
     assert "x: ratio to dense within a round, median [quartiles] of 3 rounds" in output
     assert "Memory: growth of the peak resident memory" in output
-
-
-def test_medians_and_ratios_land_on_the_run_of_a_folder(timed, toy_project, capsys):
-    models = {"dense": toy_project / "data/models/dense"}
-    log(toy_project, models, timed[1])
-    assert "dense: no MLflow run has this folder; `drank track` makes one for each variant" in capsys.readouterr().out
-
-    track(toy_project)
-    log(toy_project, models, timed[1])
-    runs = Runs(toy_project)
-    dense, other = (runs.one_state()[1][name].data for name in ("dense", "d-rank-80"))
-    metrics = {key: value for key, value in dense.metrics.items() if key.startswith("speed/")}
-    assert set(metrics) == {f"speed/{figure}{suffix}" for figure in SHOWN for suffix in ("", "_ratio")}
-    figures = timed[1]["models"]["dense"]
-    assert metrics["speed/decode"] == figures["decode"]["median"]
-    assert metrics["speed/decode_ratio"] == figures["decode"]["over_reference"]["median"]
-    assert json.loads(dense.tags["speed.conditions"])["conditions"] == timed[1]["conditions"]
-    (found,) = find_runs(toy_project, md5 := dense.tags["model.dvc_md5"])
-    assert f"dense: speed added to {found.link}" in capsys.readouterr().out
-    assert not [key for key in other.metrics if key.startswith("speed/")]
-
-    assert log_speed(toy_project, md5, {"speed/decode": 5.0}, {}) == found
-    history = runs.client.get_metric_history(found.run_id, "speed/decode")
-    assert [metric.value for metric in history] == [figures["decode"]["median"], 5.0]
-    assert log_speed(toy_project, "0" * 32 + ".dir", {"speed/decode": 5.0}, {}) is None

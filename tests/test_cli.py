@@ -7,79 +7,57 @@ import sys
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 from mlflow.projects.utils import load_project
 from rich.console import Console
 
 from drank.cli.pipeline import table_of_variants
 from drank.planning.plan import TIMELESS
 from drank.project.tolerance import DTYPE_TOLERANCE
-from tests.toy import VARIANTS, executed, lock_sha256, write_project
+from tests import conftest
+from tests.toy import STORE, VARIANTS, Runs, executed, lock_sha256, write_project
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 
-def command(root: Path, *arguments: str, activated: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a program of this environment, by default from outside: its folder is not on the path."""
-    hidden = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "DVC_ROOT", "PYTEST_CURRENT_TEST")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment |= {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
-    if activated:
-        environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+def command(root: Path, *arguments: str, real: bool = False) -> subprocess.CompletedProcess[str]:
+    """A program of this environment; where it is ``real``, from outside: its folder is not on the path."""
+    if not real:
+        return conftest.run(root, *arguments, check=False, path=REPOSITORY / "src")
     program = [str(BIN / arguments[0]), *arguments[1:]]
-    return subprocess.run(program, cwd=root, env=environment, capture_output=True, text=True)
-
-
-def states(root: Path):
-    """Names of the runs under every pipeline run, newest first, by hash of the lock."""
-    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("drank").experiment_id])
-    found = {
-        run.info.run_id: (run.data.tags["dvc.lock_sha256"], set()) for run in runs if run.info.run_name not in VARIANTS
-    }
-    for run in runs:
-        if run.info.run_name in VARIANTS:
-            found[run.data.tags["mlflow.parentRunId"]][1].add(run.info.run_name)
-    return [(lock, names) for lock, names in found.values()]
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
+    return subprocess.run(program, cwd=root, env=os.environ | conftest.QUIET, capture_output=True, text=True)
 
 
 @pytest.fixture
-def project(tmp_path, empty_store):
+def project(tmp_path, monkeypatch):
+    """A project of which nothing has run, with a store that has the tables alone."""
+    for name in STORE:
+        monkeypatch.delenv(name, raising=False)
     write_project(tmp_path / "project")
-    shutil.copy(empty_store, tmp_path / "project")
+    Runs(tmp_path / "project")
     return tmp_path / "project"
 
 
 def test_run_reproduces_logs_and_shows_the_variants(project, tmp_path):
-    done = command(tmp_path, "drank", "run", "--root", "project")
+    done = command(tmp_path, "drank", "run", "--root", "project", real=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "evaluation@d-rank-80" in executed(done.stdout)
     stages = executed(done.stdout)
     told = [line for line in done.stderr.splitlines() if line.startswith(("up to", "["))]
     first = f"up to {len(stages)} stages to run ({TIMELESS}): {', '.join(stages)}"
     assert told == [first, *(f"[{i} of {len(stages)}] {name}" for i, name in enumerate(stages, 1))]
-    assert states(project) == [(lock_sha256(project), set(VARIANTS))]
+    pipeline, variants = Runs(project).one_state()
+    assert (pipeline.data.tags["dvc.lock_sha256"], set(variants)) == (lock_sha256(project), set(VARIANTS))
     (row,) = (line for line in done.stdout.splitlines() if "d-rank-80" in line and "1.25" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")][2:] == ["0.800", "2.0", "25.00", "1.25", "0.25 ± 0.01"]
     assert f"mlflow ui --backend-store-uri sqlite:///{project / 'mlflow.db'}" in done.stdout
 
 
-def test_run_reproduces_the_targets_alone_and_says_what_is_missing_for_the_rest(project):
+def test_run_reproduces_the_targets_alone_and_a_stage_that_fails_fails_the_command(project):
     done = command(project, "drank", "run", "allocation@dense")
     assert executed(done.stdout) == ["sampling", "covariance", "allocation@dense"]
     assert done.returncode == 1
     assert "error: dvc.lock: no stage has written results/summary.csv yet; run `dvc repro`\n" in done.stderr
-
-
-def test_a_stage_that_fails_fails_the_command(project):
     (project / "step.py").write_text("raise SystemExit('the stage said why')")
     done = command(project, "drank", "run")
     assert done.returncode == 1
@@ -148,7 +126,8 @@ def test_mlflow_run_changes_a_ratio_and_logs_the_new_state(project):
     for name in ("MLproject", "python_env.yaml"):
         shutil.copy(REPOSITORY / name, project)
     arguments = ("--env-manager", "local", "-e", "ratio", "-P", "size_ratio=0.6")
-    done = command(project, "mlflow", "run", ".", *arguments, activated=True)
+    done = command(project, "mlflow", "run", ".", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert states(project) == [(lock_sha256(project), set(VARIANTS))]
+    pipeline, variants = Runs(project).one_state()
+    assert (pipeline.data.tags["dvc.lock_sha256"], set(variants)) == (lock_sha256(project), set(VARIANTS))
     assert "0.6" in (project / "results/d-rank-80.json").read_text()

@@ -274,8 +274,6 @@ def test_tags_of_mlflow_have_their_names():
     tags = {
         "MLFLOW_PARENT_RUN_ID": "mlflow.parentRunId", "MLFLOW_RUN_NOTE": "mlflow.note.content",
         "MLFLOW_SOURCE_NAME": "mlflow.source.name", "MLFLOW_GIT_COMMIT": "mlflow.source.git.commit",
-        "MLFLOW_MODEL_IS_EXTERNAL": "mlflow.model.isExternal",
-        "MLFLOW_MODEL_VERSIONS": "mlflow.modelVersions",
     }  # fmt: skip
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (projection, registry, view)]
     for name, tag in tags.items():

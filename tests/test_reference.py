@@ -34,20 +34,6 @@ def test_the_committed_reference_is_what_the_types_give():
     assert (DOCS / "params.md").read_text() == markdown(), "run: python -m experiments.tools.reference > docs/params.md"
 
 
-def test_types_ranges_and_defaults_are_said_in_words():
-    page = markdown()
-    for key, words in {
-        "size_ratio": "| number in (0, 1] |  |",
-        "alpha": "| number in (0, 2] | none |",
-        "layers": "| integer, at least 1 | `1` |",
-        "cuts": "| list of numbers in [0, 1) | `[]` |",
-        "calibration_seeds": "| list of integers, at least 0; not empty |  |",
-        "storage": "| `factors`, `pivot` |  |",
-        "offload": "| `true` or `false` | `false` |",
-    }.items():
-        assert f"\n| `{key}` {words}" in page
-
-
 def test_the_comments_of_params_yaml_know_every_answer_that_the_schema_knows():
     comments = "\n".join(line.partition("#")[2] for line in SHIPPED.read_text().splitlines())
     for section, key in (

@@ -27,16 +27,12 @@ def colleague(shared, tmp_path):
     return root
 
 
-def test_a_clone_pulls_everything_and_runs_nothing(shared, colleague):
-    run(colleague, sys.executable, "-m", "dvc", "pull", "-q")
+def test_a_clone_pulls_everything_and_computes_only_what_nobody_has(shared, colleague):
+    run(colleague, sys.executable, "-m", "dvc", "pull", "-q", "--run-cache")
     assert repro(colleague) == []
     assert digests(colleague) == digests(shared)
     found = audit(colleague / "data/models/kfac-80", colleague)
     assert {link.name for link in found.links if link.finding != "holds"} == {"MLflow"}
-
-
-def test_a_clone_computes_only_what_nobody_has(shared, colleague):
-    run(colleague, sys.executable, "-m", "dvc", "pull", "-q", "--run-cache")
     set_ratio(colleague, "d-rank-80", 0.7)
     steps = ("allocation", "compression", "evaluation", "release")
     assert sorted(repro(colleague)) == sorted([*(f"{step}@d-rank-80" for step in steps), "report"])

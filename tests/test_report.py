@@ -147,6 +147,9 @@ def test_the_heat_map_draws_shares_of_the_full_rank_and_channels_kept():
     assert image(with_block) == [[0.125, 1.0, nan, nan], [0.125, 0.75, 1.0, 0.75]]
     assert image(without) == [[0.125, 1.0, nan, nan], [0.125, 0.75, 1.0, nan]]
     assert [label.get_text() for label in with_block.get_xticklabels()] == ["q", "up", "down", "channels"]
+    for ticks in (with_block.get_yticks(), budget([ALLOCATION]).axes[1].get_xticks()):
+        assert {0, 1} <= set(ticks)
+        assert all(tick == round(tick) for tick in ticks), "a model of two layers has no layer 0.5"
 
 
 def test_parameters_of_the_dense_model_are_those_that_the_allocation_counted():

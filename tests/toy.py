@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def serving(uri: str, folder: Path):
             wait_for(f"http://127.0.0.1:{port}/health", process)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, 15)
+            os.killpg(process.pid, signal.SIGKILL)  # it would wait for its clients
             process.wait()
 
 

@@ -228,8 +228,6 @@ def check_runs(uri: str, n_states: int | None = None) -> None:
     hashes = [state.data.tags["dvc.lock_sha256"] for state in states]
     check(len(set(hashes)) == len(hashes), "a state twice")
     check(n_states is None or len(hashes) == n_states, f"{len(hashes)} states")
-    models = Counter(model.name for model in client.search_logged_models([experiment.experiment_id]))
-    check(models == Counter(run.info.run_name for run in runs if above[run.info.run_id]), f"logged models {models}")
     for state in states:
         with downloaded(client, state) as files:
             lock = yaml.safe_load((files / "dvc.lock").read_text())["stages"]

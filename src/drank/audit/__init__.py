@@ -108,8 +108,6 @@ def _mlflow(folder: Folder, root: Path, runs: "list[VariantRun]") -> str:
         found = find_runs(root, folder.md5)
     except TrackingError as error:
         raise UncheckableError(str(error)) from None
-    if found is None:
-        raise UncheckableError("no MLflow store here: `drank track` makes one")
     if not found:
         raise UncheckableError("MLflow has no run of this folder: `drank track` in the commit above makes one")
     runs += found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drank.audit.ledger import BrokenLinkError, UncheckableError
-from drank.project.dvc import cache_folder, cached, dvc_md5, entry
+from drank.project.dvc import cache_folder, cached, dvc_md5, entry, files_of
 from drank.project.git import file_at
 
 
@@ -56,14 +56,14 @@ class Store:
         here = self.root / path
         if here.exists():
             if (found := dvc_md5(here)) == md5:
-                files = sorted(file for file in here.rglob("*") if file.is_file()) if here.is_dir() else []
-                return Artefact("workspace", {f.relative_to(here).as_posix(): f for f in files} or {"": here})
+                files = {file.relative_to(here).as_posix(): file for file in files_of(here)}
+                return Artefact("workspace", files or {"": here})
             if self.present.get(path) == md5:
                 raise BrokenLinkError(
                     f"{path}: edited or damaged: its md5 is {found}, dvc.lock has {md5}; `dvc checkout`"
                 )
-        if cached := self._cached(path, md5):
-            return Artefact("cache", cached)
+        if files := self._cached(path, md5):
+            return Artefact("cache", files)
         committed = file_at(self.root, self.commit, path) if self.commit else None
         if committed is not None and hashlib.md5(committed, usedforsecurity=False).hexdigest() == md5:
             return Artefact("git", {}, committed)

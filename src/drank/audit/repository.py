@@ -14,7 +14,7 @@ from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
 from drank.project.documents import AllocationDocument, SpectrumSummary, read_document
 from drank.project.dvc import LockError, Stages, parse_lock, read_lock
 from drank.project.files import FileError, file_sha256, read_tensors
-from drank.project.git import Commit, GitError, file_at, find_commits, has_history, is_shallow
+from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
 from drank.project.params import Params, ParamsError, parse_as
 from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
@@ -24,7 +24,7 @@ from drank.steps.release import STATEMENT
 
 @dataclass(frozen=True)
 class Record:
-    """The stages that made a folder, and the commit whose dvc.lock says so; None outside git."""
+    """The stages that made a folder, and the commit whose dvc.lock says so; None where the workspace's says it."""
 
     stages: Stages
     stage: str
@@ -35,13 +35,19 @@ class Record:
 def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | None:
     """Every link from the folder into a repository; what was found of it in the history."""
     found: list[Record] = []
-    ledger.check("dvc.lock", lambda: _find(folder, root, found), ("files",), "git")
+    try:
+        present = read_lock(root / "dvc.lock")
+    except LockError:  # which says nothing of the folder
+        present = {}
+    ledger.check("dvc.lock", lambda: _find(folder.md5, root, present, found), ("files",), "git")
+    if not found and ledger.links["dvc.lock"].finding == "cannot be checked here":
+        found += _records(present, folder.md5, None)
     if not found:
         return None
-    (record,) = found
+    record = found[0]
     ledger.check("chain", lambda: _chain(record), (), "git")
     ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), ("parameters",), "git")
-    store = Store(root, _present(root), record.commit.sha if record.commit else None)
+    store = Store(root, outs_of(present), record.commit.sha if record.commit else None)
     located: dict[str, Artefact] = {}
     for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
         if path != record.path:
@@ -52,57 +58,42 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
     return record
 
 
-def _find(folder: Folder, root: Path, found: list[Record]) -> str:
-    """The commit whose dvc.lock has the folder; without git's answer, dvc.lock of the workspace is gone by."""
-    try:
-        if in_git := has_history(root):
-            for commit in find_commits(root, folder.md5, "dvc.lock"):
-                if stages := _stages_at(root, commit.sha, folder.md5):
-                    found.append(_record(stages, folder.md5, commit))
-                    return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
-            if is_shallow(root):
-                raise UncheckableError(f"no dvc.lock of this shallow clone has {folder.md5}; `git fetch --unshallow`")
-    except GitError:
-        if folder.md5 in _present(root).values():
-            found.append(_record(read_lock(root / "dvc.lock"), folder.md5, None))
-        raise
-    if not (present := _present(root)) and not in_git:
-        raise UncheckableError("neither a git history nor a dvc.lock here; audit in a clone")
-    if folder.md5 not in present.values():
-        raise BrokenLinkError(
-            f"no dvc.lock in the history has a folder of md5 {folder.md5}: edited since, or made elsewhere; a commit "
-            f"that was not fetched?"
+def _find(md5: str, root: Path, present: Stages, found: list[Record]) -> str:
+    """The commit whose dvc.lock has the folder."""
+    is_here = md5 in outs_of(present).values()
+    if in_git := has_history(root):
+        for commit in find_commits(root, md5, "dvc.lock"):
+            if records := _records(_stages_at(root, commit.sha), md5, commit):
+                found += records
+                return f"{found[0].stage} at commit {commit.sha[:10]} of {commit.date}, “{commit.subject}”"
+        if is_shallow(root):
+            raise UncheckableError(f"no dvc.lock of this shallow clone has {md5}; `git fetch --unshallow`")
+        if is_here:
+            raise BrokenLinkError("dvc.lock of the working tree has it, and no commit does: commit dvc.lock first")
+    if is_here:
+        raise UncheckableError(
+            "dvc.lock of the workspace has it, but no git history here says which commit; audit in a clone"
         )
-    if in_git:
-        raise BrokenLinkError("dvc.lock of the working tree has it, and no commit does: commit dvc.lock first")
-    found.append(_record(read_lock(root / "dvc.lock"), folder.md5, None))
-    raise UncheckableError(
-        f"{found[0].stage} by dvc.lock of the workspace, but no git history here says which commit; audit in a clone"
+    if not present and not in_git:
+        raise UncheckableError("neither a git history nor a dvc.lock here; audit in a clone")
+    raise BrokenLinkError(
+        f"no dvc.lock in the history has a folder of md5 {md5}: edited since, or made elsewhere; a commit that was not "
+        f"fetched?"
     )
 
 
-def _stages_at(root: Path, commit: str, md5: str) -> Stages:
-    """The stages of a commit's dvc.lock, if it has this hash and can be read: one with a conflict in it has no say."""
+def _stages_at(root: Path, commit: str) -> Stages:
+    """The stages of a commit's dvc.lock; none of one that cannot be read: one with a conflict in it has no say."""
     try:
-        stages = parse_lock((file_at(root, commit, "dvc.lock") or b"").decode(errors="replace"), commit)
+        return parse_lock((file_at(root, commit, "dvc.lock") or b"").decode(errors="replace"), commit)
     except LockError:
         return {}
-    return stages if md5 in outs_of(stages).values() else {}
 
 
-def _record(stages: Stages, md5: str, commit: Commit | None) -> Record:
-    path, stage = next(
-        (out["path"], name) for name, row in stages.items() for out in row.get("outs", ()) if out["md5"] == md5
-    )
-    return Record(lineage(stages, stage), stage, path, commit)
-
-
-def _present(root: Path) -> dict[str, str]:
-    """DVC's hash of each path of the workspace; none where its dvc.lock is none, which says nothing of the folder."""
-    try:
-        return outs_of(read_lock(root / "dvc.lock"))
-    except LockError:
-        return {}
+def _records(stages: Stages, md5: str, commit: Commit | None) -> list[Record]:
+    """A record for each stage that wrote a folder of this hash."""
+    wrote = [(out["path"], name) for name, row in stages.items() for out in row.get("outs", ()) if out["md5"] == md5]
+    return [Record(lineage(stages, stage), stage, path, commit) for path, stage in wrote]
 
 
 def _chain(record: Record) -> str:
@@ -118,10 +109,8 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     """The values in dvc.lock against params.yaml of that commit, and that against the folder's statement."""
     where = f"params.yaml at {record.commit.sha[:10]}" if record.commit else "params.yaml"
     here = root / "params.yaml"
-    if record.commit:
-        text = file_at(root, record.commit.sha, "params.yaml")
-    else:
-        text = here.read_bytes() if here.is_file() else None
+    there = here.read_bytes() if here.is_file() else None
+    text = file_at(root, record.commit.sha, "params.yaml") if record.commit else there
     if text is None:
         raise BrokenLinkError(f"{where}: not found")
     try:
@@ -129,10 +118,8 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
         then = parse_as(text, where, Params).parameters_of(folder.statement.variant)
     except (ParamsError, UnicodeDecodeError, YamlError) as error:
         raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
-    before, told = flat(then), flat(folder.statement.parameters)
-    for key in sorted(before.keys() | told.keys()):
-        if before.get(key) != told.get(key):
-            raise BrokenLinkError(f"{key} is {told.get(key)} in {STATEMENT}, but {before.get(key)} in {where}")
+    told = flat(folder.statement.parameters)
+    _agree(told, flat(then), where)
     return f"{len(told)} values: {where}, dvc.lock and {STATEMENT} agree"
 
 
@@ -187,8 +174,11 @@ def _results(folder: Folder, located: Mapping[str, Artefact]) -> str:
     if path not in located:
         raise UncheckableError(f"{path} is not at hand")
     recorded: dict[str, Any] = json.loads(located[path].read())
-    told = folder.statement.results
-    for key in sorted(recorded.keys() | told.keys()):
-        if recorded.get(key) != told.get(key):
-            raise BrokenLinkError(f"{key} is {told.get(key)} in {STATEMENT}, but {recorded.get(key)} in {path}")
+    _agree(folder.statement.results, recorded, path)
     return f"{len(recorded)} figures, those of {path}"
+
+
+def _agree(told: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    for key in sorted(told.keys() | found.keys()):
+        if told.get(key) != found.get(key):
+            raise BrokenLinkError(f"{key} is {told.get(key)} in {STATEMENT}, but {found.get(key)} in {where}")

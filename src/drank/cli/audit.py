@@ -28,10 +28,10 @@ compressed, {a[removed_channels]} channels removed
 budget|{a[budget]:,} of {a[targeted_parameters]:,} parameters ({a[size_ratio]} asked), {a[price]:,} spent \
 ({a[kept_ratio]:.4f} kept)
 objective|{a[objective][value]:.6g}, at most {a[objective][gap]:.2g} of it above the optimum
-spectrum|{a[spectrum]}: {spectrum}
-covariance|{covariance}
-calibration|{sampling[n_windows]} windows of {sampling[window_length]} tokens of {sampling[calibration_text]}, \
-seed {seed}
+spectrum|{a[spectrum]}: {listed[spectrum]}
+covariance|{listed[covariance]}
+calibration|{parameters[sampling][n_windows]} windows of {parameters[sampling][window_length]} tokens of \
+{parameters[sampling][calibration_text]}, seed {parameters[spectrum][calibration_seed]}
 """
 
 
@@ -108,36 +108,29 @@ def show(found: "Audit") -> None:
 
 def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Lines about the chain, from the model to its sources."""
-    results, parameters = chain["results"], chain["parameters"]
-    values = {
-        "variant": chain["variant"], "results": results, "megabytes": results["bytes"] / 1e6, "a": chain["allocation"],
-        "spectrum": _listed(parameters["spectrum"]), "covariance": _listed(parameters["covariance"]),
-        "sampling": parameters["sampling"], "seed": parameters["spectrum"]["calibration_seed"],
-    }  # fmt: skip
+    results = chain["results"]
+    listed = {section: _listed(values) for section, values in chain["parameters"].items()}
     for line in LINES.splitlines():
         label, _, text = line.partition("|")
-        yield label, text.format(**values)
+        yield label, text.format(**chain, a=chain["allocation"], megabytes=results["bytes"] / 1e6, listed=listed)
     for material in chain["materials"]:
         if "uri" in material:
             label = "base model" if material["name"] == "model" else material["name"].replace(".", " ")
             digest = f", sha256 {material['digest']['sha256']}" if "digest" in material else ""
             yield label, f"{material['uri']}{digest}"
     if "commit" in chain:
-        commit = chain["commit"]
-        yield (
-            "commit",
-            f"{commit['sha']} of {commit['date']}, “{commit['subject']}”" if commit else "none that is known here",
+        known = (
+            "{sha} of {date}, “{subject}”".format_map(chain["commit"]) if chain["commit"] else "none that is known here"
         )
+        yield "commit", known
     yield "results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))})
-    if types := chain["computed_in"]:
-        others = ", ".join(f"{passes} in {dtype}" for passes, dtype in types.items() if passes != "evaluation")
-        yield "", f"measured in {types.get('evaluation', 'an unknown type')}" + (f"; {others}" if others else "")
+    if types := dict(chain["computed_in"]):
+        measured = types.pop("evaluation", "an unknown type")
+        yield "", "; ".join([f"measured in {measured}", *(f"{passes} in {dtype}" for passes, dtype in types.items())])
     yield from (("MLflow", run["link"]) for run in chain.get("mlflow", ())[:1])
 
 
 def _listed(values: dict[str, Any]) -> str:
     """Fields with their values, but those that are zero, empty or off."""
-    set_ = {key: value for key, value in values.items() if value}
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in set_.items()
-    )
+    set_ = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items() if value}
+    return ", ".join(f"{key} {value}" for key, value in set_.items())

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drank.cli.options import Root
+from drank.cli.options import Root, console, weights_bytes
 from drank.project.command import quieten_libraries
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all samples as JSON.", dir_okay=False)
     ] = None,
-    track: Annotated[bool, typer.Option("--track", help="Add the medians to the variants' runs in MLflow.")] = False,
 ) -> None:
     """Time models against each other: prefill, decoding, first token, forward-only throughput, memory, disk.
 
@@ -67,7 +65,6 @@ def bench(
     if it is among them, else to the first; on a machine that is shared, believe them before the absolute figures.
     """
     import torch
-    from rich.console import Console
 
     from drank.model.precision import compute_dtype, name_of
     from drank.project.files import write_json
@@ -81,12 +78,9 @@ def bench(
     results = run(folders, reference, Conditions(place, chosen, threads, prompt_tokens, new_tokens, repeats))
     if json_file is not None:
         write_json(json_file, results)
-    # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(table(results))
-    console.print(caption(results), markup=False, soft_wrap=True)
-    if track:
-        log(root, folders, results)
+    terminal = console()
+    terminal.print(table(results))
+    terminal.print(caption(results), soft_wrap=True)
 
 
 def find_models(root: Path, names: Sequence[str]) -> tuple[dict[str, Path], str]:
@@ -113,18 +107,13 @@ def find_models(root: Path, names: Sequence[str]) -> tuple[dict[str, Path], str]
     return folders, (dense or list(folders))[0]
 
 
-def weights_bytes(folder: Path) -> int:
-    """Bytes of weights on disk, counted as in results/<variant>.json."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def run(folders: Mapping[str, Path], reference: str, conditions: Conditions) -> dict[str, Any]:
     """Measure, and put all of it into one document.
 
     Raises:
         BenchmarkError: more tokens than a model has positions for.
     """
-    from drank.model.benchmark import FIGURES, round_robin
+    from drank.model.benchmark import FIGURES, quartiles, round_robin
     from drank.project.progress import progress
 
     started = environment(conditions.device)
@@ -145,6 +134,11 @@ def run(folders: Mapping[str, Path], reference: str, conditions: Conditions) -> 
         | {"memory": [loaded[name][0]], "disk": [float(weights_bytes(folder))]}
         for name, folder in folders.items()
     }
+
+    def spread(figure: str, values: list[float]) -> dict[str, Any]:
+        over = quartiles(list(map(truediv, values, samples[reference][figure])))  # within a round
+        return quartiles(values) | {"samples": values, "over_reference": over}
+
     return {
         "format_version": 2,
         "reference": reference,
@@ -152,19 +146,8 @@ def run(folders: Mapping[str, Path], reference: str, conditions: Conditions) -> 
         "conditions": asdict(conditions) | {"threads": loaded[reference][1]},
         "environment": started,
         "folders": {name: str(folder) for name, folder in folders.items()},
-        "models": {
-            name: {figure: _spread(values, samples[reference][figure]) for figure, values in figures.items()}
-            for name, figures in samples.items()
-        },
+        "models": {name: {key: spread(key, row) for key, row in rows.items()} for name, rows in samples.items()},
     }
-
-
-def _spread(samples: list[float], reference: list[float]) -> dict[str, Any]:
-    """A figure of one model: its quartiles, all rounds, and its ratio to the reference's within a round."""
-    from drank.model.benchmark import quartiles
-
-    over = quartiles(list(map(truediv, samples, reference)))
-    return quartiles(samples) | {"samples": samples, "over_reference": over}
 
 
 _here: dict[str, "Subject"] = {}
@@ -220,19 +203,3 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in ("drank", "torch", "transformers")},
     }
-
-
-def log(root: Path, folders: Mapping[str, Path], results: Mapping[str, Any]) -> None:
-    """Add medians, and ratios to the reference, to the MLflow run of each folder; say where there is none."""
-    from drank.project.dvc import dvc_md5
-    from drank.tracking import log_speed
-
-    conditions = {key: results[key] for key in ("conditions", "environment", "reference")}
-    for name, folder in folders.items():
-        figures = {}
-        for figure, value in results["models"][name].items():
-            figures[f"speed/{figure}"] = float(value["median"])
-            figures[f"speed/{figure}_ratio"] = value["over_reference"]["median"]
-        logged = log_speed(root, dvc_md5(folder), figures, conditions)
-        missing = "no MLflow run has this folder; `drank track` makes one for each variant"
-        typer.echo(f"{name}: {missing if logged is None else f'speed added to {logged.link}'}")

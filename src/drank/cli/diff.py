@@ -1,14 +1,13 @@
 """``drank diff``: what differs between two variants, model folders or git revisions."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drank.cli.options import Root
+from drank.cli.options import Root, console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,17 +15,17 @@ if TYPE_CHECKING:
 
 NOTHING = "–"
 LISTED = 3  # names shown of a long list
+HEADINGS = {"a": "A", "b": "B", "change": "B - A", "ratio": "B / A"}
 
 
 def diff(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A",
-            help="A variant of params.yaml, the folder of a model, a git revision or experiment, or REVISION:VARIANT.",
+            metavar="A", help="A variant of params.yaml, the folder of a model, a git revision, or an experiment."
         ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same; of a revision, the variants that A has too.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same.")],
     root: Root = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document instead of tables.")] = False,
     picture: Annotated[
@@ -35,8 +34,9 @@ def diff(
 ) -> None:
     """Show what differs between A and B: parameters, metrics, ranks and channels.
 
-    A name is tried as the folder of a model, then as a variant, then as a revision. Nothing is checked out or run. The
-    exit status is 0 whether or not there are differences.
+    A name is tried as the folder of a model, then as a variant, then as a revision. The variant of one side is looked
+    for on the other; of two revisions, all that both have are compared. Nothing is checked out or run. The exit status
+    is 0 whether or not there are differences.
     """
     from drank.views.compared import compare_targets
 
@@ -50,12 +50,9 @@ def diff(
     if as_json:
         typer.echo(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False))
         return
-    from rich.console import Console
-
-    # On a terminal tables fit themselves to it; in a log file, where the width is unknown, they must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    terminal = console()
     for part in rendered(document):
-        console.print(part)
+        terminal.print(part)
 
 
 def rendered(document: Mapping[str, Any]) -> "Iterator[RenderableType]":
@@ -86,8 +83,7 @@ def _table(heading: str, rows: Mapping[str, Mapping[str, Any]]) -> "Table":
 
     table = Table(heading)
     for key in next(iter(rows.values())):
-        heading = {"a": "A", "b": "B", "change": "B - A", "ratio": "B / A"}.get(key, key.replace("_", " "))
-        table.add_column(heading, justify="right", overflow="fold")
+        table.add_column(HEADINGS.get(key, key.replace("_", " ")), justify="right", overflow="fold")
     for name, row in rows.items():
         table.add_row(name, *map(_cell, row.values()))
     return table

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from drank.cli.options import weights_bytes
+
 if TYPE_CHECKING:
     from drank.project.documents import Provenance
 
@@ -23,14 +25,24 @@ def export(
     For programs that cannot `import drank`; others take MODEL_DIR as it is.
     """
     provenance = check(model, destination, dense)
-    from drank.project.files import replacing_folder, write_text
+    from drank import __version__
+    from drank.project.files import file_sha256, replacing_folder, write_text
+    from drank.steps.release import CHECKSUMS
 
     with replacing_folder(destination) as folder:
         save_dense(model, folder)
-        before, after = weight_bytes(model), weight_bytes(folder)
-        write_text(folder / "README.md", card(model, provenance, before, after))
-    typer.echo(f"{model}: {before / 1e6:.1f} MB, compressed")
-    typer.echo(f"{destination}: {after / 1e6:.1f} MB, plain; nothing is saved in size")
+        before, after = weights_bytes(model) / 1e6, weights_bytes(folder) / 1e6
+        sums = model / CHECKSUMS
+        card = CARD.format(
+            provenance=provenance,
+            before=before,
+            after=after,
+            sums=f"`{file_sha256(sums)}`" if sums.is_file() else "none: not a released folder",
+            version=__version__,
+        )
+        write_text(folder / "README.md", card)
+    typer.echo(f"{model}: {before:.1f} MB, compressed")
+    typer.echo(f"{destination}: {after:.1f} MB, plain; nothing is saved in size")
 
 
 def check(model: Path, destination: Path, dense: bool) -> "Provenance":
@@ -42,9 +54,9 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
     """
     from drank.audit.folder import Folder
 
+    folder = Folder(model)
     if not (model / "config.json").is_file():
         raise ExportError(f"{model}: no config.json, so not the folder of a model")
-    folder = Folder(model)
     if folder.quantization is None:
         raise ExportError(f"{model}: not compressed, so plain already: copy it as it is")
     if not dense:
@@ -80,32 +92,6 @@ def save_dense(model: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(model, **plain).save_pretrained(folder)
 
 
-def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def card(model: Path, provenance: "Provenance", before: int, after: int) -> str:
-    """The plain folder's card: its sources by hash, and that it saves nothing.
-
-    Args:
-        before, after: bytes of the weights of the compressed folder and of the plain one.
-    """
-    from drank import __version__
-    from drank.project.files import file_sha256
-    from drank.steps.release import CHECKSUMS
-
-    sums = model / CHECKSUMS
-    return CARD.format(
-        variant=provenance.variant,
-        before=before / 1e6,
-        after=after / 1e6,
-        sums=f"`{file_sha256(sums)}`" if sums.is_file() else "none: not a released folder",
-        allocation=provenance.allocation_sha256,
-        base=provenance.base_model_sha256,
-        version=__version__,
-    )
-
-
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -114,7 +100,7 @@ tags:
 - low-rank
 - svd
 ---
-# {variant}, multiplied out
+# {provenance.variant}, multiplied out
 
 The plain form of a model that was compressed by truncated SVD with drank, for tools that know no factors. It predicts
 what the compressed one predicts, but for the rounding of weights to bfloat16. It **saves nothing**: {after:.1f} MB of
@@ -124,8 +110,8 @@ removed from MLPs are zeros here.
 | made of | sha256 |
 |---|---|
 | the released folder, by its `SHA256SUMS` | {sums} |
-| `allocation.json`, the rank of every matrix | `{allocation}` |
-| weights of the base model | `{base}` |
+| `allocation.json`, the rank of every matrix | `{provenance.allocation_sha256}` |
+| weights of the base model | `{provenance.base_model_sha256}` |
 
 Written by `drank export --dense` (drank {version}). Results, limits, licence and `drank audit` belong to the compressed
 folder: ask for it by the hashes above.

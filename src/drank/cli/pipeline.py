@@ -7,20 +7,17 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from shutil import disk_usage
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drank.cli.options import CommandError, Root
+from drank.cli.options import CommandError, Root, console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from drank.tracking import Tracked
-
-SCARCE = 2**28  # bytes; DVC says neither which disk is full nor how much is left
 
 
 def run(
@@ -30,20 +27,18 @@ def run(
     root: Root = Path(),
 ) -> None:
     """Reproduce the pipeline, log it to MLflow and show the table of variants."""
-    from rich.console import Console
-
     from drank.project.turns import turn
     from drank.tracking import track as project
 
     look_ahead(root, say)
     with turn(str(root.resolve()), f"another `drank run` in {root.resolve()}"):
-        opening = opened_store(root)
+        # While the first stages use one core: importing MLflow and making a new store take a quarter of a minute.
+        opening = Thread(target=open_early, args=(root,), daemon=True)
+        opening.start()
         reproduce(root, targets or [])
         opening.join()
         tracked = project(root)
-    # On a terminal the table fits itself to it; in a log file, where the width is unknown, it must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table_of_variants(root / "results/summary.csv"))
+    console().print(table_of_variants(root / "results/summary.csv"))
     report(tracked)
 
 
@@ -71,28 +66,21 @@ def track(root: Root = Path()) -> None:
     report(project(root))
 
 
-def opened_store(root: Path) -> Thread:
-    """Open MLflow's store while the first stages run, which use one core: importing MLflow and making the tables of a
-    new store take a quarter of a minute. A store that cannot be used is told now, and not only when all has run.
-    """
+def open_early(root: Path) -> None:
+    """Open MLflow's store once; one that cannot be used is told now, and not only when all has run."""
     from drank.tracking.store import open_store
 
-    def opening() -> None:
-        try:
-            with open_store(root):
-                pass
-        except ValueError as error:
-            say(f"warning: {error}; the stages run all the same, and `drank track` logs what they leave")
-
-    thread = Thread(target=opening, daemon=True)
-    thread.start()
-    return thread
+    try:
+        with open_store(root):
+            pass
+    except ValueError as error:
+        say(f"warning: {error}; the stages run all the same, and `drank track` logs what they leave")
 
 
 def reproduce(root: Path, targets: list[str]) -> None:
     """Run ``dvc repro`` in ``root``, with the Python that runs us as the ``python`` of its stages.
 
-    On standard error it says what will run and where it is; standard output is DVC's.
+    On standard error it says what will run and where it is; standard output is DVC's, line by line.
 
     Raises:
         CommandError: DVC or a stage failed.
@@ -104,30 +92,20 @@ def reproduce(root: Path, targets: list[str]) -> None:
     # DVC by itself gives up after 3 seconds, also at the end of a stage of hours, if a `dvc status` is at work then.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
     plan = Plan(root, targets, say)
-    status = passing_on(command, root, os.environ | {"PATH": path}, plan.follow)
-    if status != 0:
-        full = f" ({free:,} bytes are left in {root.resolve()})" if (free := disk_usage(root).free) < SCARCE else ""
+    with subprocess.Popen(command, cwd=root, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE) as process:
+        for line in process.stdout or ():
+            plan.follow(line.decode(errors="replace"))
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+    if process.returncode != 0:
         torn = "".join(f"; {wrong}, or `drank check --mend`" for wrong in find_torn(root).values())
-        raise CommandError(f"dvc repro ended with exit status {status}{full}; nothing was logged to MLflow{torn}")
+        raise CommandError(f"dvc repro ended with exit status {process.returncode}; nothing was logged to MLflow{torn}")
 
 
 def say(text: str) -> None:
     """On standard error, if anybody listens there."""
     with suppress(OSError):
         typer.echo(text, err=True)
-
-
-def passing_on(command: list[str], root: Path, environment: dict[str, str], follow: Callable[[str], None]) -> int:
-    """Run a command and give its standard output on, line by line, each after ``follow`` has seen it.
-
-    Where ours is closed, so is the command's. Returns its exit status.
-    """
-    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE) as process:
-        for line in process.stdout or ():
-            follow(line.decode(errors="replace"))
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
-    return process.returncode
 
 
 def report(tracked: "Tracked") -> None:

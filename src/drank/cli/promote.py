@@ -1,8 +1,8 @@
 """``drank promote``: which variant is the one to ship, in MLflow's registry and as a tag in git."""
 
+import json
 import os
 import shlex
-import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from drank.cli.options import Root
+from drank.project.git import file_at, resolve
+from drank.project.git import run as git
 
 if TYPE_CHECKING:
     from drank.tracking import Promotion
 
 TAG = "champion"
+REF = f"refs/tags/{TAG}"
+QUESTION = (
+    'from mlflow import MlflowClient; print(MlflowClient({}).get_model_version_by_alias("drank", "champion")'
+    '.tags["allocation.sha256"])'
+)
 
 
 class UncommittedError(ValueError):
@@ -23,7 +30,7 @@ class UncommittedError(ValueError):
 
 
 class TagError(ValueError):
-    """git did not make the tag."""
+    """The tag cannot be made, or is not ours to move."""
 
 
 def promote(
@@ -50,37 +57,25 @@ def promote(
             moving: AbstractContextManager[str] = moved_tag(root, promotion) if in_git else nullcontext("")
             with moving as commit:
                 set_champion(store, promotion)
-            uri = store.uri
+            # The variable may hold a password, and MLflow reads it by itself.
+            address = "" if os.environ.get("MLFLOW_TRACKING_URI") else json.dumps(store.uri, ensure_ascii=False)
     run = promotion.run
     typer.echo(
         f"champion   {variant}: version {run.version} of registered model drank "
         f"({'new' if promotion.is_new else 'as before'})\n"
         f"allocation data/allocation/{variant}.json, sha256 {run.allocation_sha256}\n"
         f"model      data/models/{variant}, md5 in dvc.lock {promotion.model_md5}\n"
-        f"run        {run.link}"
+        f"run        {run.link}\n"
+        f"git tag    {f'{TAG} on {commit[:12]}' if commit else 'none: not in a git repository with a commit'}\n"
     )
     if commit:
-        typer.echo(f"git tag    {TAG} on {commit[:12]}\n")
         typer.echo(f"ask git         git tag -l --format='%(contents)' {TAG}")
-    else:
-        typer.echo("git tag    none: not in a git repository with a commit\n")
-    # The variable may hold a password, and MLflow reads it by itself.
-    address = "" if os.environ.get("MLFLOW_TRACKING_URI") else repr(uri)
-    version = f"MlflowClient({address}).get_model_version_by_alias('drank', 'champion')"
-    question = f"from mlflow import MlflowClient; print({version}.tags['allocation.sha256'])"
-    program = shlex.quote(question) if set('"$`\\!') & set(question) else f'"{question}"'
-    typer.echo(f"ask MLflow      python -c {program}")
+    typer.echo(f"ask MLflow      python -c {shlex.quote(QUESTION.format(address))}")
     typer.echo(f"ask the folder  sha256sum data/models/{variant}/allocation.json")
 
 
 def check_committed(root: Path, variant: str) -> None:
-    """Refuse a variant of which some file that git keeps is not in HEAD as it is.
-
-    Raises:
-        UncommittedError: such a file.
-    """
-    from drank.project.git import file_at
-
+    """Refuse a variant of which some file that git keeps is not in HEAD as it is."""
     kept = ["dvc.yaml", "params.yaml", "dvc.lock", f"data/allocation/{variant}.json", f"results/{variant}.json"]
     if changed := [path for path in kept if file_at(root, "HEAD", path) != (root / path).read_bytes()]:
         raise UncommittedError(
@@ -90,13 +85,9 @@ def check_committed(root: Path, variant: str) -> None:
 
 
 def check_tag(root: Path) -> None:
-    """Refuse to move a tag that somebody else made, or to make one in nobody's name.
-
-    Raises:
-        TagError: such a tag.
-    """
+    """Refuse to move a tag that somebody else made, or to make one in nobody's name."""
     git(root, "var", "GIT_COMMITTER_IDENT")
-    if (said := git(root, "tag", "-l", "--format=%(contents)", TAG)) and not said.startswith("variant: "):
+    if (said := contents(root)) and not said.startswith("variant: "):
         raise TagError(
             f"git has a tag {TAG} that drank did not make ({said.splitlines()[0]}); rename or delete it "
             f"(git tag -d {TAG}), then promote again"
@@ -110,29 +101,23 @@ def moved_tag(root: Path, promotion: "Promotion") -> Iterator[str]:
     The tag goes back if the block fails, so that git and MLflow name one champion.
 
     Raises:
-        TagError: git refused, for want of a user name or a key for instance.
+        GitError: git refused, for want of a key for instance.
     """
-    from drank.project.git import file_at, resolve
-
-    ref = f"refs/tags/{TAG}"
     message = (
         f"variant: {promotion.run.name}\nallocation_sha256: {promotion.run.allocation_sha256}\n"
         f"model_dvc_md5: {promotion.model_md5}\n"
     )
-    before = git(root, "for-each-ref", "--format=%(objectname)", ref).strip()
-    # A signature may follow the message.
-    told = git(root, "tag", "-l", "--format=%(contents)", TAG).startswith(message)
-    if not told or file_at(root, ref, "dvc.lock") != file_at(root, "HEAD", "dvc.lock"):
+    before = git(root, "for-each-ref", "--format=%(objectname)", REF).decode().strip()
+    same = contents(root).startswith(message)  # a signature may follow
+    if not same or file_at(root, REF, "dvc.lock") != file_at(root, "HEAD", "dvc.lock"):
         git(root, "tag", "--annotate", "--force", "--message", message, TAG, "HEAD")
     try:
-        yield resolve(root, ref) or ""
+        yield resolve(root, REF) or ""
     except BaseException:
-        git(root, "update-ref", *((ref, before) if before else ("-d", ref)))
+        git(root, "update-ref", *((REF, before) if before else ("-d", REF)))
         raise
 
 
-def git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise TagError(f"git {shlex.join(arguments)}: {done.stderr.strip()}; nothing was promoted")
-    return done.stdout
+def contents(root: Path) -> str:
+    """The message of the tag; empty where there is none."""
+    return git(root, "tag", "-l", "--format=%(contents)", TAG).decode()

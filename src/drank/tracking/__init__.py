@@ -15,13 +15,13 @@ Runs have what MLflow's pages can show at once; the rest is in the artifacts:
   gap of the allocation; and ``rank/<kind>``, whose step is the layer, so that MLflow draws the rank profile.
 * Parameters of a variant are those that can make two variants differ, under keys without its name and present in
   every run, so that "show diff only" says what differs. Whatever all variants of a state share is with the parent run.
-* A variant is also a logged model without artifacts: the weights stay in DVC, whose hash of the folder it carries.
+* No weights: those stay in DVC, whose hash of the model folder is a tag of the run and of its registered version.
 * The experiment has a saved view "Variants", with columns and charts chosen, since MLflow by itself shows neither
   metrics nor child runs. It lists the variants of the state that was tracked last.
 """
 
 from drank.tracking.projection import Tracked, track
-from drank.tracking.registry import Promotion, PromotionError, VariantRun, find_runs, log_speed, prepare, set_champion
+from drank.tracking.registry import Promotion, PromotionError, VariantRun, find_runs, prepare, set_champion
 from drank.tracking.store import TrackingError, open_store
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "TrackingError",
     "VariantRun",
     "find_runs",
-    "log_speed",
     "open_store",
     "prepare",
     "set_champion",

@@ -1,15 +1,14 @@
 """One run per variant, under one run per state of dvc.lock."""
 
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from drank import __version__
 from drank.project.dvc import LockError, read_lock
@@ -24,7 +23,6 @@ from drank.tracking.store import Store, open_store
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-T = TypeVar("T")
 PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers")
 COLUMNS = ("name", "layer", "kind", "form", "rank", "full_rank", "price", "effective_rank", "relative_loss")
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow takes no more; a large model has more matrices
@@ -91,46 +89,39 @@ def held_state(root: Path) -> Iterator[State]:
         yield state
 
 
-def project(store: Store, state: State, git: dict[str, str]) -> Tracked:
+def project(store: Store, state: State, git: Mapping[str, str]) -> Tracked:
     """Make the runs of a state that are missing."""
-    name, tags = f"pipeline-{state.sha256[:8]}", _state_tags(state, git)
+    client, name = store.client, f"pipeline-{state.sha256[:8]}"
+    tags = {name: _state_tags(state, git)}
+    tags |= {variant.name: _variant_tags(state, variant, git) for variant in state.variants}
     query = f"tags.`dvc.lock_sha256` = '{state.sha256}' and tags.`drank.run` = 'pipeline'"
-    present = store.client.search_runs([store.experiment_id], query, max_results=1)
-    pipeline = present[0] if present else store.client.create_run(store.experiment_id, tags=tags, run_name=name)
-    parent, names = pipeline.info.run_id, [variant.name for variant in state.variants]
-    before = _finished(store, parent)
+    present = client.search_runs([store.experiment_id], query, max_results=1)
+    pipeline = present[0] if present else client.create_run(store.experiment_id, tags=tags[name], run_name=name)
+    before = _finished(store, pipeline.info.run_id)
     missing = [variant for variant in state.variants if variant.name not in before]
     if missing or pipeline.info.status != "FINISHED":
-        with _finishing(store, parent):
-            _log_state(store, parent, state)
+        with _finishing(store, pipeline.info.run_id):
+            _log_state(store, pipeline.info.run_id, state)
             for variant in missing:
-                _log_variant(store, parent, state, variant, _variant_tags(state, variant, git))
-    _follow_commit(store, pipeline, tags)
-    for variant in state.variants:
-        if variant.name in before:
-            _follow_commit(store, before[variant.name], _variant_tags(state, variant, git))
+                _log_variant(store, pipeline.info.run_id, state, variant, tags[variant.name])
+    there = dict.fromkeys([name], pipeline) if present else {}
+    there |= {variant: before[variant] for variant in tags if variant in before}
+    for run, found in there.items():
+        _follow_commit(store, found, tags[run])
     metrics = sorted({key for variant in state.variants for key in _figures(state, variant)})
     for key, value in view.experiment_tags(state.sha256, metrics).items():
-        store.client.set_experiment_tag(store.experiment_id, key, value)
-    existing = [name] * len(present) + [name for name in names if name in before]
-    created = tuple(run for run in [name, *names] if run not in existing)
-    return Tracked(created, tuple(existing), store.where_to_look(view.PAGE), _finished(store, parent))
-
-
-def batched(items: list[T], n: int) -> Iterator[list[T]]:
-    return (items[start : start + n] for start in range(0, len(items), n))
+        client.set_experiment_tag(store.experiment_id, key, value)
+    created = tuple(run for run in tags if run not in there)
+    return Tracked(created, tuple(there), store.where_to_look(view.PAGE), _finished(store, pipeline.info.run_id))
 
 
 def _finished(store: Store, parent: str) -> dict[str, "Run"]:
-    """The variants that are logged whole, by name; what a killed call left half-made is deleted."""
+    """The variants that are logged whole, by name; runs that a killed call left half-made are deleted."""
     finished = {}
     for run in store.client.search_runs([store.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
         if run.info.status == "FINISHED":
             finished[run.data.tags["drank.variant"]] = run
         else:
-            left = f"source_run_id = '{run.info.run_id}'"
-            for model in store.client.search_logged_models([store.experiment_id], left):
-                store.client.delete_logged_model(model.model_id)
             store.client.delete_run(run.info.run_id)
     return finished
 
@@ -145,12 +136,10 @@ def _finishing(store: Store, run_id: str) -> Iterator[None]:
     store.client.set_terminated(run_id, "FINISHED")
 
 
-def _follow_commit(store: Store, run: "Run", tags: dict[str, str]) -> None:
+def _follow_commit(store: Store, run: "Run", tags: Mapping[str, str]) -> None:
     """Name the commit of results that were committed, or that git refused to speak of, after they were logged."""
     before = run.data.tags
-    if before.get("git.dirty") == "false" or "git.unknown" in tags:
-        return
-    if tags.get("git.dirty") == "false" or "git.unknown" in before:
+    if before.get("git.dirty") != "false" and tags.get("git.dirty") == "false":
         for key, value in tags.items():
             if before.get(key) != value:
                 store.client.set_tag(run.info.run_id, key, value)
@@ -160,61 +149,50 @@ def _follow_commit(store: Store, run: "Run", tags: dict[str, str]) -> None:
 
 def _log_state(store: Store, run_id: str, state: State) -> None:
     shared = {k: v for k, v in state.variants[0].params.items() if not k.startswith(OWN)} if state.variants else {}
-    _log_params(store, run_id, named(shared, LONGEST_PARAM))
+    _log(store, run_id, shared)
     store.client.log_artifacts(run_id, str(state.root / FIGURES), "figures")
     for path in DOCUMENTS:
         store.client.log_artifact(run_id, str(state.root / path))
 
 
-def _log_params(store: Store, run_id: str, params: dict[str, str]) -> None:
-    from mlflow.entities import Param
-
-    for batch in batched([Param(key, value) for key, value in params.items()], PARAMS_A_CALL):
-        store.client.log_batch(run_id, params=batch)
-
-
-def _log_variant(store: Store, parent: str, state: State, variant: Variant, tags: dict[str, str]) -> None:
+def _log_variant(store: Store, parent: str, state: State, variant: Variant, tags: Mapping[str, str]) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
-    from mlflow.entities import LoggedModelOutput
 
     from drank.views.pictures import rank_heat_map
 
     client, allocation = store.client, variant.allocation
-    params = named(_params(variant), LONGEST_PARAM)
     # MLflow's own colours are hashes, some of them alike.
     color = to_hex(colormaps["tab20"](state.variants.index(variant) % 20))
-    run_tags = tags | {"mlflow.parentRunId": parent, "mlflow.runColor": color}
+    run_tags = {**tags, "mlflow.parentRunId": parent, "mlflow.runColor": color}
     run_id = client.create_run(store.experiment_id, tags=run_tags, run_name=variant.name).info.run_id
     with _finishing(store, run_id):
-        model_id = _log_model(store, run_id, variant, params, tags)
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-        _log_params(store, run_id, params)
-        for batch in batched(_metrics(state, variant, model_id), METRICS_A_CALL):
-            client.log_batch(run_id, metrics=batch)
-        client.log_artifact(run_id, str(state.root / f"data/allocation/{variant.name}.json"), "allocation")
+        _log(store, run_id, _params(variant), _metrics(state, variant))
+        client.log_artifact(run_id, str(state.root / _allocation_of(variant)), "allocation")
         client.log_artifact(run_id, str(state.root / f"results/{variant.name}.json"), "results")
         ranks = {column: [getattr(unit, column) for unit in allocation.units] for column in COLUMNS}
         client.log_table(run_id, ranks, "ranks.json")
         client.log_figure(run_id, rank_heat_map([allocation.model_dump()]), "ranks.png")
 
 
-def _log_model(store: Store, run_id: str, variant: Variant, params: dict[str, str], tags: dict[str, str]) -> str:
-    """A logged model that says where the weights are, and holds none."""
-    kept = ("drank.variant", "allocation.sha256", "model.dvc_md5", "dvc.lock_sha256")
-    model = store.client.create_logged_model(
-        store.experiment_id,
-        name=re.sub(r"[/:.%\"']", "-", variant.name),
-        source_run_id=run_id,
-        params=params,
-        tags={key: tags[key] for key in kept} | {"mlflow.model.isExternal": "true", "dvc.path": folder_of(variant)},
-        model_type="drank",
-    )
-    return store.client.finalize_logged_model(model.model_id, "READY").model_id
+def _log(store: Store, run_id: str, params: Mapping[str, str], metrics: Iterable["Metric"] = ()) -> None:
+    """Log parameters and metrics, as many per call as MLflow takes."""
+    from mlflow.entities import Param
+
+    rows = [Param(key, value) for key, value in named(params, LONGEST_PARAM).items()]
+    for start in range(0, len(rows), PARAMS_A_CALL):
+        store.client.log_batch(run_id, params=rows[start : start + PARAMS_A_CALL])
+    measured = list(metrics)
+    for start in range(0, len(measured), METRICS_A_CALL):
+        store.client.log_batch(run_id, metrics=measured[start : start + METRICS_A_CALL])
 
 
 def folder_of(variant: Variant) -> str:
     return f"data/models/{variant.name}"
+
+
+def _allocation_of(variant: Variant) -> str:
+    return f"data/allocation/{variant.name}.json"
 
 
 def _params(variant: Variant) -> dict[str, str]:
@@ -245,68 +223,59 @@ def _figures(state: State, variant: Variant) -> dict[str, float]:
     return {name_of(key): value for key, value in found.items()}
 
 
-def _metrics(state: State, variant: Variant, model_id: str) -> list["Metric"]:
-    """The figures, which are the logged model's too; the rank of every kind of matrix, whose step is the layer; the
-    loss of healing by its step."""
+def _metrics(state: State, variant: Variant) -> Iterator["Metric"]:
+    """The figures; the rank of every kind of matrix, whose step is the layer; the loss of healing by its step."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    figures = [Metric(k, v, now, step=0, model_id=model_id) for k, v in _figures(state, variant).items()]
-    ranks = [Metric(name_of(f"rank/{unit.kind}"), unit.rank, now, step=unit.layer) for unit in variant.allocation.units]
-    losses = [
-        Metric(f"healing/{key}", row[key], now, step=int(row["step"]))
-        for row in variant.loss_curve
-        for key in ("loss", "learning_rate")
-    ]
-    return figures + ranks + losses
+    for key, value in _figures(state, variant).items():
+        yield Metric(key, value, now, step=0)
+    for unit in variant.allocation.units:
+        yield Metric(name_of(f"rank/{unit.kind}"), unit.rank, now, step=unit.layer)
+    for row in variant.loss_curve:
+        for key in ("loss", "learning_rate"):
+            yield Metric(f"healing/{key}", row[key], now, step=int(row["step"]))
 
 
-def _state_tags(state: State, git: dict[str, str]) -> dict[str, str]:
+def _state_tags(state: State, git: Mapping[str, str]) -> dict[str, str]:
     lines = [f"* {v.name}: kept {v.results.figures['kept_ratio']:.4f}" for v in state.variants]
     note = "\n".join(["Everything that one state of `dvc.lock` holds, a run per variant:", "", *lines, "", _links(git)])
-    tags = {
-        "drank.run": "pipeline",
-        "drank.version": __version__,
-        "dvc.lock_sha256": state.sha256,
-        "mlflow.source.name": "dvc repro",
-        "mlflow.note.content": note,
-        **{f"version.{package}": version(package) for package in PACKAGES},
-        **git,
-    }
-    return named(tags, LONGEST_TAG)
+    versions = {f"version.{package}": version(package) for package in PACKAGES}
+    return _tags(state, git, "pipeline", "dvc repro", note, versions)
 
 
-def _variant_tags(state: State, variant: Variant, git: dict[str, str]) -> dict[str, str]:
+def _variant_tags(state: State, variant: Variant, git: Mapping[str, str]) -> dict[str, str]:
     """The way to the variant, by hash: commit, lock, allocation, model folder, and every out on the way."""
-    allocation, outs = f"data/allocation/{variant.name}.json", outs_of(variant.stages)
-    sha256, md5, stage = file_sha256(state.root / allocation), outs[folder_of(variant)], f"release@{variant.name}"
+    outs, stage = outs_of(variant.stages), f"release@{variant.name}"
+    sha256, md5 = file_sha256(state.root / _allocation_of(variant)), outs[folder_of(variant)]
     made, figures = variant.allocation, variant.results.figures
     note = (
         f"Preset **{made.preset}** (allocation `{made.allocation}`, storage `{made.storage}`, factors "
         f"`{made.spectrum}`), {made.size_ratio} of the targeted parameters asked, {figures['kept_ratio']:.4f} kept: "
         f"{figures['parameters']:,} parameters, {figures['bytes'] / 1e6:.1f} MB. Rebuild with `dvc repro {stage}`, "
         f"verify with `drank audit {folder_of(variant)}`. {_links(git)}\n\n"
-        f"* allocation `{allocation}`: sha256 `{sha256}`\n"
+        f"* allocation `{_allocation_of(variant)}`: sha256 `{sha256}`\n"
         f"* model `{folder_of(variant)}`: md5 in dvc.lock `{md5}`\n"
         f"* stages of `dvc.lock`: sha256 `{state.sha256}`\n"
     )
-    tags = {
-        "drank.run": "variant",
+    own = {
         "drank.variant": variant.name,
-        "drank.version": __version__,
-        "dvc.lock_sha256": state.sha256,
         "dvc.stages_sha256": sha256_of(variant.stages),
         "allocation.sha256": sha256,
         "model.dvc_md5": md5,
-        "mlflow.source.name": f"dvc repro {stage}",
-        "mlflow.note.content": note,
         **{f"dvc.out.{path}": md5 for path, md5 in outs.items()},
-        **git,
     }
-    return named(tags, LONGEST_TAG)
+    return _tags(state, git, "variant", f"dvc repro {stage}", note, own)
 
 
-def _links(git: dict[str, str]) -> str:
+def _tags(
+    state: State, git: Mapping[str, str], kind: str, source: str, note: str, own: Mapping[str, str]
+) -> dict[str, str]:
+    shared = {"drank.run": kind, "drank.version": __version__, "dvc.lock_sha256": state.sha256}
+    return named({**shared, "mlflow.source.name": source, "mlflow.note.content": note, **own, **git}, LONGEST_TAG)
+
+
+def _links(git: Mapping[str, str]) -> str:
     if "git.unknown" in git:
         return f"The commit is not known: {git['git.unknown']}."
     if "git.commit" not in git:

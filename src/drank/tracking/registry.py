@@ -1,19 +1,14 @@
 """Which variant is champion: versions of a registered model, and the way from a model folder back to its runs."""
 
-import json
-import os
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING
 
 from drank.project.dvc import dvc_md5
 from drank.project.state import State, outs_of
 from drank.tracking.projection import folder_of, project
-from drank.tracking.store import EXPERIMENT, Store, existing_store
+from drank.tracking.store import EXPERIMENT, Store, open_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -23,9 +18,9 @@ MODEL = "drank"
 CHAMPION = "champion"
 CARRIED = ("drank.variant", "allocation.sha256", "model.dvc_md5", "dvc.lock_sha256", "git.commit", "git.dirty")
 DESCRIPTION = (
-    "Variants that were promoted, a version per model folder. Versions hold no files: tag `dvc.path` is the folder in "
-    "DVC's cache, `model.dvc_md5` its hash there, `allocation.sha256` what allocation made it, `git.commit` where its "
-    "`dvc.lock` is."
+    "Variants that were promoted, a version per model folder. Versions hold no weights: tag `dvc.path` is the folder "
+    "in DVC's cache, `model.dvc_md5` its hash there, `allocation.sha256` what allocation made it, `git.commit` where "
+    "its `dvc.lock` is."
 )
 
 
@@ -55,11 +50,11 @@ class Promotion:
     is_new: bool
 
 
-def prepare(store: Store, state: State, name: str, root: Path, git: dict[str, str]) -> Promotion:
+def prepare(store: Store, state: State, name: str, root: Path, git: Mapping[str, str]) -> Promotion:
     """Track the state and register a variant of it, so that only the alias has to move.
 
-    A version has no files: its source is the run's logged model, and its tags tell the folder, which DVC keeps, by
-    hash. The same folder is the same version, from whichever state of the lock it is promoted.
+    The source of a version is what its run logged, and its tags tell the folder, which DVC keeps, by hash. The same
+    folder is the same version, from whichever state of the lock it is promoted.
 
     Raises:
         PromotionError: the model folder is not there, or not as the lock has it.
@@ -81,64 +76,20 @@ def prepare(store: Store, state: State, name: str, root: Path, git: dict[str, st
 
 def set_champion(store: Store, promotion: Promotion) -> None:
     """Move the alias ``champion`` to the version of a variant, unless it is there."""
-    from mlflow.exceptions import MlflowException
-
-    if promotion.run.champion:
-        return
-    try:
+    if not promotion.run.champion:
         store.client.set_registered_model_alias(MODEL, CHAMPION, str(promotion.run.version))
-    except MlflowException:
-        # A server that moved it may have failed to say so.
-        with suppress(MlflowException):
-            if int(store.client.get_model_version_by_alias(MODEL, CHAMPION).version) == promotion.run.version:
-                return
-        raise
 
 
-def find_runs(root: Path, model_md5: str) -> list[VariantRun] | None:
+def find_runs(root: Path, model_md5: str) -> list[VariantRun]:
     """The runs that logged a model folder, newest first, by DVC's hash of it (with its ``.dir``, as in dvc.lock).
 
-    None where there is no store, or no experiment of ours in it: nothing is created.
-
     Raises:
-        TrackingError: a store that cannot be used.
+        TrackingError: no store, none with an experiment of ours, or one that cannot be used; nothing is created.
     """
-    with existing_store(root) as store:
-        return None if store is None else _runs_of(store, model_md5)
-
-
-def log_speed(
-    root: Path, model_md5: str, figures: Mapping[str, float], conditions: Mapping[str, Any]
-) -> VariantRun | None:
-    """Add metrics to the newest run that logged a model folder; the run, or None where there is none.
-
-    No run is created: `drank track` makes them. Every call adds a value to a metric's history, and MLflow shows the
-    newest. The tag ``speed.conditions`` has, as JSON, the conditions that figures depend on beside the model.
-
-    Args:
-        model_md5: DVC's hash of the folder, with its ``.dir``.
-        figures: by name of the metric, such as ``speed/decode``.
-        conditions: the machine and the protocol.
-
-    Raises:
-        TrackingError: a store that cannot be used.
-    """
-    with existing_store(root) as store:
-        if store is None or not (runs := _runs_of(store, model_md5)):
-            return None
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(figure, value, now, 0) for figure, value in figures.items()]
-        store.client.log_batch(runs[0].run_id, metrics=metrics)
-        store.client.set_tag(runs[0].run_id, "speed.conditions", json.dumps(conditions, sort_keys=True))
-        return runs[0]
-
-
-def _runs_of(store: Store, model_md5: str) -> list[VariantRun]:
     query = f"tags.`drank.run` = 'variant' and tags.`model.dvc_md5` = '{model_md5}'"
-    version = _versions(store).get(model_md5)
-    return [_variant_run(store, run, version) for run in store.client.search_runs([store.experiment_id], query)]
+    with open_store(root, create=False) as store:
+        version = _versions(store).get(model_md5)
+        return [_variant_run(store, run, version) for run in store.client.search_runs([store.experiment_id], query)]
 
 
 def _variant_run(store: Store, run: "Run", version: "ModelVersion | None") -> VariantRun:
@@ -163,18 +114,10 @@ def _versions(store: Store) -> dict[str, "ModelVersion"]:
 def _register(store: Store, run: "Run", folder: str) -> "ModelVersion":
     if not store.client.search_registered_models(f"name = '{MODEL}'"):
         store.client.create_registered_model(MODEL, description=DESCRIPTION)
-    (model,) = run.outputs.model_outputs
-    tags = {key: run.data.tags[key] for key in CARRIED if key in run.data.tags}
-    # MLflow 3.17 looks a version's logged model up in the default store, whichever store the client has.
-    with patch.dict(os.environ, MLFLOW_TRACKING_URI=store.uri):
-        version = store.client.create_model_version(
-            MODEL,
-            source=f"models:/{model.model_id}",
-            run_id=run.info.run_id,
-            model_id=model.model_id,
-            tags=tags | {"dvc.path": folder},
-            description=run.data.tags["mlflow.note.content"],
-        )
-    versions = [{"name": MODEL, "version": version.version}]
-    store.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(versions)})
-    return version
+    return store.client.create_model_version(
+        MODEL,
+        source=run.info.artifact_uri,
+        run_id=run.info.run_id,
+        tags={key: run.data.tags[key] for key in CARRIED if key in run.data.tags} | {"dvc.path": folder},
+        description=run.data.tags["mlflow.note.content"],
+    )

@@ -15,7 +15,6 @@ from drank.project.turns import turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 EXPERIMENT = "drank"
 LOCAL_UI = "http://127.0.0.1:5000"
@@ -51,58 +50,39 @@ class Store:
 
 
 @contextmanager
-def open_store(root: Path) -> Iterator[Store]:
-    """The store of ``root`` with our experiment in it, both created where they are missing.
+def open_store(root: Path, create: bool = True) -> Iterator[Store]:
+    """The store of ``root`` with our experiment in it, both created where they are missing, unless not to ``create``.
 
-    It is ``MLFLOW_TRACKING_URI``, or else ``mlflow.db`` in the folder that DVC names in ``DVC_ROOT`` (an experiment in
-    a temporary folder points to its repository there), or else in ``root``. One process of a machine and a user at a
-    time has it, whichever clone it is in; the others wait.
+    One process of a machine and a user at a time has it, whichever clone it is in; the others wait.
 
     Raises:
         TrackingError: a store that cannot be used, or that fails in the block.
     """
     uri = uri_of(root)
     file = sqlite_file(uri)
-    artifacts = (file.parent if file else _home(root)) / "mlartifacts" if is_database(uri) else None
+    missing = TrackingError("no MLflow store here: `drank track` makes one")
+    if file is not None and not file.exists() and not create:
+        raise missing
     # Two processes that create one SQLite store break it, and two that look for a run would both make it.
     with turn(str(file or uri), "another drank on MLflow's store"), _explained():
         if file is not None and file.exists():
-            check_access(file, "r+b")
+            check_access(file, "r+b" if create else "rb")
         elif file is not None:
             _create_database(file)
         client = _new_client(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT) or _create_experiment(client, artifacts)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            if not create:
+                raise missing
+            # MLflow's own default is the current folder, for ever; a server has a place of its own.
+            place = (file.parent if file else _home(root)) / "mlartifacts" if is_database(uri) else None
+            experiment = client.get_experiment(client.create_experiment(EXPERIMENT, place and place.as_uri()))
         if experiment.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"MLflow's experiment '{EXPERIMENT}' is deleted; bring it back with "
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
             )
-        if artifacts and experiment.artifact_location.startswith("mlflow-artifacts:"):
-            raise TrackingError(
-                f"{redact(uri)}: its experiment '{EXPERIMENT}' was made through a server, which keeps the artefacts: "
-                f"start it and give its address, as in MLFLOW_TRACKING_URI={LOCAL_UI}"
-            )
         yield Store(uri, client, experiment.experiment_id)
-
-
-@contextmanager
-def existing_store(root: Path) -> Iterator[Store | None]:
-    """The store of ``root``, or None where there is none or no experiment in it; nothing is created.
-
-    Raises:
-        TrackingError: a store that cannot be used, or that fails in the block.
-    """
-    uri = uri_of(root)
-    file = sqlite_file(uri)
-    if file is not None and not file.is_file():
-        yield None
-        return
-    if file is not None:
-        check_access(file)
-    with _explained():
-        client = _new_client(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        yield None if experiment is None else Store(uri, client, experiment.experiment_id)
 
 
 def _home(root: Path) -> Path:
@@ -110,13 +90,20 @@ def _home(root: Path) -> Path:
 
 
 def uri_of(root: Path) -> str:
-    """The address of the store that :func:`open_store` opens."""
+    """The address of the store of ``root``: ``MLFLOW_TRACKING_URI``, or else ``mlflow.db`` in ``root``.
+
+    An experiment that DVC runs in a temporary folder has the store of its repository, which DVC names in ``DVC_ROOT``.
+    """
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(_home(root) / "mlflow.db")
 
 
 def is_database(uri: str) -> bool:
     """Whether MLflow opens the store itself, with SQLAlchemy, instead of asking a server."""
-    return uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+    return _dialect(uri) in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _dialect(uri: str) -> str:
+    return uri.partition(":")[0].partition("+")[0]
 
 
 def sqlite_uri(file: Path) -> str:
@@ -132,7 +119,7 @@ def sqlite_uri(file: Path) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite database, whatever driver the address names; None for other stores."""
-    if uri.partition(":")[0].partition("+")[0] != "sqlite":
+    if _dialect(uri) != "sqlite":
         return None
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
@@ -155,23 +142,6 @@ def _create_database(file: Path) -> None:
     check_access(partial, "wb")
     _new_client(sqlite_uri(partial)).search_experiments(max_results=1)
     partial.replace(file)
-
-
-def _create_experiment(client: "MlflowClient", artifacts: Path | None) -> "Experiment":
-    """Ours, with its artifacts in this folder, or where a server puts them.
-
-    MLflow's own default is the current folder, for ever.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        number = client.create_experiment(EXPERIMENT, None if artifacts is None else artifacts.as_uri())
-        return client.get_experiment(number)
-    except MlflowException:
-        experiment = client.get_experiment_by_name(EXPERIMENT)  # another machine was quicker
-        if experiment is None:
-            raise
-        return experiment
 
 
 def _new_client(uri: str) -> "MlflowClient":

@@ -9,9 +9,8 @@ import json
 KEY = "variants"
 PAGE = f"runs?workflowType=machine_learning&viewStateShareKey={KEY}"
 SECTION = "Size and quality"
-MOST_COLUMNS = 6  # of perplexities, and of accuracies
+MOST_COLUMNS, MOST_CHARTS = 6, 3  # of perplexities, and of accuracies; of perplexities
 LONGEST = 5000  # characters that a tag of an experiment holds
-MOST_CHARTS = 3
 DESCRIPTION = (
     "Variants of one model, a run each, under a run for the state of `dvc.lock` that made them. The view **Variants** "
     "(menu Views) has a table and charts of those tracked last. The step of `rank/<kind>` is the layer. Registered "
@@ -35,8 +34,8 @@ def _view(lock_sha256: str, metrics: list[str], most: int) -> str:
         [metric for metric in metrics if metric.startswith(kind)][:most]
         for kind in ("ppl_over_dense/" if relative else "token_perplexity/", "acc/")
     )
-    columns = ["params.`preset`", "params.`size_ratio`"]
-    columns += [f"metrics.`{metric}`" for metric in ("bytes", *perplexities, *accuracies)]
+    names = ["bytes", *perplexities, *accuracies]
+    columns = ["params.`preset`", "params.`size_ratio`", *(f"metrics.`{metric}`" for metric in names)]
     charts = [
         {"type": "SCATTER", "xaxis": _axis("bytes"), "yaxis": _axis(perplexity), "runsCountToCompare": 100}
         for perplexity in perplexities[:MOST_CHARTS]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Document = dict[str, Any]
-COLUMNS = ["kind", "layer", "a", "b", "full_a", "full_b", "form_a", "form_b", "share"]
 
 
 class DifferenceError(ValueError):
@@ -47,10 +46,10 @@ def compare(a: Side, b: Side) -> Document:
     if a.results and b.results:
         figures = (a.results.figures, b.results.figures)
     if a.allocation and b.allocation:
-        for values, side in zip(figures, (a.allocation, b.allocation), strict=True):
-            values.update(kept_ratio=side.kept_ratio, price=side.price)
-        found |= _units(*(matrices(side.model_dump()) for side in (a.allocation, b.allocation)))
-    found["figures"] = {name: pair | _change(**pair) for name, pair in _differing(*figures).items()}
+        for values, allocation in zip(figures, (a.allocation, b.allocation), strict=True):
+            values.update(kept_ratio=allocation.kept_ratio, price=allocation.price)
+        found |= _units(*(matrices(allocation.model_dump()) for allocation in (a.allocation, b.allocation)))
+    found["figures"] = {name: _with_change(**pair) for name, pair in _differing(*figures).items()}
     changed = any(row["n_changed"] for row in found["kinds"].values())
     empty = not (changed or any(found[key] for key in ("parameters", "figures", "only_a", "only_b")))
     types = other_dtypes(side.results.protocol for side in (a, b) if side.results)
@@ -63,10 +62,10 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str
     return {name: {"a": a.get(name), "b": b.get(name)} for name in names if a.get(name) != b.get(name)}
 
 
-def _change(a: float | int | None, b: float | int | None) -> dict[str, float | int | None]:
+def _with_change(a: int | float | None, b: int | float | None) -> dict[str, int | float | None]:
     if a is None or b is None:
-        return {"change": None, "ratio": None}
-    return {"change": b - a, "ratio": b / a if a else None}
+        return {"a": a, "b": b, "change": None, "ratio": None}
+    return {"a": a, "b": b, "change": b - a, "ratio": b / a if a else None}
 
 
 def _remarks(side: Side) -> list[str]:
@@ -84,11 +83,15 @@ def _remarks(side: Side) -> list[str]:
 
 
 def _units(a: pd.DataFrame, b: pd.DataFrame) -> Document:
+    """The rows of both sides by name, joined, and the names that one of them lacks."""
     a, b = _with_channels(a, b), _with_channels(b, a)
-    units = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b"))
-    units["share"] = units["rank_b"] / units["full_rank_b"] - units["rank_a"] / units["full_rank_a"]
-    units.columns = units.columns.str.replace("full_rank", "full").str.replace("rank_", "")
-    units = units.rename(columns={"kind_a": "kind", "layer_a": "layer"})[COLUMNS]
+    both = a.index.intersection(b.index, sort=False)
+    left, right = a.loc[both], b.loc[both]
+    units = left[["kind", "layer"]].assign(
+        a=left["rank"], b=right["rank"], full_a=left["full_rank"], full_b=right["full_rank"],
+        form_a=left["form"], form_b=right["form"],
+    )  # fmt: skip
+    units["share"] = units["b"] / units["full_b"] - units["a"] / units["full_a"]
     return {
         "units": units.to_dict("index"),
         "kinds": _by_kind(units),
@@ -105,20 +108,20 @@ def _with_channels(rows: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 def _by_kind(units: pd.DataFrame) -> Document:
     """One summary per kind, in the order in which kinds first appear."""
-    change, reshaped = units["b"] - units["a"], units["form_a"] != units["form_b"]
-    forms = (units["form_a"] + " to " + units["form_b"]).where(reshaped)
-    kinds = units.assign(change=change, changed=change.ne(0) | reshaped, forms=forms).groupby("kind", sort=False)
-    summary = {
-        "n": kinds.size(),
-        "n_changed": kinds["changed"].sum(),
-        "full": kinds[["full_a", "full_b"]].max().max(axis=1),
-        "mean_a": kinds["a"].mean(),
-        "mean_b": kinds["b"].mean(),
-        "least_change": kinds["change"].min(),
-        "greatest_change": kinds["change"].max(),
-        "forms": kinds["forms"].agg(lambda forms: ", ".join(sorted(forms.dropna().unique()))),
-    }
-    return {str(kind): row for kind, row in pd.DataFrame(summary).to_dict("index").items()}
+    found = {}
+    for kind, rows in units.groupby("kind", sort=False):
+        change, reshaped = rows["b"] - rows["a"], rows["form_a"] != rows["form_b"]
+        found[str(kind)] = {
+            "n": len(rows),
+            "n_changed": int((change.ne(0) | reshaped).sum()),
+            "full": max(*rows["full_a"].tolist(), *rows["full_b"].tolist()),
+            "mean_a": float(rows["a"].mean()),
+            "mean_b": float(rows["b"].mean()),
+            "least_change": int(change.min()),
+            "greatest_change": int(change.max()),
+            "forms": ", ".join(sorted(set((rows["form_a"] + " to " + rows["form_b"])[reshaped]))),
+        }
+    return found
 
 
 def heat_map(differences: Iterable[Document]) -> "Figure":

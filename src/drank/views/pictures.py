@@ -76,6 +76,7 @@ def budget(allocations: Sequence[Allocation]) -> Figure:
     image = right.imshow(shares_by_layer, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     right.set_ylim(len(allocations) - 0.5, -0.5)
     right.set_xlabel("layer", fontsize=8)
+    right.locator_params("x", integer=True)
     right.tick_params(length=0, labelsize=8, labelleft=False)
     shrink = min(1.0, FEW / len(allocations))
     bar = figure.colorbar(image, ax=right, shrink=shrink, anchor=(0, 1), aspect=min(20, 2 + 2 * len(allocations)))
@@ -171,6 +172,7 @@ def heat_maps(panels: Mapping[str, tuple[str, pd.DataFrame]], cmap: str, norm: N
         axes.tick_params(labelsize=8 if few else 6, length=2)
         if kinds[-1] == CHANNELS:
             axes.axvline(len(kinds) - 1.5, color="white", linewidth=2)
+    grid[0].locator_params("y", integer=True)  # all panels share it
     figure.supylabel("layer", fontsize=9)
     figure.colorbar(image, ax=list(grid), label=label, format="{x:g}", shrink=max(0.25, 0.9 / down), anchor=(0, 1))
     return figure

@@ -32,7 +32,7 @@ def table(results: Mapping[str, Any]) -> "Table":
 
 def _cell(value: Mapping[str, Any], unit: str, scale: float, decimals: int) -> str:
     ratio = value["over_reference"]
-    between = f" \\[{ratio['lower']:.2f}, {ratio['upper']:.2f}]" if len(value["samples"]) > 1 else ""
+    between = f" [{ratio['lower']:.2f}, {ratio['upper']:.2f}]" if len(value["samples"]) > 1 else ""
     return f"x{ratio['median']:.2f}{between}\n{value['median'] / scale:,.{decimals}f}"
 
 
