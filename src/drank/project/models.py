@@ -109,7 +109,7 @@ def _check_biases(source: str, file: Path, model: Any) -> None:
     """Refuse a GGUF file with biases that the model has no place for; transformers leaves them out and says nothing."""
     import gguf
 
-    reader = gguf.GGUFReader(file)
+    reader = gguf.GGUFReader(str(file))
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     architecture = architectures[reader.fields["general.architecture"].contents()]
     names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
@@ -128,28 +128,27 @@ def _refuse_lost(source: str, lost: set[str], model: Any) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """A GGUF file is parsed once in the block, and from memory; the names of its tensors are made once.
+    """A GGUF file is parsed once in the block, from an array; the names of its tensors are made once.
 
-    transformers parses it for the configuration, for the weights and for the tokenizer, seconds each: the vocabulary is
-    read word by word, every word in slices of a memory map, which NumPy makes far slower than those of an array. It
-    makes the map of all names anew for every module of the model.
+    transformers parses it for the configuration, for the weights and for the tokenizer, seconds each, and makes the map
+    of all names anew for every module of the model.
     """
     import gguf
     import numpy as np
 
-    places = {
-        (gguf, "GGUFReader"): cache(gguf.GGUFReader),
-        (gguf, "get_tensor_name_map"): cache(gguf.get_tensor_name_map),
-        (np, "memmap"): lambda path, *_, **__: np.fromfile(path, np.uint8),
-    }
-    own = {(module, name): getattr(module, name) for module, name in places}
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # NumPy slices a memory map far slower than an array, and a vocabulary is read word by word.
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, value in (own | {"GGUFReader": Reader}).items():
+        setattr(gguf, name, cache(value))
     try:
-        for (module, name), value in places.items():
-            setattr(module, name, value)
         yield
     finally:
-        for (module, name), value in own.items():
-            setattr(module, name, value)
+        for name, value in own.items():
+            setattr(gguf, name, value)
 
 
 def _load(source: str, folder: Path, options: dict[str, Any], common: dict[str, Any]) -> tuple[Any, Any]:
