@@ -54,7 +54,7 @@ import json, os, socket, sys
 name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
 module = arguments[1] if name == "python" and arguments[:1] == ["-m"] and len(arguments) > 1 else ""
 status = ""
-if name != "python" or module == "dvc" or module.startswith(("stages.", "drank.")):
+if name != "python" or module == "dvc" or module.startswith("stages."):
     asked = dict(program=name, arguments=arguments, folder=os.getcwd(), environment=dict(os.environ))
     with socket.socket(socket.AF_UNIX) as server:
         server.connect({address!r})

@@ -6,15 +6,11 @@ from drank.cli import audit, bench, check, diff, export, params, pipeline, promo
 from drank.project.command import quieten_libraries, run_app
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-commands.command()(pipeline.run)
-commands.command()(pipeline.track)
-commands.command()(audit.audit)
-commands.command()(check.check)
-commands.command()(diff.diff)
-commands.command()(bench.bench)
-commands.command()(params.params)
-commands.command()(export.export)
-commands.command()(promote.promote)
+for command in (
+    pipeline.run, pipeline.track, audit.audit, check.check, diff.diff, bench.bench, params.params, export.export,
+    promote.promote,
+):  # fmt: skip
+    commands.command()(command)
 
 
 def app() -> None:
