@@ -90,7 +90,7 @@ def folder(tmp_path):
 
 
 def fetch(folder):
-    """What the stage raw makes of it."""
+    """The folder that the stage raw makes of it."""
     root = folder.parent
     try:
         fetch_model("local:model", root / "out", root, root=root)
