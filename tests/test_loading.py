@@ -1,4 +1,4 @@
-"""What docs/loading.md says was tried: transformers' pipeline and Trainer, and lm-eval's command line."""
+"""Programs that docs/loading.md names: transformers' pipeline and Trainer, and lm-eval's command line."""
 
 import functools
 import json
@@ -104,7 +104,7 @@ def test_the_command_line_of_lm_eval_scores_a_folder_as_its_logits_do(tmp_path, 
 
 @torch.no_grad()
 def bits_per_byte(folder, texts):
-    """Of documents that fit into a window: -log2 p of every token, the first one after the end token, over bytes."""
+    """-log2 p of every token, the first one after the end token, over bytes; documents fit into a window."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     nats = 0.0
     for text in texts:

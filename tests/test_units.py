@@ -1,4 +1,4 @@
-"""What is factored together: groups of layers by the paper's rules, and MLPs, in several architectures."""
+"""Matrices that are factored together: groups of layers by the paper's rules, and MLPs, in several architectures."""
 
 import pytest
 import torch

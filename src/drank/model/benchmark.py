@@ -99,9 +99,8 @@ class Subject:
 
     def generation(self) -> dict[str, float]:
         """One greedy `generate`, timed at each token as a streamer is handed it; the end-of-text token is barred."""
-        times: list[float] = []
+        prompt, times = self.windows[:1], list[float]()
         streamer = SimpleNamespace(put=lambda _: times.append(self.clock()), end=lambda: None)
-        prompt = self.windows[:1]
         start = self._now()
         self.model.generate(
             prompt,

@@ -1,4 +1,4 @@
-"""The passes of ``capture`` with one decoder block at a time: what a block puts out waits in a store until it is used.
+"""The passes of ``capture`` with one decoder block at a time: outputs of a block wait in a store until they are used.
 
 A block sees what the model itself gives it. The model's own forward runs for every batch and block; blocks before that
 one stand aside, and the pass ends behind it. So masks, positions and whatever else the model makes are its own, and

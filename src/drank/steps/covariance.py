@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from drank.method.covariance import NotFiniteError, SecondMoment
-from drank.model.capture import (
-    Callback,
-    split_windows,
-    watching_inputs,
-    watching_output_gradients,
-)
+from drank.model.capture import Callback, split_windows, watching_inputs, watching_output_gradients
 from drank.model.linears import shared_inputs, survey, unreached
 from drank.model.offload import sweeps
 from drank.model.precision import has_units, name_of
@@ -63,8 +58,8 @@ def collect(
     moment = partial(SecondMoment, device=asked.device, bfloat16_units=has_units(torch.bfloat16, asked.device))
     owners = shared_inputs(model, linears, windows[:1, :8])
     batches = split_windows(windows, asked.batch_windows, group.share, asked.fisher_windows)
-    store_of_states = hidden_states if asked.offload else None
-    planned = sweeps(model, linears, batches, asked.fisher, asked.fisher_seed, store_of_states)
+    states = hidden_states if asked.offload else None
+    planned = sweeps(model, linears, batches, asked.fisher, asked.fisher_seed, states)
     bar = group.progress(desc="covariance", unit="windows", total=sum(sweep.n_windows for sweep in planned))
     for sweep in planned:
         within = {linear.name: linear for linear in linears if linear.name.startswith(sweep.prefix)}
