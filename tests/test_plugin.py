@@ -332,7 +332,7 @@ def two(**changes):
     ("specs", "message"),
     [
         ({Q.format(0): 3}, r"modules\.model\.layers\.0\.self_attn\.q_proj is 3: Input should be a valid dict"),
-        (one(form="sparse"), "q_proj: form is 'sparse'; known are dense, factors, pivot"),
+        (one(form="sparse"), "q_proj: form is 'sparse'; known are dense, embedding, factors, pivot"),
         (one(form=None), r"q_proj\.form is None: Input should be a valid string"),
         (one(rank=10**40), "q_proj: rank is 1000.*; it must be an integer of at most 15"),
         (one(out_features=math.inf), r"q_proj\.out_features is inf: Input should be a valid integer"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import drank.model.quantizer  # noqa: F401
 from drank.audit import audit
 from drank.model.linears import find_linears
+from drank.steps.evaluation import count_parameters
 from tests import tiny
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
@@ -35,9 +36,15 @@ OWN = {
     },
     "pairs-pivot": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot"},
     "blocks-factors": {"spectrum": "kfac", "allocation": "least_loss", "storage": "factors", "multiple_of": 4},
+    "pairs-factors-4": {
+        "spectrum": "input-pairs", "allocation": "uniform", "storage": "factors", "precision": 4, "group_size": 16,
+    },
+    "pairs-pivot-3": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot", "precision": 3},
+    "svd-2": {"spectrum": "none", "allocation": "uniform", "storage": "factors", "precision": 2, "rounding": "nearest"},
 }  # fmt: skip
 PRESETS = {name: p for name, p in yaml.safe_load(SHIPPED.read_text())["presets"].items() if name != "dense"} | OWN
-PRESETS["kfac-aligned"]["multiple_of"] = 4  # ranks of the tiny model are below 32
+for preset in PRESETS.values():  # ranks of the tiny model are below 32
+    preset |= {"multiple_of": 4} if "multiple_of" in preset else {}
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +85,12 @@ def test_a_preset_fits_its_budget_and_its_folder_holds_what_was_allocated_and_pa
     dense = AutoModelForCausalLM.from_pretrained(project / "data/raw/model")
     targeted = sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"]))
     assert targeted == found["targeted_parameters"]
-    saved = dense.num_parameters() - model.num_parameters()
+    saved = count_parameters(dense) - count_parameters(model)
     assert saved == targeted - found["price"], "shared bases count once, indices are no parameters"
     assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+    if "precision" in PRESETS[preset]:
+        assert {unit["bits"] for unit in found["units"]} == {PRESETS[preset]["precision"]}
+        assert found["bytes"] == sum(unit["bytes"] for unit in found["units"])
     states = {link.name: link.finding for link in audit(project / f"data/models/{preset}", None).links}
     assert states.pop("dvc.lock") == "cannot be checked here"
     assert set(states.values()) == {"holds"}, states

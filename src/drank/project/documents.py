@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from drank.method.allocation.units import PRICES
+from drank.method.precisions import FULL
 from drank.model import format
 from drank.project.files import FileError
 
@@ -40,6 +41,8 @@ class UnitRow(Document):
     objective_share: float
     relative_loss: float
     effective_rank: float
+    bits: Count = FULL
+    bytes: Count | None = None
 
     @property
     def price_of_form(self) -> int:
@@ -79,6 +82,9 @@ class AllocationDocument(Document):
     units: tuple[UnitRow, ...]
     blocks: tuple[BlockRow, ...]
     inputs: dict[str, Sha256]
+    group_size: Annotated[Count, Field(ge=1)] | None = None
+    embedding_bits: Count | None = None
+    bytes: Count | None = None
 
 
 class SpectrumRow(Document):

@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 from drank.method.allocation.choices import RULES
 from drank.method.allocation.units import PRICES, Menu
 from drank.method.metrics import METRICS, UNITS
+from drank.method.precisions import EMBEDDING_BITS, FULL, GROUP, PRECISIONS, STORED
 from drank.project import plain_yaml
 
 # Names are parts of names of files, which have 255 bytes at most, and of MLflow's keys, which have 250 characters.
@@ -59,13 +60,16 @@ if TYPE_CHECKING:
     UnitsName = str
     RuleName = str
     StorageName = str
+    PrecisionName = int | str
+    EmbeddingBits = int
 else:  # rows of the tables of choices
     MetricName, UnitsName = Literal[tuple(METRICS)], Literal[tuple(UNITS)]
     RuleName, StorageName = Literal[tuple(RULES)], Literal[tuple(PRICES)]
+    PrecisionName, EmbeddingBits = Literal[tuple(PRECISIONS)], Literal[tuple(EMBEDDING_BITS)]
 # For each section whose choices read parameters, the tables of choices by the key that chooses.
-TABLES: dict[str, Mapping[str, Mapping[str, Any]]] = {
+TABLES: dict[str, Mapping[str, Mapping[Any, Any]]] = {
     "spectrum": {"metric": METRICS, "units": UNITS},
-    "presets": {"allocation": RULES},
+    "presets": {"allocation": RULES, "precision": PRECISIONS},
 }
 
 
@@ -91,7 +95,7 @@ class Section(BaseModel):
         return self
 
 
-def readers_of(section: str, name: str) -> list[tuple[str, str]]:
+def readers_of(section: str, name: str) -> list[tuple[str, Any]]:
     """The choices that read a parameter of a section: the key that chooses, and the row. Empty where all do."""
     tables = TABLES.get(section, {})
     return [(kind, row) for kind, table in tables.items() for row, choice in table.items() if name in choice.accepts]
@@ -104,12 +108,15 @@ def _has_readers(section: str) -> Callable[[Section], Iterator[str]]:
         given = {name for name, knob in type(values).model_fields.items() if getattr(values, name) != knob.default}
         chosen = {kind: getattr(values, kind) for kind in TABLES[section]}
         for kind, row in chosen.items():
+            if row is None:
+                continue
             for missing in sorted(set(TABLES[section][kind][row].needs) - given):
                 yield f"{kind} '{row}' needs {missing}, which is {getattr(values, missing)!r}"
         for name in sorted(given):
             readers = readers_of(section, name)
             if readers and not set(readers) & chosen.items():
-                ignoring = " and ".join(f"{kind} '{chosen[kind]}'" for kind in dict(readers))
+                kinds = dict(readers)
+                ignoring = " and ".join(f"{k} '{chosen[k]}'" if chosen[k] else f"no {k}" for k in kinds)
                 others = ", ".join(f"{kind} '{row}'" for kind, row in readers)
                 yield f"{_shown(values, name)} with {ignoring}, which ignores it: it goes with {others}"
 
@@ -312,6 +319,18 @@ class Preset(Section):
     """True lets a matrix stay as it is. One that no rank on offer makes smaller always may."""
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
+    # These came later: left out, outputs are byte for byte what they were before.
+    precision: Annotated[PrecisionName | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
+    """Bits that the numbers of the linears are stored in: 16, as where left out, or rounded to 8, 4, 3 or 2. A matrix
+    that stays dense is rounded, too."""
+    rounding: Literal["feedback", "nearest"] | None = None
+    """How numbers are rounded. `feedback`, as where left out: one after the other, and those behind make up for the
+    error so far, in the metric of the covariances (GPTQ); `nearest`: to the closest point of the grid."""
+    group_size: Count | None = None
+    """Neighbours in a row that share a scale and a zero point, 64 where left out."""
+    embedding_bits: Annotated[EmbeddingBits | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
+    """Bits of the input embeddings, and of an output head that is tied to them: 16, as where left out, or 8 with a
+    scale per token."""
 
     rules = {
         "A parameter is read by the allocation; one that it needs is there.": _has_readers("presets"),
@@ -322,7 +341,19 @@ class Preset(Section):
             lambda p: p.scores != "perplexity" or p.storage == "factors", "storage", "scores"
         ),
         "`floor` is below `cap`.": _holds(lambda p: p.floor < p.cap, "floor", "cap"),
+        f"Precision below 16 goes with storages {', '.join(sorted(set(PRICES) & set(STORED)))}.": _holds(
+            lambda p: p.precision is None or p.storage in STORED, "precision", "storage"
+        ),
     }
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Values by key; those that came later are absent where they change nothing, and complete where they do."""
+        rounding = {"rounding": self.rounding or "feedback", "group_size": self.group_size or GROUP}
+        later = {} if self.precision is None else {"precision": self.precision, **rounding}
+        later |= {} if self.embedding_bits is None else {"embedding_bits": self.embedding_bits}
+        known = {"precision", "rounding", "group_size", "embedding_bits"}
+        return self.model_dump(exclude=known) | later
 
     @property
     def menu(self) -> Menu:
@@ -398,7 +429,7 @@ class Params(Section):
     spectrum: dict[Name, Spectrum]
     """Sets of cached factors by name, each of which any number of variants slices."""
     presets: dict[Name, Preset]
-    """Methods by name: metric and units (of a spectrum), allocation, storage."""
+    """Methods by name: metric and units (of a spectrum), allocation, storage, precision."""
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
     """Models that are built and compared, by name."""
     evaluation: Evaluation
@@ -435,6 +466,9 @@ class Params(Section):
         ),
         "A variant of allocation `dense` is not healed: it lost nothing.": _each(
             "variants", lambda p, v: not v.healing or p.presets[v.preset].allocation != "dense", "preset"
+        ),
+        "A variant of precision below 16 is not healed: integers have no gradient.": _each(
+            "variants", lambda p, v: not v.healing or p.presets[v.preset].precision is None, "preset"
         ),
     }  # fmt: skip
 

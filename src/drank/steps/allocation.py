@@ -9,6 +9,7 @@ import numpy as np
 
 from drank.method.allocation.choices import allocate
 from drank.method.allocation.units import Allocation, Block, Choice, Unit, loss
+from drank.method.precisions import bytes_of
 from drank.project.params import Preset, Variant
 
 FIELDS = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
@@ -26,11 +27,21 @@ def allocation(
         InfeasibleBudgetError: the budget does not pay for the least that the rule may choose.
     """
     units = read_units(values, summary)
-    given = preset.model_dump() | {"measured": summary.get("sensitivity")}
+    given = preset.choices | {"measured": summary.get("sensitivity")}
     header = {"format_version": 1, "variant": variant, "preset": asked.preset}
-    choices = preset.model_dump() | asked.model_dump(exclude={"healing"})
+    choices = preset.choices | asked.model_dump(exclude={"healing"})
     result = describe(units, allocate(units, asked.size_ratio, preset.menu, preset.allocation, given), summary)
+    if "precision" in choices:
+        _round(result, choices["precision"], choices["group_size"])
     return header | choices | result | {key: summary[key] for key in ("computed_in", "left_dense")}
+
+
+def _round(document: dict[str, Any], bits: int, group: int) -> None:
+    """Add ``bits`` and ``bytes`` to every unit, and their sum."""
+    for row in document["units"]:
+        size = bytes_of(row["form"], row["out_features"], row["in_features"], row["rank"], bits, group)
+        row |= {"bits": bits, "bytes": int(size)}
+    document["bytes"] = sum(row["bytes"] for row in document["units"])
 
 
 def read_units(values: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> list[Unit | Block]:
