@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from drank.cli import commands
@@ -16,7 +17,7 @@ from drank.model.benchmark import FIGURES, BenchmarkError, Subject, quartiles, r
 from drank.project.params import ParamsError
 from drank.project.processes import ProcessError
 from drank.tracking import find_runs, log_speed, track
-from drank.views.speed import SHOWN
+from drank.views.speed import SHOWN, table
 from tests import compressed, tiny
 from tests.conftest import run
 from tests.toy import Runs
@@ -219,6 +220,16 @@ def test_the_table_tells_ratios_and_figures(timed):
     assert f"{1000 * document['models']['kfac-80']['first_token']['median']:,.0f}" in output
     assert "x: ratio to dense within a round, median [quartiles] of 3 rounds" in output
     assert "Memory: growth of the peak resident memory" in output
+
+
+def test_a_name_is_shown_as_it_is(timed):
+    """A folder may be called what rich takes for its markup."""
+    figures = timed[1]["models"]["dense"]
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table({"models": {"a[/b]": figures, "[red]c": figures}}))
+    assert "a[/b]" in capture.get()
+    assert "[red]c" in capture.get()
 
 
 def test_medians_and_ratios_land_on_the_run_of_a_folder(timed, toy_project, capsys):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from drank.audit import audit
 from drank.cli.export import ExportError, export
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
+from drank.project.sources import SourceError
 from drank.steps.release import CHECKSUMS
 from tests import compressed, tiny
 from tests.conftest import run
@@ -138,6 +139,18 @@ def spoil_config(change):
     return spoil
 
 
+def without_tokenizer(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def test_a_folder_is_not_exported_into_itself(llama, tmp_path):
+    """It would be another folder then, which no audit knows."""
+    (tmp_path / "link").symlink_to(shutil.copytree(llama, tmp_path / "model"))
+    with pytest.raises(ExportError, match="inside the folder that is exported"):
+        export(tmp_path / "model", tmp_path / "link/plain", dense=True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "dense", "error", "message"),
     [
@@ -152,6 +165,7 @@ def spoil_config(change):
         (lambda folder: None, False, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
         (lambda folder: (folder.parent / "plain").mkdir(), True, ExportError, "plain: exists already"),
         (lambda folder: (folder / "model.safetensors").unlink(), True, ExportError, "no weights"),
+        (without_tokenizer, True, SourceError, "its tokenizer cannot be loaded; copy that of the base model into it"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
             True,

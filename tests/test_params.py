@@ -81,6 +81,9 @@ def test_files_older_than_a_key_are_read_as_before(tmp_path, key, left_out):
         ("model/source", "SmolLM2", "model.source"),
         ("model/sha256", "bcc8", "model.sha256"),
         ("evaluation/processes", 1.5, "'evaluation.processes' = 1.5"),
+        ("evaluation/tasks", ["last_word", ""], r"'evaluation.tasks.1' = ''.*at least 1 character"),
+        ("covariance/targets", ["Linear", "re:("], r"covariance: re:\(: .*; the rule: Patterns behind `re:` are"),
+        ("covariance/ignore", ["re:*"], r"covariance: re:\*: nothing to repeat"),
         ("model", None, "'model' is missing"),
     ],
 )  # fmt: skip

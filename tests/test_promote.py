@@ -125,6 +125,13 @@ def without_user(root):
     run(root, "git", "config", "user.useConfigOnly", "true")
 
 
+def without_logged_models(root):
+    track(root)
+    store = Runs(root)
+    for model in store.client.search_logged_models([store.experiment.experiment_id]):
+        store.client.delete_logged_model(model.model_id)
+
+
 BAD = {
     "unknown variant": ("d-rank", lambda root: None, ParamsError, "no variant 'd-rank' in params.yaml; it has: dense"),
     "no lock": ("dense", lambda root: (root / "dvc.lock").unlink(), LockError, r"dvc\.lock: not found; run `dvc repro"),
@@ -146,6 +153,12 @@ BAD = {
         lambda root: (root / "data/models/dense/more.txt").write_text("x"),
         PromotionError,
         r"data/models/dense: edited or stale: its md5 is \w+\.dir, but dvc\.lock has \w+\.dir; run `dvc checkout",
+    ),
+    "deleted model": (
+        "dense",
+        without_logged_models,
+        PromotionError,
+        r"MLflow's logged model of dense was deleted: .*`mlflow runs delete --run-id \w+`, then promote again",
     ),
     "no user": ("dense", without_user, TagError, "git var GIT_COMMITTER_IDENT: .*; nothing was promoted"),
 }

@@ -161,9 +161,20 @@ def _versions(store: Store) -> dict[str, "ModelVersion"]:
 
 
 def _register(store: Store, run: "Run", folder: str) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
+    (model,) = run.outputs.model_outputs
+    try:
+        store.client.get_logged_model(model.model_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise PromotionError(
+            f"MLflow's logged model of {run.info.run_name} was deleted: delete its run too, which is made again, by "
+            f"`mlflow runs delete --run-id {run.info.run_id}`, then promote again"
+        ) from None
     if not store.client.search_registered_models(f"name = '{MODEL}'"):
         store.client.create_registered_model(MODEL, description=DESCRIPTION)
-    (model,) = run.outputs.model_outputs
     tags = {key: run.data.tags[key] for key in CARRIED if key in run.data.tags}
     # MLflow 3.17 looks a version's logged model up in the default store, whichever store the client has.
     with patch.dict(os.environ, MLFLOW_TRACKING_URI=store.uri):

@@ -19,7 +19,7 @@ from drank.project.documents import (
     parse_document,
     read_document,
 )
-from drank.project.git import file_at, has_history, resolve
+from drank.project.git import file_at, has_history, is_shallow, resolve
 from drank.project.params import Params, ParamsError, parse_as
 from drank.views.difference import DifferenceError, Side, compare
 
@@ -64,6 +64,9 @@ def compare_targets(root: Path, a: str, b: str) -> dict[str, Any]:
     return {"format_version": 1, "only_a": only_a, "only_b": only_b, "variants": variants}
 
 
+SHALLOW = " is a shallow clone, which cannot say what was before it; `git fetch --unshallow`"
+
+
 def find(root: Path, name: str) -> Place:
     """The place that a name on the command line stands for.
 
@@ -84,7 +87,7 @@ def find(root: Path, name: str) -> Place:
         f"{name!r} is nothing that can be compared:\n  no folder of a model: no {Path(name) / 'allocation.json'}\n"
         f"  no variant: {root / 'params.yaml'} has {', '.join(here.variants) or 'none, or is not there'}\n"
         f"  no git revision and no experiment{'' if has_history(root) else ': no repository with a commit'}: "
-        f"{root.absolute()}"
+        f"{root.absolute()}{SHALLOW if has_history(root) and is_shallow(root) else ''}"
     )
 
 
