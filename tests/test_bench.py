@@ -9,6 +9,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from drank.cli import commands
@@ -16,7 +17,7 @@ from drank.cli.bench import BenchError, find_models
 from drank.model.benchmark import FIGURES, BenchmarkError, Subject, peak_memory, quartiles, round_robin
 from drank.project.params import ParamsError
 from drank.project.processes import ProcessError
-from drank.views.speed import SHOWN
+from drank.views.speed import SHOWN, table
 from tests import compressed, tiny
 
 WINDOWS = torch.arange(36).reshape(3, 12)
@@ -220,3 +221,13 @@ def test_the_table_tells_ratios_and_figures(timed):
     assert f"{1000 * document['models']['kfac-80']['first_token']['median']:,.0f}" in output
     assert "x: ratio to dense within a round, median [quartiles] of 3 rounds" in output
     assert "Memory: growth of the peak resident memory" in output
+
+
+def test_a_name_is_shown_as_it_is(timed):
+    """A folder may be called what rich takes for its markup."""
+    figures = timed[1]["models"]["dense"]
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table({"models": {"a[/b]": figures, "[red]c": figures}}))
+    assert "a[/b]" in capture.get()
+    assert "[red]c" in capture.get()

@@ -357,6 +357,12 @@ def test_what_cannot_be_compared_ends_in_one_message(project, names, change, err
         compare_targets(project, *(str(project) if name == "FOLDER" else name for name in names))
 
 
+def test_a_shallow_clone_cannot_say_what_was_before_it(project, tmp_path):
+    git(project, "clone", "--quiet", "--depth", "1", f"file://{project}", str(tmp_path / "shallow"))
+    with pytest.raises(DifferenceError, match="is a shallow clone.*`git fetch --unshallow`"):
+        compare_targets(tmp_path / "shallow", "HEAD~1", "HEAD")
+
+
 def test_the_command_prints_draws_and_ends_well(project, tmp_path):
     done = run(project, "drank", "diff", "first", SMALL, "--picture", "diff.png")
     assert row(done.stdout, "token_perplexity/news")[:2] == ["20", "30"]

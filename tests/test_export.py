@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from drank.audit import audit
 from drank.cli.export import ExportError, export
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
+from drank.project.sources import SourceError
 from drank.steps.release import CHECKSUMS
 from tests import compressed, tiny
 from tests.conftest import run
@@ -142,6 +143,18 @@ def spoil_config(change):
     return spoil
 
 
+def without_tokenizer(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def test_a_folder_is_not_exported_into_itself(llama, tmp_path):
+    """It would be another folder then, which no audit knows."""
+    (tmp_path / "link").symlink_to(shutil.copytree(llama, tmp_path / "model"))
+    with pytest.raises(ExportError, match="inside the folder that is exported"):
+        export(tmp_path / "model", tmp_path / "link/plain", dense=True)
+
+
 SPOILT = {
     "no config.json": (lambda f: (f / "config.json").unlink(), ExportError, r"no config\.json, so not the folder"),
     "plain": (spoil_config(lambda c: c.pop("quantization_config")), ExportError, "not compressed, so plain already"),
@@ -152,6 +165,7 @@ SPOILT = {
     "without --dense": (lambda f: None, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
     "there already": (lambda f: (f.parent / "plain").mkdir(), ExportError, "plain: exists already"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ExportError, "no weights"),
+    "no tokenizer": (without_tokenizer, SourceError, "its tokenizer cannot be loaded; copy that of the base"),
     "torn": (lambda f: (f / "model.safetensors").write_bytes(b"torn"), FileError, r"model\.safetensors: damaged"),
 }  # fmt: skip
 

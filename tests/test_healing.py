@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stages import compression
+from transformers import AutoModelForCausalLM
 
 from drank.audit import audit
 from drank.model.layers import FactorLinear, PivotLinear
@@ -25,7 +26,7 @@ from drank.steps.healing import HealingError, heal
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
 from drank.tracking import track
 from tests import tiny
-from tests.compressed import filled
+from tests.compressed import LLAMA, filled, write
 from tests.conftest import run
 
 PLAN = Plan(n_windows=6, batch_windows=2, epochs=2, learning_rate=1e-2, seed=0)
@@ -268,6 +269,22 @@ def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained
     text, asked = {"tokens": torch.arange(300)}, HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
     with pytest.raises(HealingError, match="no matrix was compressed"):
         heal(lambda *_: tiny.llama(), text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_length": 301}, "healing.window_length = 301, and the calibration text has 300 tokens: lower it"),
+        ({"learning_rate": 1e30}, r"the loss of step \d+ is (nan|inf): lower healing.learning_rate = 1e\+30"),
+    ],
+)
+def test_a_text_too_short_and_a_loss_that_is_no_number_are_told_by_their_parameter(tmp_path, change, message):
+    """And nothing is written: a result without a finite loss would be no result."""
+    text = {"tokens": torch.arange(300)}
+    asked = HealingSection(**HEALED | {"n_windows": 2, "window_length": 16, "objective": "text"} | change)
+    folder, kept = write(tiny.llama(), LLAMA, tmp_path / "model"), Checkpoint(tmp_path / "checkpoint", {})
+    with pytest.raises(HealingError, match=message):
+        heal(lambda *_: AutoModelForCausalLM.from_pretrained(folder), text, asked, torch.float32, "", kept, progress)
 
 
 def test_the_dense_model_is_not_healed(tmp_path):

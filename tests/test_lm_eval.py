@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from drank.project.params import Evaluation
 from drank.project.processes import Group
@@ -152,6 +153,24 @@ def test_a_task_that_generates_needs_an_end_token(folder):
     figures, missing = measured(tiny_llama(), byte_tokenizer(bos_token="<s>"), ["sums"])
     assert figures == {}
     assert "end token" in missing["sums"]
+
+
+def surrounded(single):
+    """A tokenizer that puts its special tokens around every text by itself."""
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
+    named = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=named)
+    return tokenizer
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_no_part_of_an_answer(folder):
+    """Nor of the context before it, where lm-eval would have both."""
+    items = {"last_word": LAST_WORD, "next_sentence": NEXT_SENTENCE, "news_rolling": [{"text": "Once upon a time."}]}
+    write(folder, "sums", [{"context": "1+1=", "target": "2"}], **WORD | {"output_type": "generate_until"})
+    expected, _ = measured(tiny_llama(), surrounded("<s> $A"), list(items), items)
+    figures, missing = measured(tiny_llama(), surrounded("<s> $A </s>"), [*items, "sums"], items)
+    assert figures == expected
+    assert "ends every text with an end token" in missing["sums"]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,9 @@ def changed(key, value):
         ("model/source", "SmolLM2", "model.source"),
         ("model/sha256", "bcc8", "model.sha256"),
         ("evaluation/processes", 1.5, "'evaluation.processes' = 1.5"),
+        ("evaluation/tasks", ["last_word", ""], r"'evaluation.tasks.1' = ''.*at least 1 character"),
+        ("covariance/targets", ["Linear", "re:("], r"covariance: re:\(: .*; the rule: Patterns behind `re:` are"),
+        ("covariance/ignore", ["re:*"], r"covariance: re:\*: nothing to repeat"),
         ("model", None, "'model' is missing"),
     ],
 )  # fmt: skip

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import sqlite3
 import sys
 import threading
+from collections import namedtuple
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -60,6 +63,11 @@ def test_a_good_project_has_nothing_to_say(project):
 
 
 LARGE = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "vocab_size": 32000}
+HEALING = {
+    "objective": "text", "n_windows": 8, "window_length": 99999, "epochs": 1, "batch_windows": 4,
+    "learning_rate": 1e-3, "rank": 4, "alpha": 8, "threads": 1,
+}  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4}
 LLAVA = {"text_config": {"max_position_embeddings": 32, "rope_theta": 1.0}}
 
 
@@ -81,6 +89,27 @@ def gpt2(root):
     change(root, sampling={"window_length": 300})
 
 
+def newer_database(root):
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute("create table alembic_version (version_num text)")
+        database.execute("insert into alembic_version values ('ffffffffffff')")
+
+
+def cache_in(root, folder):
+    (root / ".dvc").mkdir()
+    (root / ".dvc/config").write_text(f"[cache]\n    dir = {root / folder}/cache\n")
+
+
+def long_windows_to_heal_on(root):
+    variant = yaml.safe_load((root / "params.yaml").read_text())["variants"]["kfac-80"]
+    change(root, variants={"kfac-80": variant | {"healing": HEALING}})
+
+
+def only_an_adapter(root):
+    (root / "source/model/config.json").unlink()
+    (root / "source/model/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+
+
 @pytest.mark.parametrize(
     ("provoke", "level", "words"),
     [
@@ -94,7 +123,7 @@ def gpt2(root):
         (lambda root: change(root, evaluation={"tasks": ["ifeval"]}), "warning", "ifeval imports"),
         (lambda root: change(root, sampling={"n_task_items": 0}), "error", "sampling.n_task_items = 0, and each of"),
         (lambda root: edit(root, "tokenizer_config.json", eos_token=None), "warning", "news_rolling: lm-eval begins"),
-        (lambda root: edit(root, "config.json", pad_token_id=320), "error", "pad_token_id = 320, and embeddings end"),
+        (lambda root: edit(root, "config.json", pad_token_id=320), "error", "pad_token_id = 320 is no token"),
         (lambda root: edit(root, "config.json", vocab_size=300), "warning", "ids up to 319, and embeddings end at 299"),
         (gpt2, "error", "sampling.window_length = 300: the model has 256 positions, and it has no others"),
         (lambda root: edit(root, "config.json", **LLAVA), "warning", "sampling.window_length = 64: the model has 32"),
@@ -107,6 +136,19 @@ def gpt2(root):
         (lambda root: run(root, "git", "config", "tag.gpgSign", "true"), "warning", "(tag.gpgSign = true)"),
         (lambda root: change(root, sampling={"n_windows": 0}), "error", "n_windows"),
         (lambda root: (root / "mlflow.db").write_text("a text"), "warning", "is no SQLite file"),
+        (newer_database, "warning", "was written by a newer MLflow than the one here"),
+        (lambda root: (root / ".gitignore").write_text("*.json"), "warning", "git ignores results/a.json, data/alloc"),
+        (long_windows_to_heal_on, "error", "variants.kfac-80.healing.window_length = 99999: "),
+        (lambda root: (root / "results").write_text(""), "error", "results: a file is where stages write a folder"),
+        (lambda root: (root / "data").symlink_to("gone/data"), "error", "data: a link to gone/data, which is"),
+        (lambda root: cache_in(root, "params.yaml"), "error", "params.yaml: a file is where stages"),
+        (lambda root: run(root, "git", "config", "core.autocrlf", "true"), "warning", "`* -text` into .gitattributes"),
+        (lambda root: edit(root, "config.json", quantization_config=GPTQ), "error", "compressed already (gptq)"),
+        (lambda root: (root / "source/model/model.safetensors").unlink(), "error", "has no weights"),
+        (only_an_adapter, "error", "a peft adapter of org/base; merge it first"),
+        (lambda root: (root / "source/news.jsonl").write_text('{"body": "a"}'), "error", "document 1 has no column"),
+        (lambda root: change(root, text={"news": {"source": "local:source"}}), "error", "a folder; a text is one file"),
+        (lambda root: change(root, text={"news": {"source": "local:params.yaml"}}), "error", "'.yaml' is not a text"),
     ],
 )  # fmt: skip
 def test_each_finding(project, monkeypatch, provoke, level, words):
@@ -127,6 +169,7 @@ def test_each_finding(project, monkeypatch, provoke, level, words):
         ({"GIT_COMMITTER_NAME": "", "GIT_COMMITTER_EMAIL": ""}, "warning", "git config user.name"),
         ({"MLFLOW_TRACKING_URI": "http://me:secret@127.0.0.1:1"}, "warning", "http://127.0.0.1:1 does not answer"),
         ({"MLFLOW_TRACKING_URI": "postgresql://here/mlflow"}, "cannot say", "a store of postgresql"),
+        ({"MLFLOW_TRACKING_URI": "127.0.0.1:5000"}, "warning", "no address of a server; begin it with http://"),
         ({"PATH": "/nowhere"}, "warning", "git is not installed"),
     ],
 )
@@ -144,12 +187,16 @@ def test_what_is_around(project, monkeypatch, variables, level, words, known):
     assert "secret" not in told[1]
 
 
-@pytest.mark.parametrize(("status", "n_findings"), [(503, 1), (401, 0), (200, 0)])
-def test_a_server_of_mlflow_is_asked(project, monkeypatch, status, n_findings):
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [(503, b"", ["answers 503"]), (401, b"", []), (200, b"OK", []), (200, b"<html>log in</html>", ["a web page"])],
+)
+def test_a_server_of_mlflow_is_asked(project, monkeypatch, status, body, words):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
@@ -159,8 +206,32 @@ def test_a_server_of_mlflow_is_asked(project, monkeypatch, status, n_findings):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
         told = found(project)
         server.shutdown()
-    assert len(told) == n_findings
-    assert all(f"answers {status}" in text for _, text in told)
+    assert len(told) == len(words)
+    assert all(word in text for word, (_, text) in zip(words, told, strict=True))
+
+
+def test_the_disk_is_that_of_the_data_and_that_of_the_cache(project, tmp_path, monkeypatch):
+    """Both may lie elsewhere, behind a link and by DVC's configuration; a disk that holds neither does not count."""
+    disk = namedtuple("disk", "free")
+    places = {name: tmp_path / name for name in ("large", "cache")}
+    for place in places.values():
+        place.mkdir()
+    (project / "data").symlink_to(places["large"])
+    cache_in(project, "../cache")
+    free = {tmp_path / "large": 10**12, tmp_path / "cache": 10**4, project: 10**4}
+    monkeypatch.setattr("drank.preflight.machine.shutil.disk_usage", lambda path: disk(free[Path(path).resolve()]))
+    monkeypatch.setattr("drank.preflight.machine.device_of", str)
+    ((level, text),) = found(project)
+    assert level == "error"
+    assert f"free in {tmp_path / 'cache'}" in text
+    free[tmp_path / "cache"] = 10**12
+    assert found(project) == []
+
+
+def test_only_stages_that_processes_share_are_counted_once_per_process(project, monkeypatch):
+    change(project, covariance={"processes": 4})
+    monkeypatch.setattr("drank.preflight.machine.memory_limit", lambda: 3e9)
+    assert {text.split()[1].partition("@")[0] for _, text in found(project)} == {"covariance", "spectrum"}
 
 
 def test_what_was_fetched_is_looked_at(project):

@@ -9,10 +9,11 @@ import stat
 import pytest
 import yaml
 
+from drank.audit.ledger import Ledger
 from drank.cli.check import check
 from drank.cli.options import CommandError
 from drank.project.damage import find_damage
-from drank.project.dvc import DamageError, Inputs, LockError, cache_folder, dvc_md5, entry
+from drank.project.dvc import ConfigurationError, DamageError, Inputs, LockError, cache_folder, dvc_md5, entry
 from drank.project.files import write_text
 from tests.conftest import run
 
@@ -147,6 +148,15 @@ def test_a_file_that_outs_share_in_the_cache_is_damaged_once(small):
     shared = entry(cache_folder(small), dvc_md5(small / "data/b/x.txt"))
     write_text(shared, "damaged")
     assert [damage.path for damage in find_damage(small).damages] == [shared]
+
+
+def test_a_configuration_of_dvc_that_cannot_be_read_is_told_and_says_nothing_of_the_bytes(small):
+    (small / ".dvc/config").write_text("[cache\n    dir = x")
+    with pytest.raises(ConfigurationError, match=r"\.dvc/config: DVC's configuration cannot be read: "):
+        check(small)
+    ledger = Ledger()
+    ledger.check("data", lambda: str(cache_folder(small)))
+    assert ledger.links["data"].finding == "cannot be checked here"
 
 
 def test_the_cache_is_where_dvc_config_says(tmp_path, monkeypatch):

@@ -529,6 +529,18 @@ def test_a_bad_model_folder_is_explained_and_the_old_output_stays(tmp_path, mode
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
 
 
+def test_several_chat_templates_are_files_of_the_folder_itself(tmp_path, model_folder):
+    """Later steps copy and hash files; a model of the hub has the others in a folder."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model/additional_chat_templates/tool_use.jinja").is_file()
+    fetch_model("local:model", tmp_path / "out", tmp_path, root=tmp_path)
+    assert all(path.is_file() for path in (tmp_path / "out").iterdir())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
 def test_what_is_computed_anew_may_be_in_the_file(tmp_path, model_folder):
     """Old checkpoints of Llama hold the frequencies of their positions."""
     shutil.copytree(model_folder, tmp_path / "model")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from drank.project.documents import VersionError
+from drank.project.dvc import ConfigurationError
 from drank.project.git import GitError
 from drank.project.refusals import refusal
 
@@ -51,7 +52,7 @@ class Ledger:
             return "cannot be checked here", f"needs '{lacking[0]}', which was not found to hold"
         try:
             return "holds", check()
-        except (UncheckableError, GitError, VersionError) as error:
+        except (UncheckableError, ConfigurationError, GitError, VersionError) as error:
             return "cannot be checked here", str(error)
         except (ValueError, OSError) as error:
             if refused := refusal(error):

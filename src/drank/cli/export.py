@@ -49,7 +49,8 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
     """Refuse what cannot be exported before anything is loaded, and say what the folder was made of.
 
     Raises:
-        ExportError: the folder is no model's, or plain, or the destination is taken, or `dense` is not asked.
+        ExportError: the folder is no model's, or plain, or the destination is taken or inside it, or `dense` is
+            not asked.
         FileError: a file of the folder is damaged, or another program's.
     """
     from drank.audit.folder import Folder
@@ -63,6 +64,10 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
         raise ExportError(
             f"{model}: loads with plain from_pretrained after `import drank`, so copy it as it is (docs/loading.md); "
             f"for tools that know no factors --dense writes a plain model, as large as the base model"
+        )
+    if destination.resolve().is_relative_to(model.resolve()):
+        raise ExportError(
+            f"{destination}: inside the folder that is exported, which would be another then: name another"
         )
     if destination.exists():
         raise ExportError(
@@ -81,15 +86,20 @@ def save_dense(model: Path, folder: Path) -> None:
 
     Raises:
         FormatError: config.json is that of a newer drank, or does not fit the weights.
+        SourceError: there is no tokenizer that can be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from drank.project.sources import told
+
     shards = [file.stat().st_size for file in model.glob("*.safetensors")]
     plain = {"local_files_only": True, "trust_remote_code": False}  # False does not ask, and runs nothing of the folder
+    with told(f"{model}: its tokenizer cannot be loaded; copy that of the base model into it"):
+        tokenizer = AutoTokenizer.from_pretrained(model, **plain)
     loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **plain)
     loaded.dequantize()
     loaded.save_pretrained(folder, **({"max_shard_size": max(shards)} if len(shards) > 1 else {}))
-    AutoTokenizer.from_pretrained(model, **plain).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 CARD = """---

@@ -119,6 +119,7 @@ def table_of_variants(summary: Path) -> "Table":
     """results/summary.csv as the report shows it: a row per variant, dense ones first."""
     import pandas as pd
     from rich.table import Table
+    from rich.text import Text
 
     from drank.project.tolerance import other_dtypes
     from drank.views.page import readable
@@ -128,7 +129,7 @@ def table_of_variants(summary: Path) -> "Table":
     table = Table(caption=other_dtypes({"dtype": dtype} for dtype in dtypes))
     shown = readable(rows)
     for column in map(str, shown):
-        table.add_column(column, justify="left" if column in ("variant", "preset") else "right")
+        table.add_column(Text(column), justify="left" if column in ("variant", "preset") else "right")
     for row in shown.itertuples(index=False):
         table.add_row(*map(str, row))
     return table

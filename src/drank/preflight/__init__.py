@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from drank.preflight.around import git, sources, store
+from drank.preflight.around import git, places, sources, store
 from drank.preflight.facts import Facts, Finding
 from drank.preflight.machine import disk, memory
-from drank.preflight.model import packages, positions, sizes, tokens
+from drank.preflight.model import lengths, packages, positions, sizes, tokens
 from drank.preflight.tasks import tasks
 from drank.project.params import ParamsError, read_params
 from drank.project.redaction import redact
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    sources, tasks, tokens, positions, packages, sizes, disk, memory,
+    sources, tasks, tokens, positions, lengths, packages, sizes, disk, memory,
 )  # fmt: skip
-AROUND: tuple[Callable[[Path], Iterator[Finding]], ...] = (git, store)
+AROUND: tuple[Callable[[Path], Iterator[Finding]], ...] = (git, places, store)
 LEVELS = ("error", "warning", "cannot say", "remark")
 
 

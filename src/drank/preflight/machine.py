@@ -7,9 +7,10 @@ from pathlib import Path
 import psutil
 
 from drank.preflight.facts import Facts, Finding
-from drank.project.dvc import dvc_folder, setting
+from drank.project.dvc import cache_folder, dvc_folder, setting
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
+SHARED = ("covariance", "spectrum", "evaluation")  # stages that run in several processes
 # Ways to make a stage smaller, on the disk and in memory.
 FIXES = {
     "raw": ("a smaller model", "a machine with more memory"),
@@ -25,19 +26,35 @@ FIXES = {
 
 
 def disk(facts: Facts) -> Iterator[Finding]:
-    """Whether what stages will write fits: once where outputs are links to DVC's cache, twice where they are copies."""
+    """Whether what stages will write fits: once where outputs are links to DVC's cache, twice where they are copies;
+    where the cache has a disk of its own, once on each."""
     linked = has_links(facts.root)
-    needed = {name: cost.disk * (1 if linked else 2) for name, cost in facts.costs.items()}
-    needed = {name: n for name, n in needed.items() if not (linked and name.startswith("release@"))}  # of compression
-    free = float(shutil.disk_usage(facts.root).free)
-    if (total := sum(needed.values())) > free:
-        largest = max(needed, key=lambda name: needed[name])
-        copies = "" if linked else " (half of it DVC's copy: `dvc config cache.type hardlink,copy`)"
-        yield Finding(
-            "error" if total > 1.5 * free else "warning",
-            f"disk: about {gb(total)} will be written{copies}, and {gb(free)} are free in {facts.root.resolve()}; most "
-            f"is {largest}: {FIXES[largest.partition('@')[0]][0]}",
-        )
+    places = {existing(facts.root / "data"): 1, existing(cache_folder(facts.root) or facts.root / ".dvc"): 1}
+    if len({device_of(place) for place in places}) == 1:
+        places = {next(iter(places)): 1 if linked else 2}
+    for place, copies in places.items():
+        needed = {name: cost.disk * copies for name, cost in facts.costs.items()}
+        if linked:  # a release is a link to what compression wrote
+            needed = {name: n for name, n in needed.items() if not name.startswith("release@")}
+        free = float(shutil.disk_usage(place).free)
+        if (total := sum(needed.values())) > free:
+            largest = max(needed, key=lambda name: needed[name])
+            half = " (half of it DVC's copy: `dvc config cache.type hardlink,copy`)" if copies == 2 else ""
+            yield Finding(
+                "error" if total > 1.5 * free else "warning",
+                f"disk: about {gb(total)} will be written{half}, and {gb(free)} are free in {place}; most is "
+                f"{largest}: {FIXES[largest.partition('@')[0]][0]}",
+            )
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, behind any links, or the closest one around it that is there."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def device_of(place: Path) -> object:
+    return place.stat().st_dev
 
 
 def has_links(root: Path) -> bool:
@@ -50,7 +67,10 @@ def has_links(root: Path) -> bool:
 def memory(facts: Facts) -> Iterator[Finding]:
     """Whether what the largest stage of each kind holds fits into this machine's memory."""
     total = min(float(psutil.virtual_memory().total), memory_limit())
-    held = {name: getattr(cost.on, "processes", 1) * (cost.memory + PROCESS) for name, cost in facts.costs.items()}
+    held = {
+        name: (getattr(cost.on, "processes", 1) if name.startswith(SHARED) else 1) * (cost.memory + PROCESS)
+        for name, cost in facts.costs.items()
+    }
     on_gpu = {name for name, cost in facts.costs.items() if cost.on.device == "cuda" and not name.startswith("raw")}
     if on_gpu:
         yield Finding("cannot say", "memory of the GPU: compare it with `nvidia-smi`")

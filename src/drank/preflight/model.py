@@ -39,12 +39,12 @@ def tokens(facts: Facts) -> Iterator[Finding]:
             f"or take the task out",
         )
     size = facts.decoder.get("vocab_size")
-    for key in ("pad_token_id", "bos_token_id"):
-        token = facts.decoder.get(key)
-        if isinstance(token, int) and isinstance(size, int) and token >= size:
-            yield Finding(
-                "error", f"{facts.folder}/config.json: {key} = {token}, and embeddings end at {size - 1} (vocab_size)"
-            )
+    token = facts.decoder.get("bos_token_id")
+    if isinstance(token, int) and isinstance(size, int) and token >= size:
+        yield Finding(
+            "error",
+            f"{facts.folder}/config.json: bos_token_id = {token}, and embeddings end at {size - 1} (vocab_size)",
+        )
     entries = facts.document("tokenizer.json")
     ids = [entry["id"] for entry in entries.get("added_tokens", ()) if isinstance(entry, dict) and "id" in entry]
     vocabulary = entries.get("model", {}).get("vocab", {})
@@ -79,6 +79,22 @@ def positions(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "warning" if turning else "error",
                 f"{key} = {length}: the model has {limit} positions, and {why}; give {limit} or fewer",
+            )
+
+
+def lengths(facts: Facts) -> Iterator[Finding]:
+    """Windows to heal on that are longer than the calibration text: a token has a byte or more."""
+    params = facts.params
+    scheme, _, name = params.text[params.sampling.calibration_text].source.partition(":")
+    file = facts.root / Path(name).expanduser()
+    if scheme != "local" or file.suffix not in (".csv", ".json", ".jsonl", ".txt") or not file.is_file():
+        return
+    for variant, healing in ((name, variant.healing) for name, variant in params.variants.items()):
+        if healing and healing.window_length > file.stat().st_size:
+            yield Finding(
+                "error",
+                f"variants.{variant}.healing.window_length = {healing.window_length}: {file} has "
+                f"{file.stat().st_size} bytes, and so fewer tokens",
             )
 
 

@@ -29,6 +29,10 @@ class LockError(ValueError):
     """dvc.lock, params.yaml and the files they speak of are not one finished state."""
 
 
+class ConfigurationError(ValueError):
+    """DVC's configuration cannot be read, so that nobody can say where its cache is."""
+
+
 class DamageError(ValueError):
     """A file is not what a stage wrote there; the message names it, its md5 and the recorded one."""
 
@@ -224,7 +228,11 @@ def setting(dvc: Path, key: str) -> tuple[Path, str] | None:
     found = None
     for file in (Path(system, "config"), Path(user, "config"), dvc / "config", dvc / "config.local"):
         settings = configparser.ConfigParser(interpolation=None)
-        settings.read(file, encoding="utf-8")
+        try:
+            settings.read(file, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            told = " ".join(str(error).split())
+            raise ConfigurationError(f"{file}: DVC's configuration cannot be read: {told}; mend it") from None
         if value := settings.get("cache", key, fallback=""):
             found = file.parent, value
     return found

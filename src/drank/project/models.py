@@ -52,7 +52,7 @@ def _save_plain(source: str, path: Path, destination: Path) -> None:
     import torch
 
     if path.is_dir():
-        _check_folder(source, path)
+        check_folder(source, path)
         model, tokenizer = _load(source, path, {"dtype": torch.bfloat16, "use_safetensors": True}, {})
     elif path.suffix == ".gguf":
         check_access(path)  # a member of a wheel that was packed from pointers
@@ -61,11 +61,18 @@ def _save_plain(source: str, path: Path, destination: Path) -> None:
         raise SourceError(f"{source}: '{path.name}' is no model; that is a folder with safetensors, or a .gguf file")
     with replacing_folder(destination) as plain:
         model.to(torch.bfloat16).save_pretrained(plain)
-        tokenizer.save_pretrained(plain)
+        # Later steps copy and hash the files of this folder; several chat templates would be a folder in it.
+        several = isinstance(getattr(tokenizer, "chat_template", None), dict)
+        tokenizer.save_pretrained(plain, **({"save_jinja_files": False} if several else {}))
     log.info("%s: %d parameters", source, model.num_parameters())
 
 
-def _check_folder(source: str, folder: Path) -> None:
+def check_folder(source: str, folder: Path) -> None:
+    """Refuse what files tell to be no plain model, before anything heavy is imported.
+
+    Raises:
+        SourceError, FileError: as ``fetch_model``.
+    """
     for file in filter(Path.is_file, sorted(folder.iterdir())):
         check_access(file)
     if (folder / "adapter_config.json").is_file():  # transformers would load the model that it names

@@ -138,6 +138,15 @@ def _each(section: str, test: Callable[[Any, Any], Any], *keys: str) -> Callable
     return broken
 
 
+def _no_expressions(patterns: Iterable[str]) -> Iterator[str]:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                yield f"{pattern}: {error}"
+
+
 def _shown(section: Section, *keys: str) -> str:
     """Values by key, as in ``floor = 0.5, cap = 0.4``."""
     values = {key: attrgetter(key)(section) for key in keys}
@@ -239,6 +248,10 @@ class Covariance(Section):
     numbered layers, never is."""
     ignore: tuple[str, ...] = ()
     """Which of the targets are left alone; patterns of the same kind."""
+
+    rules = {
+        "Patterns behind `re:` are regular expressions of Python.": lambda c: _no_expressions((*c.targets, *c.ignore)),
+    }
 
 
 class Compute(Section):
@@ -408,7 +421,7 @@ class Evaluation(Section):
     """lm-eval's data parallelism, by torchrun; processes of one machine share `threads`."""
     device: Device = "cpu"
     """Where variants are evaluated."""
-    tasks: tuple[str, ...]
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...]
     """Tasks that the sampling stage writes, `last_word`, `next_sentence` and `<text>_rolling` for every text, or any
     task of lm-eval by its name (fetched from the hub). May be empty: token perplexity is always measured."""
 

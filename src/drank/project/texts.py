@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import accumulate, groupby, islice
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from drank.project.files import FileError, reading, replacing_file, scratch_folder
@@ -58,6 +59,21 @@ def fetch_text(asked: TextSource, destination: Path, downloads: Path, root: Path
                 f"{source}: holds {n_documents} documents, documents = {asked.documents} were asked; ask for fewer"
             )
     log.info("%s: %d documents, %d characters", source, n_documents, n_characters)
+
+
+def check_beginning(asked: TextSource, root: Path = Path()) -> None:
+    """Refuse a local file that is no text, or whose first document is none; one that is packed is not looked into.
+
+    Raises:
+        SourceError, FileError: as ``fetch_text``.
+    """
+    scheme_of(asked)
+    if asked.source.lower().endswith((".gz", ".zip")):
+        return
+    unhashed = asked.model_copy(update={"sha256": None})  # a hash takes a reading of the whole file
+    with TemporaryDirectory() as nowhere, closing(_file_rows(unhashed, Path(nowhere), root)) as rows:
+        for row in islice(rows, 1):
+            _document(f"{asked.source}: document 1", row, asked)
 
 
 class Text(Sequence[str]):

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -191,11 +191,19 @@ def _lacks(task: Any, tokenizer: Any) -> str:
     begin, end = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos"))
     if task.OUTPUT_TYPE == "generate_until" and end is None:
         return "text is generated up to an end token, and the tokenizer has none"
+    if task.OUTPUT_TYPE == "generate_until" and _adds_end(tokenizer):
+        return "the tokenizer ends every text with an end token, so a model has nothing to add"
     if begin is not None or end is not None:
         return ""
     if task.OUTPUT_TYPE == "loglikelihood_rolling" or any(task.doc_to_text(doc) == "" for doc in task.eval_docs):
         return "a text's first token is predicted from a begin or end token, and the tokenizer has neither"
     return ""
+
+
+def _adds_end(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its end token behind every text."""
+    last, plain = (tokenizer.encode("a", add_special_tokens=flag)[-1:] for flag in (True, False))
+    return bool(last == [tokenizer.eos_token_id] != plain)
 
 
 def _bounded(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -262,6 +270,10 @@ def _counting(progress: Progress) -> Any:
     class Counting(HFLM):
         _ticks: Iterator[int] = iter(())
 
+        @cached_property
+        def _adds_end(self) -> bool:
+            return _adds_end(self.tokenizer)
+
         def _counted(self, run: Callable[..., Any], requests: list[Any], total: int) -> Any:
             self._ticks = iter(progress(range(total)))
             found = run(requests, disable_tqdm=True)
@@ -279,7 +291,10 @@ def _counting(progress: Progress) -> Any:
             # Without a begin and an end token, lm-eval fails where it asks whether the string begins with one.
             if add_special_tokens is None and self.prefix_token_id is None:
                 add_special_tokens = self.add_bos_token is not False
-            return super().tok_encode(string, add_special_tokens, **options)
+            ids = super().tok_encode(string, add_special_tokens, **options)
+            # An end token that the tokenizer adds would be part of the answer, and of the context before it.
+            added = self._adds_end and add_special_tokens is not False and ids[-1:] == [self.tokenizer.eos_token_id]
+            return ids[:-1] if added and not string.endswith(self.tokenizer.eos_token) else ids
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)

@@ -1,5 +1,6 @@
 """Healing: a compressed model is trained a while, and goes on from where a killed run stood."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +20,7 @@ Curve = list[dict[str, Any]]
 
 
 class HealingError(ValueError):
-    """There is nothing to heal; the message says why."""
+    """A model cannot be healed; the message says why."""
 
 
 @runtime_checkable
@@ -48,11 +49,15 @@ def heal(
         before: SHA-256 of the compressed model's weights, which config.json then has.
 
     Raises:
-        HealingError: no matrix was compressed.
-        SamplingError: the text is too short.
+        HealingError: no matrix was compressed, the text is shorter than a window, or the loss is not finite.
         TokenError: the model lacks an embedding of the text.
     """
     begin = int(text["begin"]) if "begin" in text else None
+    if (n_tokens := len(text["tokens"])) < asked.window_length - ("begin" in text):
+        raise HealingError(
+            f"healing.window_length = {asked.window_length}, and the calibration text has {n_tokens} tokens: lower it, "
+            f"or take a longer text"
+        )
     windows = draw_windows(text["tokens"].long(), asked.n_windows, asked.window_length, asked.seed, begin)
     model = load("compressed", passes).eval().to(asked.device)
     if getattr(model.config, "quantization_config", None) is None:
@@ -69,6 +74,11 @@ def heal(
         training.resume(state)
     with progress(desc="healing", unit="steps", total=plan.n_steps, initial=training.n_taken) as bar:
         for step in training.steps():
+            if not math.isfinite(step.loss):
+                raise HealingError(
+                    f"healing: the loss of step {step.number} is {step.loss}: lower healing.learning_rate = "
+                    f"{asked.learning_rate}"
+                )
             curve.append({"step": step.number, "loss": step.loss, "learning_rate": step.learning_rate})
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
             bar.update()

@@ -44,6 +44,9 @@ def compare_targets(root: Path, a: str, b: str) -> dict[str, Any]:
     return {"format_version": 1, "only_a": only_a, "only_b": only_b, "variants": variants}
 
 
+SHALLOW = " is a shallow clone, which cannot say what was before it; `git fetch --unshallow`"
+
+
 def find(root: Path, name: str) -> Sides:
     """The variants that a name on the command line stands for.
 
@@ -65,6 +68,7 @@ def find(root: Path, name: str) -> Sides:
         f"{name!r} is nothing that can be compared:\n  no folder of a model: no {Path(name) / 'allocation.json'}\n"
         f"  no variant: {root / 'params.yaml'} has {', '.join(here) or 'none, or is not there'}\n"
         f"  no git revision and no experiment of {root.absolute()}"
+        f"{SHALLOW if git.has_history(root) and git.is_shallow(root) else ''}"
     )
 
 

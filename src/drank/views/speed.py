@@ -20,13 +20,14 @@ SHOWN = {
 def table(results: Mapping[str, Any]) -> "Table":
     """A row per model: ratio to the reference, and below it the figure itself."""
     from rich.table import Table
+    from rich.text import Text
 
     sheet = Table(show_lines=True)
     sheet.add_column("model", overflow="fold")
     for figure, (unit, *_) in SHOWN.items():
         sheet.add_column(f"{figure.replace('_', ' ')}\n{unit}", justify="right")
     for name, figures in results["models"].items():
-        sheet.add_row(name, *(_cell(figures[figure], *row) for figure, row in SHOWN.items()))
+        sheet.add_row(Text(name), *(_cell(figures[figure], *row) for figure, row in SHOWN.items()))
     return sheet
 
 
