@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which stages set w
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # which benchmarks set when they are imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several would wait for each other, and a fork for all of them
 
 import pytest
 import torch
