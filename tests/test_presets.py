@@ -1,11 +1,13 @@
 """Every shipped preset, and a user's own, through the stages on a tiny model: sizes, sharing, reload, release."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from stages import allocation, compression, covariance, evaluation, raw, release, sampling, spectrum
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +16,7 @@ from drank.audit import audit
 from drank.model.linears import find_linears
 from drank.steps.evaluation import count_parameters
 from tests import tiny
+from tests.test_audit import edit, more, reseal
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
 SPECTRA = {
@@ -94,6 +97,36 @@ def test_a_preset_fits_its_budget_and_its_folder_holds_what_was_allocated_and_pa
     states = {link.name: link.finding for link in audit(project / f"data/models/{preset}", None).links}
     assert states.pop("dvc.lock") == "cannot be checked here"
     assert set(states.values()) == {"holds"}, states
+
+
+@pytest.mark.parametrize(
+    ("link", "file", "keys", "value", "told"),
+    [
+        ("ranks", "allocation.json", "units.0.bits", 3, "stored as (32, 16, 1), dense of rank 32 has (32, 12, 1)"),
+        ("ranks", "allocation.json", "units.0.bytes", more, "bytes of model.layers.0"),
+        ("ranks", "allocation.json", "group_size", 32, ""),
+        ("sizes", "allocation.json", "bytes", more, "bytes of allocation.json"),
+        ("parameters", "allocation.json", "precision", 3, "precision of allocation.json is 3"),
+        ("ranks", "allocation.json", "embedding_bits", 4, "bits of model.embed_tokens is 8"),
+        ("ranks", "config.json", "quantization_config.modules.*.bits", 5, ""),
+        ("ranks", "model.safetensors", "model.layers.0.mlp.up_proj.weight", torch.int8, "is I8, but 4 bits has U8"),
+        ("ranks", "model.safetensors", "model.layers.0.mlp.up_proj.weight_scales", torch.float32, "is F32, but 4 bits"),
+        ("ranks", "model.safetensors", "model.embed_tokens.weight", torch.uint8, "is U8, but 8 bits has I8"),
+    ],
+)
+def test_an_audit_finds_bits_that_are_not_those_of_the_folder(project, tmp_path, link, file, keys, value, told):
+    if not (project / "data/models/gptq-4").exists():
+        test_every_preset_is_released_as_a_folder_that_passes_an_audit(project, "gptq-4")
+    folder = Path(shutil.copytree(project / "data/models/gptq-4", tmp_path / "delivered"))
+    if file == "model.safetensors":
+        weights = load_file(folder / file)
+        (folder / file).unlink()
+        save_file(weights | {keys: weights[keys].to(value)}, folder / file, {"format": "pt"})
+    else:
+        edit(folder / file, keys, value)
+    reseal(folder)
+    broken = {found.name: found.detail for found in audit(folder, None).broken}
+    assert told in broken[link]
 
 
 def test_groups_of_two_layers_name_their_members(project):

@@ -9,7 +9,6 @@ from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.method.precisions import FULL, GROUP, bytes_of
 from drank.model.format import SCALES, Spec
 from drank.project.documents import (
     AllocationDocument,
@@ -175,22 +174,21 @@ def _ranks(folder: Folder) -> str:
             _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
         for tensor, shape in _expected(unit, modules):
             stored = shapes.get(tensor)
-            transposed = unit.form == "dense" and unit.bits == FULL  # Conv1D's
+            transposed = unit.form == "dense" and not unit.is_rounded  # Conv1D's
             if stored not in (shape, shape[::-1] if transposed else shape):
                 raise BrokenLinkError(f"{tensor}: stored as {stored}, {unit.form} of rank {unit.rank} has {shape}")
-            if unit.bits < FULL:
+            if unit.is_rounded:
                 _same(f"type of {tensor}", folder.types[tensor], f"{unit.bits} bits", _type(tensor))
-        if unit.bits < FULL or unit.bytes is not None:
-            sizes, group = (unit.out_features, unit.in_features, unit.rank), allocation.group_size or GROUP
-            size = int(bytes_of(unit.form, *sizes, unit.bits, group))
+        if unit.is_rounded or unit.bytes is not None:
+            size = unit.bytes_of_form(allocation.group_size)
             _same(f"bytes of {unit.name}", unit.bytes, f"{unit.form} of rank {unit.rank} in {unit.bits} bits", size)
-        rank, low = None if unit.form == "dense" else unit.rank, unit.bits < FULL
-        grid = (unit.bits, allocation.group_size) if low else (None, None)
+        rank = None if unit.form == "dense" else unit.rank
+        grid = (unit.bits, allocation.group_size) if unit.is_rounded else (None, None)
         asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features, *grid)
         for member in unit.members:
             spec = modules.get(member)
             told = spec and (spec.form, spec.rank, spec.out_features, spec.in_features, spec.bits, spec.group)
-            if spec or unit.form != "dense" or low:
+            if spec or unit.form != "dense" or unit.is_rounded:
                 _same(f"form, rank, out, in, bits, group of {member} in config.json", told, "allocation.json", asked)
     if unknown := modules.keys() - {member for unit in allocation.units for member in unit.members}:
         raise BrokenLinkError(f"{min(unknown)}: in config.json, not in allocation.json")
@@ -224,7 +222,7 @@ def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str,
     told = {"form": unit.form, "rank": unit.rank, "in_features": unit.in_features}
     told["out_features"] = unit.out_features // len(unit.members)
     unknown = Spec.model_construct()  # of a module that config.json lacks; a rank of 0 is a finding, no fault of ours
-    told |= {"bits": unit.bits} if unit.bits < FULL else {}
+    told |= {"bits": unit.bits} if unit.is_rounded else {}
     specs = {member: modules.get(member, unknown).model_copy(update=told) for member in unit.members}
     yield from stored_shapes(specs).items()
 

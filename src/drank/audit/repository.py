@@ -18,7 +18,7 @@ from drank.project.git import Commit, file_at, find_commits, has_history, is_sha
 from drank.project.params import Params, ParamsError, parse_as
 from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
-from drank.project.state import check_order, check_params, flat, lineage, outs_of, writer
+from drank.project.state import check_order, check_params, flat, lineage, outs_of, writers
 from drank.steps.release import STATEMENT
 
 
@@ -100,7 +100,7 @@ def _chain(record: Record) -> str:
     check_order(record.stages, f"dvc.lock of {record.stage}")
     for stage, row in record.stages.items():
         for path in (dependency["path"] for dependency in row.get("deps", ())):
-            if path.startswith("data/") and not writer(record.stages, path):
+            if path.startswith("data/") and not writers(record.stages, path):
                 raise BrokenLinkError(f"{stage} read {path}, which no stage of this dvc.lock wrote")
     return " <- ".join(reversed(record.stages))
 

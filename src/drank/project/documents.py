@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from drank.method.allocation.units import PRICES
-from drank.method.precisions import FULL
+from drank.method.precisions import FULL, bytes_of
 from drank.model import format
 from drank.project.files import FileError
 
@@ -43,6 +43,16 @@ class UnitRow(Document):
     effective_rank: float
     bits: Count = FULL
     bytes: Count | None = None
+
+    @property
+    def is_rounded(self) -> bool:
+        return self.bits < FULL
+
+    def bytes_of_form(self, group: int | None) -> int:
+        """Bytes that a matrix of this form, rank, size and bits takes; ``group`` is that of its scales."""
+        return int(
+            bytes_of(self.form, self.out_features, self.in_features, self.rank, self.bits, group or self.in_features)
+        )
 
     @property
     def price_of_form(self) -> int:

@@ -87,6 +87,14 @@ def writer(stages: Stages, path: str) -> str:
     return max(around, default=(0, ""))[1]
 
 
+def writers(stages: Stages, path: str) -> list[str]:
+    """The stage that has this path or a folder around it among its outs or, if none has, those with outs inside it."""
+    if around := writer(stages, path):
+        return [around]
+    outs = {name: [PurePosixPath(out["path"]) for out in row.get("outs", ())] for name, row in stages.items()}
+    return [name for name, written in outs.items() if any(out.is_relative_to(path) for out in written)]
+
+
 def _writer(root: Path, lock: Stages, path: str) -> str:
     """The same, where there has to be one."""
     if not (stage := writer(lock, path)):
@@ -103,7 +111,7 @@ def lineage(lock: Stages, stage: str) -> Stages:
         if name not in seen:
             seen.add(name)
             for dependency in lock[name].get("deps", ()):
-                if before := writer(lock, dependency["path"]):
+                for before in writers(lock, dependency["path"]):
                     visit(before)
             ordered[name] = lock[name]
 
