@@ -37,6 +37,8 @@ def main(variant: str, root: Path = Path()) -> None:
         allocation = read_json(inputs / f"data/allocation/{variant}.json")
         results = figures | {key: allocation[key] for key in ("kept_ratio", "targeted_parameters")}
         results |= {"variant": variant, "preset": chosen.preset, "size_ratio": chosen.size_ratio}
+        if bits := {unit["bits"] for unit in allocation["units"] if "bits" in unit}:
+            results["bits"] = bits.pop() if len(bits) == 1 else "mixed"
         results["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         write_json(root / "results" / f"{variant}.json", results)
         curve = {"loss_curve": read_json(folder / CURVE)} if chosen.healing else {}
