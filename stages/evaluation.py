@@ -35,6 +35,8 @@ def main(variant: str, root: Path = Path()) -> None:
             return
         allocation = read_json(inputs / f"data/allocation/{variant}.json")
         results = figures | {key: allocation[key] for key in OF_ALLOCATION}
+        if bits := {unit["bits"] for unit in allocation["units"] if "bits" in unit}:
+            results["bits"] = bits.pop() if len(bits) == 1 else "mixed"
         results["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         write_json(root / "results" / f"{variant}.json", results)
         curve = {"loss_curve": read_json(folder / CURVE)} if chosen.healing else {}

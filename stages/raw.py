@@ -1,7 +1,9 @@
 """data/raw/: the model as a plain bf16 folder and the texts as JSON lines, from the sources in params.yaml."""
 
+from functools import partial
 from pathlib import Path
 
+from drank.model.rotation import rotate
 from drank.project.command import run_stage
 from drank.project.files import replacing_folder
 from drank.project.models import fetch_model
@@ -14,7 +16,9 @@ def main(root: Path = Path()) -> None:
     with replacing_folder(root / "data/raw/text") as folder:
         for name, text in params.text.items():
             fetch_text(text, folder / f"{name}.jsonl", downloads, root)
-    fetch_model(params.model, root / "data/raw/model", downloads, root)
+    seed, untie = params.model.rotation_seed, bool(params.model.untie_head)
+    rotated = None if seed is None else partial(rotate, seed=seed, untie_head=untie)
+    fetch_model(params.model, root / "data/raw/model", downloads, root, rotated)
 
 
 if __name__ == "__main__":

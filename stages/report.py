@@ -5,7 +5,8 @@ from pathlib import Path
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import read_json, read_tensors, replacing_folder, write_text
-from drank.project.params import read_params
+from drank.project.params import ModelSource, read_params
+from drank.project.sources import file_of, scheme_of
 from drank.views.page import page, pictures, summary
 from drank.views.pictures import Spectrum, png
 
@@ -17,11 +18,21 @@ def main(root: Path = Path()) -> None:
     spectra = {key: read_spectrum(inputs, f"data/spectrum/{key}") for key in params.spectrum}
     table = summary(rows)
     write_text(root / "results/summary.csv", table.to_csv(index=False, lineterminator="\n"))
-    shown = {name: (picture, png(picture.figure)) for name, picture in pictures(table, allocations, spectra).items()}
+    source = source_file(params.model, root) if "bits" in table else None
+    drawn = pictures(table, allocations, spectra, source)
+    shown = {name: (picture, png(picture.figure)) for name, picture in drawn.items()}
     with replacing_folder(root / "results/figures") as folder:
         for name, (_, data) in shown.items():
             (folder / f"{name}.png").write_bytes(data)
     write_text(root / "results/report.html", page(rows, shown))
+
+
+def source_file(asked: ModelSource, root: Path) -> tuple[str, int] | None:
+    """Name and bytes of the model's file where the source is a single one, such as GGUF; of a folder, None."""
+    if scheme_of(asked) == "hub":
+        return None
+    with file_of(asked, root / "data/downloads", root) as path:
+        return (path.name, path.stat().st_size) if path.is_file() else None
 
 
 def read_spectrum(inputs: Inputs, folder: str) -> Spectrum:

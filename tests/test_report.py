@@ -15,7 +15,7 @@ from drank.project.tolerance import DTYPE_TOLERANCE
 from drank.steps.allocation import describe
 from drank.views.matrices import matrices
 from drank.views.page import Picture, lead, page, pictures, readable, summary
-from drank.views.pareto import frontier, perplexity_by_size
+from drank.views.pareto import frontier, nats_by_bytes, perplexity_by_size
 from drank.views.pictures import (
     FEW,
     Spectrum,
@@ -125,6 +125,45 @@ def test_perplexity_is_drawn_over_the_dense_one_and_few_variants_are_named():
     assert [text.get_text() for text in axes.texts] == ["dense", "b"]
     alone = perplexity_by_size(summary(ROWS[:1])).axes[0]
     assert (alone.lines[1].get_ydata().tolist(), alone.get_ylabel()) == ([20.0], "token perplexity")
+
+
+ROUNDED = [
+    *ROWS,
+    ROWS[1] | {"variant": "int4", "preset": "int4", "bits": 4, "bytes": 90_000_000, "token_perplexity/news": 15.0},
+    ROWS[1] | {"variant": "gptq-4", "preset": "gptq", "bits": 4, "bytes": 90_000_000, "token_perplexity/news": 11.0},
+    ROWS[0] | {"variant": "b-8", "bits": 8, "bytes": 70_000_000, "token_perplexity/news": 21.0},
+    ROWS[0] | {"variant": "m", "preset": "m", "bits": "mixed", "bytes": 60_000_000, "token_perplexity/news": 12.0},
+]
+
+
+def test_with_precisions_below_16_nats_are_drawn_against_all_bytes():
+    table = summary(ROUNDED)
+    assert list(table["bits"]) == [16, 16, 4, 4, 8, "mixed"]
+    axes = nats_by_bytes(table, ("m.gguf", 80_000_000)).axes[0]
+    points = {
+        line.get_label(): list(zip(line.get_xdata(), np.exp(line.get_ydata()).round(9), strict=True))
+        for line in axes.lines
+        if line.get_linestyle() == "None"
+    }
+    assert points == {
+        "m.gguf": [(80.0, 1.0)],
+        "dense, 16 bits": [(200.0, 1.0)],
+        "low rank, 16 bits": [(100.0, 2.0)],
+        "dense, rounded": [(90.0, 1.5), (90.0, 1.1)],
+        "low rank, 8 bits": [(70.0, 2.1)],
+        "mixed": [(60.0, 1.2)],
+    }
+    assert [text.get_text() for text in axes.texts] == ["dense", "b", "int4", "gptq-4", "b-8", "m"]
+    shown = pictures(table, [ALLOCATION], {"s": SPECTRUM}, ("m.gguf", 80_000_000))
+    assert list(shown)[:2] == ["perplexity", "precision"]
+    assert "The star is m.gguf" in shown["precision"].caption
+    assert png(shown["precision"].figure).startswith(b"\x89PNG")
+    assert readable(table)["bits"].tolist() == ["16", "16", "4", "4", "8", "mixed"]
+
+
+def test_nats_need_a_dense_model_and_a_precision_below_16():
+    for rows in (ROWS, [row for row in ROUNDED if row["preset"] != "dense"]):
+        assert "precision" not in pictures(summary(rows), [ALLOCATION], {"s": SPECTRUM})
 
 
 def test_many_variants_have_a_legend_and_far_ones_are_left_out():

