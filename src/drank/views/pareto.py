@@ -77,7 +77,7 @@ def nats_by_bytes(table: pd.DataFrame, source: tuple[str, int] | None = None) ->
     figure = Figure(figsize=(5.6 * len(columns) + 1.8, 4.6), layout="constrained")
     series = table.apply(_precision, axis=1)
     for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True):
-        megabytes, nats = table["bytes"] / 1e6, np.log(table[column] / reference(table, column))
+        megabytes, nats = table["bytes"] / 1e6, np.log(table[column] / (reference(table, column) or np.nan))
         if source:
             axes.axvline(source[1] / 1e6, color="0.75", linewidth=0.8, zorder=0)
             axes.plot(source[1] / 1e6, 0, color="black", marker="*", markersize=11, linestyle="", label=source[0])
