@@ -36,7 +36,7 @@ def main(variant: str, root: Path = Path()) -> None:
             return
         allocation = read_json(inputs / f"data/allocation/{variant}.json")
         results = figures | {key: allocation[key] for key in ("kept_ratio", "targeted_parameters")}
-        results |= {"variant": variant, "preset": chosen.preset, "size_ratio": chosen.size_ratio}
+        results |= {"variant": variant, "preset": chosen.preset, **chosen.size}
         results["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         write_json(root / "results" / f"{variant}.json", results)
         curve = {"loss_curve": read_json(folder / CURVE)} if chosen.healing else {}

@@ -25,6 +25,7 @@ SPECTRA = {
     "input": {"metric": "input", "units": "matrix"},
     "input-pairs": {"metric": "input", "units": "group", "layers": 2, "even_with_grouped_heads": True},
     "kfac": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5]},
+    "kfac-bits": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5], "bits": [3, 4, 8]},
     "kfac-pairs": {
         "metric": "kfac", "units": "group", "layers": 2, "even_with_grouped_heads": True, "damping": 1e-4,
     },
@@ -37,7 +38,9 @@ OWN = {
     "blocks-factors": {"spectrum": "kfac", "allocation": "least_loss", "storage": "factors", "multiple_of": 4},
 }  # fmt: skip
 PRESETS = {name: p for name, p in yaml.safe_load(SHIPPED.read_text())["presets"].items() if name != "dense"} | OWN
-PRESETS["kfac-aligned"]["multiple_of"] = 4  # ranks of the tiny model are below 32
+for name in ("kfac-aligned", "mixed"):
+    PRESETS[name]["multiple_of"] = 4  # ranks of the tiny model are below 32
+SIZES = {"mixed": "bytes_ratio"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,8 @@ def project(tmp_path_factory):
     document["spectrum"] = {name: {"calibration_seed": 0} | spectrum for name, spectrum in SPECTRA.items()}
     document["presets"] = PRESETS
     document["variants"] = {
-        name: {"preset": name, "spectrum": preset["spectrum"], "size_ratio": 0.6} for name, preset in PRESETS.items()
+        name: {"preset": name, "spectrum": preset["spectrum"], SIZES.get(name, "size_ratio"): 0.6}
+        for name, preset in PRESETS.items()
     }
     (root / "params.yaml").write_text(yaml.safe_dump(document))
     raw.main(root)

@@ -37,7 +37,7 @@ def test_the_committed_reference_is_what_the_types_give():
 def test_types_ranges_and_defaults_are_said_in_words():
     page = markdown()
     for key, words in {
-        "size_ratio": "| number in (0, 1] |  |",
+        "size_ratio": "| number in (0, 1] | none |",
         "alpha": "| number in (0, 2] | none |",
         "layers": "| integer, at least 1 | `1` |",
         "cuts": "| list of numbers in [0, 1) | `[]` |",

@@ -37,9 +37,9 @@ def sizes(params: Params, shape: Shape) -> list[Size]:
     return [
         Size(
             name,
-            variant.size_ratio,
-            footprint.compressed_parameters(shape, variant.size_ratio),
-            footprint.compressed_folder(shape, variant.size_ratio, _is_pivot(params, name)),
+            variant.ratio,
+            footprint.compressed_parameters(shape, variant.ratio),
+            footprint.compressed_folder(shape, variant.ratio, _is_pivot(params, name)),
         )
         for name, variant in params.variants.items()
     ]

@@ -136,7 +136,7 @@ def _chain(folder: Folder) -> dict[str, Any]:
     return {
         "variant": statement.variant,
         "model_md5": folder.md5,
-        "allocation": allocation.model_dump(exclude={"units", "blocks", "inputs"}) | made,
+        "allocation": allocation.model_dump(exclude={"units", "blocks", "inputs"}, exclude_none=True) | made,
         "materials": [r.model_dump(exclude_none=True, exclude={"annotations"}) for r in statement.materials],
         "parameters": statement.parameters,
         "results": statement.results,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drank.cli.options import CommandError
+from drank.project.params import asked
 
 if TYPE_CHECKING:
     from drank.audit import Audit, Link
@@ -25,7 +26,7 @@ model|variant {variant}: {results[parameters]:,} parameters, {megabytes:.1f} MB
 allocation|{a[allocation]}, preset {a[preset]}, storage {a[storage]}: {a[n_compressed]} of {a[n_units]} units \
 compressed, {a[removed_channels]} channels removed
 |sha256 {a[sha256]}
-budget|{a[budget]:,} of {a[targeted_parameters]:,} parameters ({a[size_ratio]} asked), {a[price]:,} spent \
+budget|{a[budget]:,} of {a[targeted_parameters]:,} parameters ({asked} asked), {a[price]:,} spent \
 ({a[kept_ratio]:.4f} kept)
 objective|{a[objective][value]:.6g}, at most {a[objective][gap]:.2g} of it above the optimum
 spectrum|{a[spectrum]}: {spectrum}
@@ -113,6 +114,7 @@ def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "variant": chain["variant"], "results": results, "megabytes": results["bytes"] / 1e6, "a": chain["allocation"],
         "spectrum": _listed(parameters["spectrum"]), "covariance": _listed(parameters["covariance"]),
         "sampling": parameters["sampling"], "seed": parameters["spectrum"]["calibration_seed"],
+        "asked": asked(chain["allocation"]),
     }  # fmt: skip
     for line in LINES.splitlines():
         label, _, text = line.partition("|")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
-from drank.method.allocation.units import PRICES
+from drank.method.allocation.units import PIVOT_ROUNDING, PRICES
+from drank.method.precisions import FULL
 from drank.model import format
 from drank.project.files import FileError
 
@@ -40,6 +41,8 @@ class UnitRow(Document):
     objective_share: float
     relative_loss: float
     effective_rank: float
+    bits: Count = FULL
+    bytes: Count | None = None
 
     @property
     def price_of_form(self) -> int:
@@ -69,7 +72,9 @@ class AllocationDocument(Document):
     spectrum: str
     allocation: str
     storage: str
-    size_ratio: float
+    size_ratio: float | None = None
+    bytes_ratio: float | None = None
+    megabytes: float | None = None
     kept_ratio: float
     targeted_parameters: Annotated[Count, Field(ge=1)]
     budget: Count
@@ -79,6 +84,10 @@ class AllocationDocument(Document):
     units: tuple[UnitRow, ...]
     blocks: tuple[BlockRow, ...]
     inputs: dict[str, Sha256]
+    group_size: Annotated[Count, Field(ge=1)] | None = None
+    embedding_bits: Count | None = None
+    bytes: Count | None = None
+    bytes_budget: Count | None = None
 
 
 class SpectrumRow(Document):
@@ -87,6 +96,12 @@ class SpectrumRow(Document):
     out_features: Count
     in_features: Count
     base_loss: float
+    rounding: dict[str, float] = {}
+
+    def rounded(self, unit: UnitRow) -> float:
+        """Loss of rounding the unit's form to its bits; 0 where the spectrum does not know it."""
+        whole = 0.0 if unit.bits == FULL else self.rounding.get(str(unit.bits), 0.0)
+        return whole if unit.form == "dense" else whole * PIVOT_ROUNDING
 
 
 class Cut(Document):

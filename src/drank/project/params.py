@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 from drank.method.allocation.choices import RULES
 from drank.method.allocation.units import PRICES, Menu
 from drank.method.metrics import METRICS, UNITS
+from drank.method.precisions import EMBEDDING_BITS, FULL, GROUP, PRECISIONS, STORED
 from drank.project import plain_yaml
 
 # Names are parts of names of files, which have 255 bytes at most, and of MLflow's keys, which have 250 characters.
@@ -63,13 +64,16 @@ if TYPE_CHECKING:
     UnitsName = str
     RuleName = str
     StorageName = str
+    PrecisionName = int | str
+    EmbeddingBits = int
 else:  # rows of the tables of choices
     MetricName, UnitsName = Literal[tuple(METRICS)], Literal[tuple(UNITS)]
     RuleName, StorageName = Literal[tuple(RULES)], Literal[tuple(PRICES)]
+    PrecisionName, EmbeddingBits = Literal[tuple(PRECISIONS)], Literal[tuple(EMBEDDING_BITS)]
 # For each section whose choices read parameters, the tables of choices by the key that chooses.
-TABLES: dict[str, Mapping[str, Mapping[str, Any]]] = {
+TABLES: dict[str, Mapping[str, Mapping[Any, Any]]] = {
     "spectrum": {"metric": METRICS, "units": UNITS},
-    "presets": {"allocation": RULES},
+    "presets": {"allocation": RULES, "precision": PRECISIONS},
 }
 
 
@@ -95,7 +99,7 @@ class Section(BaseModel):
         return self
 
 
-def readers_of(section: str, name: str) -> list[tuple[str, str]]:
+def readers_of(section: str, name: str) -> list[tuple[str, Any]]:
     """The choices that read a parameter of a section: the key that chooses, and the row. Empty where all do."""
     tables = TABLES.get(section, {})
     return [(kind, row) for kind, table in tables.items() for row, choice in table.items() if name in choice.accepts]
@@ -108,12 +112,15 @@ def _has_readers(section: str) -> Callable[[Section], Iterator[str]]:
         given = {name for name, knob in type(values).model_fields.items() if getattr(values, name) != knob.default}
         chosen = {kind: getattr(values, kind) for kind in TABLES[section]}
         for kind, row in chosen.items():
+            if row is None:
+                continue
             for missing in sorted(set(TABLES[section][kind][row].needs) - given):
                 yield f"{kind} '{row}' needs {missing}, which is {getattr(values, missing)!r}"
         for name in sorted(given):
             readers = readers_of(section, name)
             if readers and not set(readers) & chosen.items():
-                ignoring = " and ".join(f"{kind} '{chosen[kind]}'" for kind in dict(readers))
+                kinds = dict(readers)
+                ignoring = " and ".join(f"{k} '{chosen[k]}'" if chosen[k] else f"no {k}" for k in kinds)
                 others = ", ".join(f"{kind} '{row}'" for kind, row in readers)
                 yield f"{_shown(values, name)} with {ignoring}, which ignores it: it goes with {others}"
 
@@ -274,10 +281,14 @@ class Spectrum(Section):
     measures none."""
     sensitivity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """The size ratios at which each matrix is then tried."""
+    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], Field(min_length=1)] | None = None
+    """Bits per number that matrices may be rounded to, in presets with precision `mixed`: the loss of rounding each
+    matrix whole to each of them is measured, in metric `kfac`. Left out: none."""
 
     rules = {
         "A parameter is read by the metric or the units; one that they need is there.": _has_readers("spectrum"),
         "`cuts` begin with 0.0 and rise.": _holds(lambda s: list(s.cuts) in ([], sorted({0.0, *s.cuts})), "cuts"),
+        "`bits` rise.": _holds(lambda s: s.bits is None or list(s.bits) == sorted(set(s.bits)), "bits"),
         "Measuring perplexities needs both, windows to read and ratios to try.": _holds(
             lambda s: bool(s.sensitivity_windows) == bool(s.sensitivity_ratios),
             "sensitivity_windows", "sensitivity_ratios",
@@ -316,6 +327,19 @@ class Preset(Section):
     """Whether a matrix may stay as it is. One that no rank on offer makes smaller always may."""
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
+    # These came later: left out, outputs are byte for byte what they were before.
+    precision: Annotated[PrecisionName | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
+    """Bits that the numbers of the linears are stored in: 16, as where left out, or rounded to 8, 4, 3 or 2. A matrix
+    that stays dense is rounded, too. `mixed`: bits compete with ranks and channels for a budget in bytes, matrix by
+    matrix."""
+    rounding: Literal["feedback", "nearest"] | None = None
+    """How numbers are rounded. `feedback`, as where left out: one after the other, and those behind make up for the
+    error so far, in the metric of the covariances (GPTQ); `nearest`: to the closest point of the grid."""
+    group_size: Count | None = None
+    """Neighbours in a row that share a scale and a zero point, 64 where left out."""
+    embedding_bits: Annotated[EmbeddingBits | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
+    """Bits of the input embeddings, and of an output head that is tied to them: 16, as where left out, or 8 with a
+    scale per token."""
 
     rules = {
         "A parameter is read by the allocation; one that it needs is there.": _has_readers("presets"),
@@ -325,13 +349,31 @@ class Preset(Section):
         "Scores `perplexity` go with storage `factors`, at whose ranks they are measured.": _holds(
             lambda p: p.scores != "perplexity" or p.storage == "factors", "storage", "scores"
         ),
+        "Precision `mixed` goes with storage `pivot`, whose loss of rounding is known.": _holds(
+            lambda p: p.precision != "mixed" or p.storage == "pivot", "precision", "storage"
+        ),
         "`floor` is below `cap`.": _holds(lambda p: p.floor < p.cap, "floor", "cap"),
+        f"Precision below 16 goes with storages {', '.join(sorted(set(PRICES) & set(STORED)))}.": _holds(
+            lambda p: p.precision is None or p.storage in STORED, "precision", "storage"
+        ),
     }
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """Values by key; those that came later are absent where they change nothing, and complete where they do."""
+        rounding = {"rounding": self.rounding or "feedback", "group_size": self.group_size or GROUP}
+        later = {} if self.precision is None else {"precision": self.precision, **rounding}
+        later |= {} if self.embedding_bits is None else {"embedding_bits": self.embedding_bits}
+        known = {"precision", "rounding", "group_size", "embedding_bits"}
+        return self.model_dump(exclude=known) | later
+
+    @property
     def menu(self) -> Menu:
-        """The ranks on offer."""
-        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of)
+        """The ranks on offer; which bits are, with precision `mixed`, the spectrum says."""
+        bits = PRECISIONS[self.precision or FULL].bits
+        offered = () if bits is None else (bits,)
+        group = self.group_size or GROUP
+        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of, offered, group)
 
 
 class Healing(Section):
@@ -365,11 +407,45 @@ class Variant(Section):
     """Name of the method, one of section `presets`."""
     spectrum: Name
     """The preset's `spectrum` again, so that DVC sees the dependency."""
-    size_ratio: Share
+    size_ratio: Share | None = None
     """Share of the targeted linears' parameters that is kept; the literature's "20 % compression" is 0.8. Ignored by
     allocation `dense`."""
+    bytes_ratio: Share | None = None
+    """Share of the targeted linears' bytes in bfloat16 that is kept, in the place of `size_ratio`."""
+    megabytes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Size of all weight files, in units of 10^6 bytes, in the place of `size_ratio`."""
     healing: Healing | None = None
     """How it is trained a while after compression, at the size that it has; not at all where left out."""
+
+    rules = {
+        "A variant has one size: `size_ratio`, `bytes_ratio` or `megabytes`.": _holds(
+            lambda v: len(v.size) == 1, "size_ratio", "bytes_ratio", "megabytes"
+        )
+    }
+
+    @property
+    def size(self) -> dict[str, float]:
+        """The size that is asked for, by its key."""
+        values = {"size_ratio": self.size_ratio, "bytes_ratio": self.bytes_ratio, "megabytes": self.megabytes}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def ratio(self) -> float:
+        """The share of parameters, or of bytes, for estimates; 1 where megabytes are asked."""
+        return self.size_ratio or self.bytes_ratio or 1.0
+
+    @property
+    def in_bytes(self) -> bool:
+        """True if the size is one of bytes, not of parameters."""
+        return self.size_ratio is None
+
+
+def asked(allocation: Mapping[str, Any]) -> str:
+    """The size of a variant, or of its allocation, in words."""
+    if allocation.get("megabytes") is not None:
+        return f"{allocation['megabytes']} MB"
+    ratio = allocation.get("size_ratio")
+    return f"{allocation['bytes_ratio']} of the bytes" if ratio is None else f"{ratio}"
 
 
 class Evaluation(Section):
@@ -402,7 +478,7 @@ class Params(Section):
     spectrum: dict[Name, Spectrum]
     """Sets of cached factors by name, each of which any number of variants slices."""
     presets: dict[Name, Preset]
-    """Methods by name: metric and units (of a spectrum), allocation, storage."""
+    """Methods by name: metric and units (of a spectrum), allocation, storage, precision."""
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
     """Models that are built and compared, by name."""
     evaluation: Evaluation
@@ -437,8 +513,21 @@ class Params(Section):
         "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.": _each(
             "presets", lambda p, preset: preset.scores != "perplexity" or p._is_measured(preset), "scores", "spectrum"
         ),
+        "A size in bytes goes with allocation `least_loss`.": _each(
+            "variants", lambda p, v: not v.in_bytes or RULES[p.presets[v.preset].allocation].in_bytes,
+            "preset", "bytes_ratio", "megabytes",
+        ),
+        "Precision `mixed` needs a size in bytes, `bytes_ratio` or `megabytes`.": _each(
+            "variants", lambda p, v: v.in_bytes or p.presets[v.preset].precision != "mixed", "preset", "size_ratio"
+        ),
+        "A size in bytes needs a spectrum that has `bits`, those of the preset's `precision` among them.": _each(
+            "variants", lambda p, v: not v.in_bytes or p._has_bits(p.presets[v.preset]), "preset", "spectrum"
+        ),
         "A variant of allocation `dense` is not healed: it lost nothing.": _each(
             "variants", lambda p, v: not v.healing or p.presets[v.preset].allocation != "dense", "preset"
+        ),
+        "A variant of precision below 16 is not healed: integers have no gradient.": _each(
+            "variants", lambda p, v: not v.healing or p.presets[v.preset].precision is None, "preset"
         ),
     }  # fmt: skip
 
@@ -460,6 +549,10 @@ class Params(Section):
 
     def _has_blocks(self, preset: Preset) -> bool:
         return preset.spectrum in self.spectrum and UNITS[self.spectrum[preset.spectrum].units].loses_channels
+
+    def _has_bits(self, preset: Preset) -> bool:
+        bits = self.spectrum[preset.spectrum].bits
+        return bits is not None and preset.precision in (None, "mixed", *bits)
 
     def _is_measured(self, preset: Preset) -> bool:
         return preset.spectrum not in self.spectrum or self.spectrum[preset.spectrum].sensitivity_windows > 0
@@ -513,7 +606,7 @@ class Params(Section):
         }
         texts = {key: text.model_dump(mode="json", exclude_none=True) for key, text in self.text.items()}
         return made_of | {
-            "variant": {"name": name} | variant.model_dump(mode="json", exclude={"healing"}),
+            "variant": {"name": name} | variant.model_dump(mode="json", exclude={"healing"}, exclude_none=True),
             "text": texts,
         }
 

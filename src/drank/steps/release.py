@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from drank import __version__
-from drank.project.params import ModelSource, Params, TextSource
+from drank.project.params import ModelSource, Params, TextSource, asked
 
 STATEMENT = "provenance.json"
 CHECKSUMS = "SHA256SUMS"
@@ -136,6 +136,7 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
     return CARD_TEMPLATE.format(
         parameters=parameters,
         allocation=allocation,
+        asked=asked(allocation),
         results=results,
         metadata=data.to_yaml(),
         base=base,
@@ -165,7 +166,7 @@ and what followed from it), {training}.
 | method | preset `{allocation[preset]}`: metric {parameters[spectrum][metric]}, units {parameters[spectrum][units]}, \
 allocation {allocation[allocation]}, storage {allocation[storage]} |
 | compressed | {n_compressed} of {n_units} matrices{removed} |
-| kept of the compressed linears' parameters | {allocation[kept_ratio]:.4f} ({allocation[size_ratio]} asked) |
+| kept of the compressed linears' parameters | {allocation[kept_ratio]:.4f} ({asked} asked) |
 | parameters of the whole model | {results[parameters]:,} |
 | weights on disk | {megabytes:.1f} MB |
 | calibrated on | {parameters[sampling][n_windows]} windows of {parameters[sampling][window_length]} tokens of \
