@@ -182,6 +182,12 @@ def test_a_budget_that_is_too_small_names_the_nearest_that_is_not(size, message)
         ({"bytes_ratio": 0.5}, {"storage": "factors"}, {}, "Precision `mixed` goes with storage `pivot`"),
         ({"bytes_ratio": 0.5}, {"precision": 5}, {}, "precision"),
         ({"bytes_ratio": 0.5}, {}, {"bits": [4, 3]}, r"bits = \[4, 3\]; the rule: `bits` rise"),
+        (
+            {"bytes_ratio": 0.5},
+            {},
+            {"group_size": 64},
+            "mixed: group_size = 128, .* has the `group_size` of its spectrum",
+        ),
         ({"bytes_ratio": 0.5}, {}, {"bits": [1]}, "greater than or equal to 2"),
         ({"bytes_ratio": 0.5}, {}, {"bits": []}, "at least 1 item"),
         ({"bytes_ratio": 0.5}, {}, {"metric": "input", "units": "matrix"}, "bits = .* with metric 'input'"),
@@ -194,11 +200,15 @@ def test_a_budget_that_is_too_small_names_the_nearest_that_is_not(size, message)
 def test_mistakes_are_named(tmp_path, sizes, preset, spectrum, message):
     document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     asked = {"calibration_seed": 0, "metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.5]}
-    asked |= {"bits": [3, 4]} | spectrum
+    asked |= {"bits": [3, 4], "group_size": 128} | spectrum
+    if asked["bits"] is None:
+        del asked["group_size"]
     if asked["units"] == "matrix":
         del asked["cuts"]
     document["spectrum"]["kfac-bits"] = {key: value for key, value in asked.items() if value is not None}
     document["presets"]["mixed"] |= preset
+    if preset.get("precision") == FULL:
+        del document["presets"]["mixed"]["group_size"]
     if document["presets"]["mixed"]["allocation"] != "least_loss":
         document["presets"]["mixed"]["precision"] = 4
     document["variants"]["small"] = {"preset": "mixed", "spectrum": "kfac-bits", **sizes}

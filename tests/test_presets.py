@@ -25,7 +25,10 @@ SPECTRA = {
     "input": {"metric": "input", "units": "matrix"},
     "input-pairs": {"metric": "input", "units": "group", "layers": 2, "even_with_grouped_heads": True},
     "kfac": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5]},
-    "kfac-bits": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5], "bits": [3, 4, 8]},
+    "kfac-bits": {
+        "metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5], "bits": [3, 4, 8],
+        "group_size": 128,
+    },
     "kfac-pairs": {
         "metric": "kfac", "units": "group", "layers": 2, "even_with_grouped_heads": True, "damping": 1e-4,
     },

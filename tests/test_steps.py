@@ -85,7 +85,7 @@ def test_the_summary_of_a_spectrum_describes_every_file_of_its_store(params, cov
 
 def test_losses_of_rounding_are_those_of_the_matrices_that_are_left(params, covariances):
     """In the unit of dropped energies, which are twice the nats; all else is as it is without bits."""
-    asked = params.spectrum["kfac"].model_copy(update={"bits": (2, 4)})
+    asked = params.spectrum["kfac"].model_copy(update={"bits": (2, 4), "group_size": 16})
     with_bits = params.model_copy(update={"spectrum": {"kfac": asked}})
     (store, summary), (_, plain) = (factored(p, "kfac", covariances) for p in (with_bits, params))
     model = tiny.llama()
@@ -107,7 +107,7 @@ def test_losses_of_rounding_are_those_of_the_matrices_that_are_left(params, cova
             else:
                 weight, G = weight[alive], G[alive][:, alive]
             for bits in (2, 4):
-                expected = 2 * expected_loss(weight, Grid(bits), H, G)
+                expected = 2 * expected_loss(weight, Grid(bits, 16), H, G)
                 assert row["rounding"][str(bits)] == pytest.approx(expected, rel=1e-6)
     for block in summary["blocks"]:
         for matrix in (m for cut in block["cuts"] for m in cut["matrices"]):

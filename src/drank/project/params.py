@@ -283,11 +283,14 @@ class Spectrum(Section):
     """The size ratios at which each matrix is then tried."""
     bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], Field(min_length=1)] | None = None
     """Bits per number that matrices may be rounded to, in presets with precision `mixed`: the loss of rounding each
-    matrix whole to each of them is measured, in metric `kfac`. Left out: none."""
+    matrix whole to each of them is computed, in metric `kfac`. Left out: none."""
+    group_size: Count | None = None
+    """Neighbours in a row that share a scale and a zero point where these losses are computed, 64 where left out."""
 
     rules = {
         "A parameter is read by the metric or the units; one that they need is there.": _has_readers("spectrum"),
         "`cuts` begin with 0.0 and rise.": _holds(lambda s: list(s.cuts) in ([], sorted({0.0, *s.cuts})), "cuts"),
+        "`group_size` goes with `bits`.": _holds(lambda s: s.bits or not s.group_size, "group_size", "bits"),
         "`bits` rise.": _holds(lambda s: s.bits is None or list(s.bits) == sorted(set(s.bits)), "bits"),
         "Measuring perplexities needs both, windows to read and ratios to try.": _holds(
             lambda s: bool(s.sensitivity_windows) == bool(s.sensitivity_ratios),
@@ -520,6 +523,9 @@ class Params(Section):
         "Precision `mixed` needs a size in bytes, `bytes_ratio` or `megabytes`.": _each(
             "variants", lambda p, v: v.in_bytes or p.presets[v.preset].precision != "mixed", "preset", "size_ratio"
         ),
+        "A preset of precision `mixed` has the `group_size` of its spectrum, whose losses it goes by.": _each(
+            "presets", lambda p, preset: preset.precision != "mixed" or p._has_groups(preset), "group_size", "spectrum"
+        ),
         "A size in bytes needs a spectrum that has `bits`, those of the preset's `precision` among them.": _each(
             "variants", lambda p, v: not v.in_bytes or p._has_bits(p.presets[v.preset]), "preset", "spectrum"
         ),
@@ -553,6 +559,10 @@ class Params(Section):
     def _has_bits(self, preset: Preset) -> bool:
         bits = self.spectrum[preset.spectrum].bits
         return bits is not None and preset.precision in (None, "mixed", *bits)
+
+    def _has_groups(self, preset: Preset) -> bool:
+        spectrum = self.spectrum.get(preset.spectrum)
+        return not spectrum or not spectrum.bits or (spectrum.group_size or GROUP) == (preset.group_size or GROUP)
 
     def _is_measured(self, preset: Preset) -> bool:
         return preset.spectrum not in self.spectrum or self.spectrum[preset.spectrum].sensitivity_windows > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from drank.method.channels import remove_channels, row_grams
 from drank.method.covariance import NotFiniteError, finite
 from drank.method.metrics import METRICS, UNITS
-from drank.method.precisions import Grid
+from drank.method.precisions import GROUP, Grid
 from drank.method.rounding import expected_by_row
 from drank.method.spectrum import Metric, effective_rank, gram_spectrum, whitened_spectrum
 from drank.method.spectrum import Spectrum as Factored
@@ -48,7 +48,7 @@ def factorise(
         The summary: the metric, ``computed_in``, ``left_dense``, and rows that describe ``units`` and ``blocks``.
     """
     linears, row = find_linears(model, on.targets, on.ignore), UNITS[asked.units]
-    metrics, writer = _Metrics(asked, covariances, described["owners"], on.device), _Writer(store, asked.bits or ())
+    metrics, writer = _Metrics(asked, covariances, described["owners"], on.device), _Writer(store, asked)
     mlps = find_mlps(model, linears) if row.loses_channels else []
     members = [(*mlp.before, mlp.down) for mlp in mlps]
     in_mlps = {linear.name for matrices in members for linear in matrices}
@@ -151,11 +151,12 @@ class _Writer:
     """Factors go to the store as they come; singular values are kept for one file.
 
     Args:
-        bits: the numbers of bits that losses of rounding are described for.
+        asked: its bits are those that losses of rounding are described for.
     """
 
-    def __init__(self, store: MutableMapping[str, Tensors], bits: Sequence[int]) -> None:
-        self.store, self.bits = store, bits
+    def __init__(self, store: MutableMapping[str, Tensors], asked: Spectrum) -> None:
+        self.store = store
+        self.grids = [Grid(bits, asked.group_size or GROUP) for bits in asked.bits or ()]
         self.singular_values: dict[str, Tensor] = {}
 
     def rounded(self, weight: Tensor, H: Metric | None, inputs: Tensor | slice = slice(None)) -> list[Tensor]:
@@ -164,10 +165,10 @@ class _Writer:
         Args:
             inputs: those of the metric that the weight has columns for.
         """
-        if not self.bits:
+        if not self.grids:
             return []
         assert H is not None, "params.yaml has bits with metrics of both sides alone"
-        return expected_by_row(weight, [Grid(bits) for bits in self.bits], H.covariance[inputs][:, inputs])
+        return expected_by_row(weight, self.grids, H.covariance[inputs][:, inputs])
 
     def write(
         self, file: str, members: tuple[Linear, ...], shape: tuple[int, int], spectrum: Factored,
@@ -193,7 +194,8 @@ class _Writer:
         """Losses of rounding in the unit of dropped energies, which are twice the nats."""
         if not rounded or gradients is None:
             return {}
-        return {"rounding": {str(b): 2 * float(gradients @ rows) for b, rows in zip(self.bits, rounded, strict=True)}}
+        nats = {str(grid.bits): float(gradients @ rows) for grid, rows in zip(self.grids, rounded, strict=True)}
+        return {"rounding": {bits: 2 * lost for bits, lost in nats.items()}}
 
 
 def _unit(group: tuple[Linear, ...], metrics: _Metrics, writer: _Writer) -> Row:
