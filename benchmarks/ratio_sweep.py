@@ -36,7 +36,7 @@ PARTS = {
     "read model": "modeling_utils.py:from_pretrained",
     "read factors": "files.py:read_rows",
     "sha256": "files.py:file_sha256",
-    "md5": "recorded.py:dvc_md5",
+    "hash inputs": "dvc.py:__truediv__",
     "factors": "spectrum.py:factors",
     "pivot form": "pivot.py:pivot_rows",
     "of it, pivoted QR": "_decomp_qr.py:qr",
@@ -67,7 +67,7 @@ def project(presets: list[str], ratios: list[float]) -> Iterator[Path]:
         root = Path(name)
         params = yaml.safe_load((here / "params.yaml").read_text())
         params["variants"] = {
-            f"{preset}-{ratio}": {
+            named(preset, ratio): {
                 "preset": preset, "spectrum": params["presets"][preset]["spectrum"], "size_ratio": ratio
             }
             for preset in presets
@@ -82,8 +82,12 @@ def project(presets: list[str], ratios: list[float]) -> Iterator[Path]:
         yield root
 
 
+def named(preset: str, ratio: float) -> str:
+    return f"{preset}-{100 * ratio:.0f}"
+
+
 def sweep(root: Path, asked: argparse.Namespace) -> None:
-    names = [f"{preset}-{ratio}" for ratio in asked.ratios for preset in asked.presets]
+    names = [named(preset, ratio) for ratio in asked.ratios for preset in asked.presets]
     runs = {
         f"{step.__name__} {name}": partial(step.main, name, root)
         for name in names
@@ -116,7 +120,7 @@ def sweep(root: Path, asked: argparse.Namespace) -> None:
         [[shown(parts["whiten"]), shown(parts["svdvals"]), shown(parts["svd"]), shown(once), shown(twice)]],
     )
     print(f"Limit: writing the weights of {names[0]} again, {shown(times['write'])}\n")
-    profile(root, [f"{preset}-{asked.ratios[-1]}" for preset in asked.presets])
+    profile(root, [named(preset, asked.ratios[-1]) for preset in asked.presets])
 
 
 def yardstick_layers(root: Path, layers: list[int]) -> tuple[int, list[tuple[Linear, torch.Tensor]]]:

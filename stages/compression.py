@@ -16,17 +16,23 @@ def main(variant: str, root: Path = Path()) -> None:
     asked, source = params.variant(variant)[0], inputs / f"data/allocation/{variant}.json"
     allocation = read_json(source)
     with replacing_folder(root / "data/compression" / variant) as folder:
-        if allocation["allocation"] == "dense":
+        if allocation["allocation"] == "dense" and not {"precision", "embedding_bits"} & allocation.keys():
             copy_files(base, folder)
         else:  # imports torch, which takes seconds
             from transformers import AutoModelForCausalLM
 
-            from drank.steps.compression import compress
+            from drank.steps.compression import NEAREST, compress, rounding_of
 
             origin = {"variant": variant, "allocation_sha256": file_sha256(source), "base_model_sha256": hashed(base)}
             spectrum = TensorFolder(root / f"data/spectrum/{asked.spectrum}")
             model = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16")
-            compress(model, allocation["units"], spectrum, origin).save_pretrained(folder)
+            rounding, factors = NEAREST, params.factors(asked.spectrum)
+            if "precision" in allocation:
+                covariances = root / f"data/covariance/{factors.calibration_seed}"
+                owners = read_json(inputs / f"data/covariance/{factors.calibration_seed}/summary.json")["owners"]
+                rounding = rounding_of(allocation, factors.metric, TensorFolder(covariances), owners)
+            embedding_bits = allocation.get("embedding_bits", 16)
+            compress(model, allocation["units"], spectrum, origin, rounding, embedding_bits).save_pretrained(folder)
             for file in base.iterdir():  # the tokenizer's, as `raw` saved them
                 if ".safetensors" not in file.name and not (folder / file.name).exists():
                     copy_files(file, folder)

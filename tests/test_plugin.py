@@ -375,7 +375,7 @@ def two(**changes):
     ("specs", "message"),
     [
         ({Q.format(0): 3}, r"modules\.model\.layers\.0\.self_attn\.q_proj is 3: Input should be a valid dict"),
-        (one(form="sparse"), "q_proj: form is 'sparse'; known are dense, factors, pivot"),
+        (one(form="sparse"), "q_proj: form is 'sparse'; known are dense, embedding, factors, pivot"),
         (one(form=None), r"q_proj\.form is None: Input should be a valid string"),
         (one(form=[]), r"q_proj\.form is \[\]: Input should be a valid string"),
         (one(basis=[1]), r"q_proj\.basis is \[1\]: Input should be a valid string"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import drank.model.quantizer  # noqa: F401
 from drank.audit import audit
 from drank.model.linears import find_linears
+from drank.steps.evaluation import count_parameters
 from tests import tiny
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
@@ -39,11 +40,16 @@ OWN = {
     },
     "pairs-pivot": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot"},
     "blocks-factors": {"spectrum": "kfac", "allocation": "least_loss", "storage": "factors", "multiple_of": 4},
+    "pairs-factors-4": {
+        "spectrum": "input-pairs", "allocation": "uniform", "storage": "factors", "precision": 4, "group_size": 16,
+    },
+    "pairs-pivot-3": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot", "precision": 3},
+    "svd-2": {"spectrum": "none", "allocation": "uniform", "storage": "factors", "precision": 2, "rounding": "nearest"},
 }  # fmt: skip
 PRESETS = {name: p for name, p in yaml.safe_load(SHIPPED.read_text())["presets"].items() if name != "dense"} | OWN
-for name in ("kfac-aligned", "mixed"):
-    PRESETS[name]["multiple_of"] = 4  # ranks of the tiny model are below 32
-SIZES = {"mixed": "bytes_ratio"}
+for preset in PRESETS.values():  # ranks of the tiny model are below 32
+    preset |= {"multiple_of": 4} if "multiple_of" in preset else {}
+SIZES = {"mixed": {"bytes_ratio": 0.35}}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def project(tmp_path_factory):
     document["spectrum"] = {name: {"calibration_seed": 0} | spectrum for name, spectrum in SPECTRA.items()}
     document["presets"] = PRESETS
     document["variants"] = {
-        name: {"preset": name, "spectrum": preset["spectrum"], SIZES.get(name, "size_ratio"): 0.6}
+        name: {"preset": name, "spectrum": preset["spectrum"], **SIZES.get(name, {"size_ratio": 0.6})}
         for name, preset in PRESETS.items()
     }
     (root / "params.yaml").write_text(yaml.safe_dump(document))
@@ -79,9 +85,13 @@ def test_a_preset_fits_its_budget_and_the_folder_holds_what_was_allocated(projec
     dense = AutoModelForCausalLM.from_pretrained(project / "data/raw/model")
     targeted = sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"]))
     assert targeted == found["targeted_parameters"]
-    saved = dense.num_parameters() - model.num_parameters()
+    saved = count_parameters(dense) - count_parameters(model)
     assert saved == targeted - found["price"], "shared bases count once, indices are no parameters"
     assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+    if "precision" in PRESETS[preset]:
+        bits = {unit["bits"] for unit in found["units"]}
+        assert bits <= {3, 4, 8, 16} if preset == "mixed" else bits == {PRESETS[preset]["precision"]}
+        assert found["bytes"] == sum(unit["bytes"] for unit in found["units"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.method.covariance import NotFiniteError
-from drank.method.rounding import DAMPING, Grid, expected_loss, feedback, grid_of, loss, nearest, unit_upper
+from drank.method.precisions import Grid
+from drank.method.rounding import (
+    DAMPING,
+    GRADIENT_DAMPING,
+    expected_loss,
+    feedback,
+    grid_of,
+    loss,
+    nearest,
+    refit,
+    unit_upper,
+)
 
 
 def covariance(size, generator, n=None, correlated=True):
@@ -42,6 +53,7 @@ def test_by_hand():
 def test_the_price_counts_integers_scales_and_zero_points():
     assert Grid(4, 64).bits_of(10, 128) == 10 * (128 * 4 + 2 * (16 + 4))
     assert Grid(4, 64, symmetric=True).bits_of(10, 130) == 10 * (130 * 4 + 3 * 16)
+    assert Grid(3, 64).bits_of(10, 65) == 10 * 8 * (17 + 9 + 2 * 2 + 1 + 1)  # planes of 2 bits and of 1 end with a byte
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -113,6 +125,57 @@ def test_the_expected_loss_is_that_of_rounding(bits, generator):
     grid = Grid(bits, 32)
     found = loss(feedback(W, grid, damped(H)).weight - W, damped(H), G)
     assert expected_loss(W, grid, damped(H), G) == pytest.approx(found, rel=0.2)
+
+
+def test_a_refit_by_hand():
+    """K has become (2, 0) for (1, 0), inputs are independent, so the second row (3, 5) keeps 3 = 1.5 * 2.
+
+    Rows whose gradients are the same act alike: the second also makes up for the 1 that the first has too much.
+    """
+    W, K, H = torch.tensor([[1.0, 0.0], [3.0, 5.0]]), torch.tensor([[2.0, 0.0]]), torch.eye(2)
+    assert refit(W, K, H, None, K).tolist() == [[pytest.approx(1.5)]]
+    G = torch.ones(2, 2)  # damped: 1 / (1 + GRADIENT_DAMPING) of it is known
+    assert refit(W, K, H, G, K).tolist() == [[pytest.approx((3 - 1 / (1 + GRADIENT_DAMPING)) / 2)]]
+
+
+@pytest.mark.parametrize("n_fixed", [0, 4])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_refit_is_the_least_squares_solution(n_fixed, with_gradients, generator):
+    """|G^½ (W - [F; C K]) H^½| over all C, solved as one system of its entries."""
+    n_out, n_in, k = 9, 7, 4
+    W, K = (torch.randn(n, n_in, generator=generator, dtype=torch.float64) for n in (n_out, k))
+    F = torch.randn(n_fixed, n_in, generator=generator, dtype=torch.float64)
+    H, G = covariance(n_in, generator), covariance(n_out, generator)
+    lifted = G + GRADIENT_DAMPING * G.diagonal().mean() * torch.eye(n_out, dtype=G.dtype)
+    g = torch.linalg.cholesky(lifted if with_gradients else torch.eye(n_out, dtype=G.dtype)).T
+    h = torch.linalg.cholesky(H)
+    rest = torch.cat([F, torch.zeros(n_out - n_fixed, n_in, dtype=W.dtype)])
+    system = torch.kron(g[:, n_fixed:].contiguous(), (K @ h).T.contiguous())
+    expected = torch.linalg.lstsq(system, (g @ (W - rest) @ h).flatten()[:, None]).solution.view(-1, k)
+    found = refit(W, K, H, G if with_gradients else None, F if n_fixed else None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_refit_lowers_the_loss_of_a_rounded_pivot_form(bits, generator):
+    W, H, G = torch.randn(40, 24, generator=generator), covariance(24, generator), covariance(40, generator)
+    C = torch.randn(28, 12, generator=generator) / 4
+    W = torch.cat([W[:12], C @ W[:12]])
+    rounded = feedback(W[:12], Grid(bits, 8), H).weight
+    lost = {}
+    for name, again in (
+        ("as it was", C),
+        ("rows alone", refit(W, rounded, H, None, rounded).float()),
+        ("gradients too", refit(W, rounded, H, G, rounded).float()),
+    ):
+        E = torch.cat([rounded, again @ rounded]) - W
+        lost[name] = [loss(E, H), loss(E, H, G + GRADIENT_DAMPING * G.diagonal().mean() * torch.eye(40))]
+    assert lost["rows alone"][0] < lost["as it was"][0]
+    assert lost["gradients too"][1] < lost["rows alone"][1] < lost["as it was"][1]
+
+
+def test_a_refit_to_a_basis_of_zeros_is_zero():
+    assert not refit(torch.ones(3, 4), torch.zeros(2, 4), torch.eye(4)).any()
 
 
 @settings(max_examples=40)

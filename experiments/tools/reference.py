@@ -31,7 +31,7 @@ mistakes.
 A key without a default has to be there; an unknown one is refused. A name is one of your own, of at most 64 letters,
 digits, `_` and `-`, with a letter or digit first; none that YAML reads as a number or a date (`80`, `1e5`), and none of
 Windows' devices (`con`, `aux`). The file is YAML 1.2: `1e-4` is a number, `yes` and `on` are texts.
-[choices.md](choices.md) explains the four choices of a method.
+[choices.md](choices.md) explains the five choices of a method.
 """
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.model.format import Spec
+from drank.method.precisions import FULL, GROUP, bytes_of
+from drank.model.format import SCALES, Spec
 from drank.project.documents import (
     AllocationDocument,
     Config,
@@ -59,25 +60,39 @@ class Folder:
 
     @cached_property
     def tensors(self) -> tuple[Shapes, int]:
-        """Shapes of the stored tensors, and how many floating-point numbers they hold.
+        """Shapes of the stored tensors, and how many numbers they hold: floating-point ones that are no scales, and
+        those stored as integers.
 
         Raises:
             FileError: a weight file is damaged.
         """
+        from drank.model.forms import numbers_in_integers
+
+        n_numbers = numbers_in_integers(self.quantization.modules) if self.quantization else 0
+        scales = {name + SCALES for name in self._stored}
+        for name, (shape, kind) in self._stored.items():
+            n_numbers += math.prod(shape) if "F" in kind and name not in scales else 0
+        return {name: shape for name, (shape, _) in self._stored.items()}, n_numbers
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of every stored tensor, by safetensors' name for it."""
+        return {name: kind for name, (_, kind) in self._stored.items()}
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
         from safetensors import SafetensorError, safe_open
 
-        shapes: Shapes = {}
-        n_numbers = 0
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in sorted(self.path.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118  not a mapping
                         part = file.get_slice(name)
-                        shapes[name] = tuple(part.get_shape())
-                        n_numbers += math.prod(shapes[name]) if "F" in part.get_dtype() else 0
+                        found[name] = tuple(part.get_shape()), part.get_dtype()
             except (SafetensorError, RuntimeError) as error:  # torch's, of a file that a stage is writing
                 raise FileError(f"{path.name}: damaged, not safetensors: {error}; or is `dvc repro` at work?") from None
-        return shapes, n_numbers
+        return found
 
 
 def check_folder(ledger: Ledger, folder: Folder) -> None:
@@ -150,7 +165,9 @@ def _parameters(folder: Folder) -> str:
 
 def _ranks(folder: Folder) -> str:
     allocation, (shapes, _) = folder.allocation, folder.tensors
-    modules = folder.quantization.modules if folder.quantization else {}
+    modules = dict(folder.quantization.modules) if folder.quantization else {}
+    if allocation.embedding_bits:
+        _embedding(modules, allocation.embedding_bits, folder)
     for unit in allocation.units:
         _same(f"full_rank of {unit.name}", unit.full_rank, "its shape", min(unit.out_features, unit.in_features))
         _same(f"price of {unit.name}", unit.price, f"{unit.form} of rank {unit.rank}", unit.price_of_form)
@@ -158,18 +175,46 @@ def _ranks(folder: Folder) -> str:
             _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
         for tensor, shape in _expected(unit, modules):
             stored = shapes.get(tensor)
-            if stored not in (shape, shape[::-1] if unit.form == "dense" else shape):  # Conv1D stores its transpose
+            transposed = unit.form == "dense" and unit.bits == FULL  # Conv1D's
+            if stored not in (shape, shape[::-1] if transposed else shape):
                 raise BrokenLinkError(f"{tensor}: stored as {stored}, {unit.form} of rank {unit.rank} has {shape}")
-        rank = None if unit.form == "dense" else unit.rank
-        asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features)
+            if unit.bits < FULL:
+                _same(f"type of {tensor}", folder.types[tensor], f"{unit.bits} bits", _type(tensor))
+        if unit.bits < FULL or unit.bytes is not None:
+            sizes, group = (unit.out_features, unit.in_features, unit.rank), allocation.group_size or GROUP
+            size = int(bytes_of(unit.form, *sizes, unit.bits, group))
+            _same(f"bytes of {unit.name}", unit.bytes, f"{unit.form} of rank {unit.rank} in {unit.bits} bits", size)
+        rank, low = None if unit.form == "dense" else unit.rank, unit.bits < FULL
+        grid = (unit.bits, allocation.group_size) if low else (None, None)
+        asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features, *grid)
         for member in unit.members:
             spec = modules.get(member)
-            told = spec and (spec.form, spec.rank, spec.out_features, spec.in_features)
-            if spec or unit.form != "dense":
-                _same(f"form, rank, out, in of {member} in config.json", told, "allocation.json", asked)
+            told = spec and (spec.form, spec.rank, spec.out_features, spec.in_features, spec.bits, spec.group)
+            if spec or unit.form != "dense" or low:
+                _same(f"form, rank, out, in, bits, group of {member} in config.json", told, "allocation.json", asked)
     if unknown := modules.keys() - {member for unit in allocation.units for member in unit.members}:
         raise BrokenLinkError(f"{min(unknown)}: in config.json, not in allocation.json")
     return f"{len(allocation.units)} units: shapes of the weights, config.json and allocation.json agree"
+
+
+def _embedding(modules: dict[str, Spec], bits: int, folder: Folder) -> None:
+    """Check the one module that is an embedding, and take it off the others."""
+    from drank.model.forms import stored_shapes
+
+    found = [name for name, spec in modules.items() if spec.form == "embedding"]
+    _same("modules of form embedding in config.json", len(found), "embedding_bits of allocation.json", 1)
+    spec = {found[0]: modules.pop(found[0])}
+    _same(f"bits of {found[0]}", spec[found[0]].bits, "embedding_bits of allocation.json", bits)
+    for tensor, shape in stored_shapes(spec).items():
+        _same(f"shape of {tensor}", folder.tensors[0].get(tensor), "config.json", shape)
+        _same(f"type of {tensor}", folder.types[tensor], f"{bits} bits", "BF16" if tensor.endswith(SCALES) else "I8")
+
+
+def _type(tensor: str) -> str:
+    """The type of a rounded unit's tensor, by safetensors' name for it."""
+    if tensor.endswith(".places"):
+        return "I32"
+    return "BF16" if tensor.endswith(SCALES) else "U8"
 
 
 def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -179,6 +224,7 @@ def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str,
     told = {"form": unit.form, "rank": unit.rank, "in_features": unit.in_features}
     told["out_features"] = unit.out_features // len(unit.members)
     unknown = Spec.model_construct()  # of a module that config.json lacks; a rank of 0 is a finding, no fault of ours
+    told |= {"bits": unit.bits} if unit.bits < FULL else {}
     specs = {member: modules.get(member, unknown).model_copy(update=told) for member in unit.members}
     yield from stored_shapes(specs).items()
 
@@ -192,6 +238,19 @@ def _sizes(folder: Folder) -> str:
     _same("budget of allocation.json", allocation.budget, "price + slack", price + allocation.slack)
     _same("kept_ratio of allocation.json", allocation.kept_ratio, "price / parameters", kept)
     _same("kept_ratio of the results", results.get("kept_ratio"), "allocation.json", kept)
+    if allocation.bytes is not None:
+        _same(
+            "bytes of allocation.json",
+            allocation.bytes,
+            "sum over its units",
+            sum(u.bytes or 0 for u in allocation.units),
+        )
+    if allocation.bytes_budget is not None:
+        if (allocation.bytes or 0) > allocation.bytes_budget:
+            raise BrokenLinkError(f"bytes of allocation.json are {allocation.bytes}, above {allocation.bytes_budget}")
+        if allocation.bytes_ratio is not None:
+            may = int(allocation.bytes_ratio * (FULL // 8 * allocation.targeted_parameters) + 1e-6)
+            _same("bytes_budget of allocation.json", allocation.bytes_budget, "bytes_ratio of the linears", may)
     _same("parameters of the results", results.get("parameters"), "numbers in the weights", n_numbers)
     _same("bytes of the results", results.get("bytes"), "size of the weight files", stored)
     shares, objective = [unit.objective_share for unit in allocation.units], allocation.objective.value

@@ -7,7 +7,8 @@ G = E[g gᵀ],
 .. math:: \tfrac12 \operatorname{tr}(G E H E^\top)
 
 nats per token in the same metric as truncation (docs/method.md). ``nearest`` takes the closest grid point; ``feedback``
-moves what is not rounded yet so that it makes up for what is.
+moves what is not rounded yet so that it makes up for what is. Of a low-rank matrix C K, K is rounded first, ``refit``
+makes C up for it, and C is rounded in the metric K H Kᵀ of what it multiplies.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52)
 DAMPING = 3e-2  # share of the mean diagonal added to H where it is factored (GPTQ: .01); .001 to .1 differ by 1 to 4 %
 # The same for G, of which few windows know little: with .01 the loss falls on calibration text and rises on others.
 GRADIENT_DAMPING = 3.0
+NEGLIGIBLE = 1e-7  # share of the mean diagonal added to K H Kᵀ, where rows of K may depend on each other
 ROWS = 64  # rows that take the feedback of the rows before them together, and none of each other's
 CUT_OFF = {2: 1.34}  # loss over that of uniform errors, where numbers that feedback has moved often fall off the grid
 COLUMNS = 128  # columns whose feedback on the columns behind them is one product
@@ -143,6 +145,39 @@ def feedback(
         E[rows] = rounded - W[rows]
         moved[rows] = E[rows] @ U
     return Rounded(codes[:, order.argsort()].to(torch.uint8), scales, zeros, grid.group)
+
+
+def refit(
+    weight: Float[Tensor, "out in"],
+    basis: Float[Tensor, "k in"],
+    H: Float[Tensor, "in in"],
+    G: Float[Tensor, "out out"] | None = None,
+    fixed: Float[Tensor, "n in"] | None = None,
+) -> Float[Tensor, "rest k"]:
+    r"""The best C for [F; C K] in the place of W = [W_1; W_2], float64, with F = ``fixed`` the first n rows.
+
+    tr(G D H Dᵀ) with D = W - [F; C K] is least where its derivative by C, -2 (G D H Kᵀ)_2, is zero:
+
+    .. math:: C = \bigl(W_2 + G_{22}^{-1} G_{21} (W_1 - F)\bigr) H K^\top (K H K^\top)^{-1}
+
+    so later rows also make up for what the fixed ones lost, as far as G (damped like that of :func:`feedback`) knows
+    them to act alike. G = None is the identity: they do not.
+
+    Raises:
+        NotFiniteError: the weight, the basis, H or G holds NaN or infinity.
+    """
+    W, K = finite(weight, "weight").double(), finite(basis, "basis").double()
+    H, n = finite(H, "covariance").double(), 0 if fixed is None else len(fixed)
+    wanted = W[n:]
+    if G is not None and fixed is not None:
+        M = damped(finite(G, "covariance"), GRADIENT_DAMPING)
+        M.diagonal().add_(torch.finfo(torch.float64).tiny)
+        lost = W[:n] - fixed.double()
+        wanted = wanted + torch.cholesky_solve(M[n:, :n] @ lost, torch.linalg.cholesky(M[n:, n:]))
+    KH = K @ H
+    gram = damped(KH @ K.T, NEGLIGIBLE)
+    gram.diagonal().add_(torch.finfo(torch.float64).tiny)  # a basis of zeros
+    return torch.cholesky_solve((wanted @ KH.T).T, torch.linalg.cholesky(gram)).T
 
 
 def expected_loss(

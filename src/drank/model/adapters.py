@@ -57,6 +57,11 @@ class LoraLowRankLinear(Linear):
 
 
 def _adapt(target: nn.Module, adapter_name: str, parameter_name: str | None = None, **options: Any) -> nn.Module:
+    if getattr(target, "grid", None):
+        raise ValueError(
+            "a compressed layer of this model is rounded to few bits, to which no adapter could be merged: take the "
+            "model that model.dequantize() gives, or a variant without `precision`"
+        )
     if parameter_name is not None:  # LoraConfig.target_parameters
         return ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)
     return LoraLowRankLinear(target, adapter_name, **options)

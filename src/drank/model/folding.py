@@ -23,15 +23,36 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The matrix that a module stands for, which rounding looks at again.
+
+    Attributes:
+        weight: (out, in), before any rank was reduced.
+        outputs, inputs: for each of its rows and columns, the number of that feature in the base model.
+    """
+
+    weight: Tensor
+    outputs: Tensor
+    inputs: Tensor
+
+    def renumbered(self, order: Tensor, outputs: bool) -> "Origin":
+        """The same with its output or input features in this order."""
+        if outputs:
+            return replace(self, weight=self.weight[order], outputs=self.outputs[order])
+        return replace(self, weight=self.weight[:, order], inputs=self.inputs[order])
+
+
+@dataclass(frozen=True)
 class Stored:
     """A module before it is put into the model: its spec for config.json, and its tensors by name.
 
-    Weights are (out, in), Conv1D's too.
+    Weights are (out, in), Conv1D's too. ``origin`` is there if the tensors are going to be rounded.
     """
 
     name: str
     spec: dict[str, Any]
     tensors: Tensors
+    origin: Origin | None = None
 
 
 @torch.no_grad()
@@ -50,8 +71,9 @@ def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Store
         for linear in mlp.before:
             _reorder(linear.module, linear.name, by_name, order, outputs=True)
         _reorder(mlp.down.module, mlp.down.name, by_name, order, outputs=False)
-        kept = {key: tensor for key, tensor in by_name[leader.name].tensors.items() if key != "places"}
-        by_name[leader.name] = Stored(leader.name, leader.spec | {"in_order": True}, kept)
+        leader = by_name[leader.name]
+        kept = {key: tensor for key, tensor in leader.tensors.items() if key != "places"}
+        by_name[leader.name] = replace(leader, spec=leader.spec | {"in_order": True}, tensors=kept)
     return list(by_name.values())
 
 
@@ -87,4 +109,4 @@ def _reorder(module: Any, name: str, by_name: dict[str, Stored], order: Tensor, 
     tensors = old.tensors | {side: old.tensors[side][order] if outputs else old.tensors[side][:, order]}
     if outputs and bias is not None:
         tensors["bias"] = bias[order]
-    by_name[name] = replace(old, tensors=tensors)
+    by_name[name] = replace(old, tensors=tensors, origin=old.origin and old.origin.renumbered(order, outputs))

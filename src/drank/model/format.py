@@ -1,8 +1,8 @@
 """``quantization_config`` of a compressed folder's config.json, typed once for the loader and the audit::
 
     {"quant_method": "drank", "format_version": 2, "modules": {dotted name: spec}, "provenance": {...}}
-    spec: {"form": a key of layers.FORMS | "dense", "rank": r, "out_features": n, "in_features": n,
-           "basis": name, "first": n, "kept": n, "in_order": true}
+    spec: {"form": a key of layers.FORMS | "dense" | "embedding", "rank": r, "out_features": n, "in_features": n,
+           "basis": name, "first": n, "kept": n, "in_order": true, "bits": n, "group": n}
 
 `out_features` and `in_features` are the sizes in the compressed model, at most those of the architecture: removed MLP
 channels make them smaller. `rank` is absent for dense. `basis` names the module whose basis this one shares, its
@@ -14,6 +14,11 @@ or of a spec, are kept when the model is saved again.
 of the basis are the module's own output features, and each row of a basis is so of exactly one module. `kept` may be
 0. A `pivot` module without `basis` has its own rows, all of them kept, and neither key; with `in_order` its output
 features are numbered as it computes them, and it has no `places`.
+
+With `bits`, 2 to 8, each matrix of the module is rounded, dense ones too, and stored as packing.py says; `group` is the
+number of neighbours in a row that share a scale and a zero point. Form `embedding` is the input embedding, that of
+`out_features` tokens in `in_features` numbers of 8 bits, with one scale per token and no `group`; an output head that
+is tied to it has no spec and follows.
 """
 
 import reprlib
@@ -23,6 +28,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FORMAT_VERSION = 2
+SCALES, ZEROS = "_scales", "_zeros"  # behind the name of a rounded matrix, the names of what goes with its integers
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -44,6 +50,8 @@ class Spec(BaseModel):
     first: Annotated[int, Field(ge=0)] | None = None
     kept: Annotated[int, Field(ge=0)] | None = None
     in_order: bool = False
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    group: Size | None = None
 
 
 class Quantization(BaseModel):

@@ -29,9 +29,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drank import __version__
 from drank.model.checksums import check_released
-from drank.model.format import FORMAT_VERSION, FormatError, Spec, parse
-from drank.model.forms import check_specs, class_of, keys_of
-from drank.model.layers import LowRankLinear
+from drank.model.format import FORMAT_VERSION, SCALES, ZEROS, FormatError, Spec, parse
+from drank.model.forms import check_specs, class_of, grid_of, keys_of
+from drank.model.layers import LowRankLinear, RoundedEmbedding, RoundedHead
 from drank.model.linears import role_of
 
 METHOD = "drank"
@@ -129,9 +129,13 @@ class DrankQuantizer(HfQuantizer):
         with torch.device("meta"):
             original = type(model)(copy.deepcopy(model.config))
         names = [_name_in(model, name) for name in self.quantization_config.specs]
-        bases = {key for name in names if (key := _basis_key(model, name))}
+        bases = {key for name in names for key in _basis_keys(model, name)}
         for name in names:
-            model.set_submodule(name, _dense(name, model.get_submodule(name), original.get_submodule(name)))
+            module, head = model.get_submodule(name), _tied_head(model, name)
+            model.set_submodule(name, _dense(name, module, original.get_submodule(name)))
+            if isinstance(module, RoundedEmbedding) and head:
+                bases.add(f"{head}.weight_scales")
+                model.set_submodule(head, _head_of(original.get_submodule(head), model.get_submodule(name)))
         del model._weight_conversions  # a plain model again, which transformers saves in its own way
         model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
         model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
@@ -147,12 +151,12 @@ class DrankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return not any(spec.bits for spec in self.quantization_config.specs.values())
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Lets transformers.Trainer fine-tune the factors."""
-        return True
+        """Lets transformers.Trainer fine-tune factors; integers have no gradient."""
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -167,9 +171,18 @@ def _swap(model: nn.Module, specs: Mapping[str, Spec]) -> list[str]:
             raise FormatError(f"{name}: another key of quantization_config.modules is also {inside}; remove one")
         names[name] = inside
         _check_fit(model, inside, spec)
+    ties: dict[str, str] = {}
     for name, spec in specs.items():
-        model.set_submodule(names[name], _replacement(model.get_submodule(names[name]), spec))
-    _share_bases(model, {names[n]: names[s.basis] for n, s in specs.items() if s.basis is not None and s.basis != n})
+        inside, head = names[name], _tied_head(model, names[name]) if spec.form == "embedding" else None
+        model.set_submodule(inside, _replacement(model.get_submodule(inside), spec))
+        if head:
+            model.set_submodule(head, RoundedHead(model.get_submodule(inside)))
+            ties[f"{head}.weight_scales"] = f"{inside}.weight_scales"
+    for name, spec in specs.items():
+        if spec.basis is not None and spec.basis != name:
+            own, shared = (_basis_keys(model, names[module]) for module in (name, spec.basis))
+            ties |= dict(zip(own, shared, strict=True))
+    _share(model, ties)
     return list(names.values())
 
 
@@ -188,6 +201,9 @@ def _name_in(model: nn.Module, name: str) -> str:
 
 def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
     module = model.get_submodule(name)
+    if spec.form == "embedding":
+        _check_embedding(model, name, spec)
+        return
     if not _is_plain(module):
         raise FormatError(f"{name} is {type(module).__name__}; only nn.Linear and Conv1D can be compressed")
     ties = getattr(model, "all_tied_weights_keys", {})
@@ -201,8 +217,41 @@ def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
         )
 
 
+def _check_embedding(model: Any, name: str, spec: Spec) -> None:
+    module = model.get_submodule(name)
+    if module is not model.get_input_embeddings() or type(module) is not nn.Embedding:
+        raise FormatError(f"{name} is {type(module).__name__}; form 'embedding' is for a model's plain input embedding")
+    if tuple(module.weight.shape) != (spec.out_features, spec.in_features):
+        raise FormatError(
+            f"{name}: {spec.out_features} x {spec.in_features} (tokens x width), but the architecture has "
+            f"{' x '.join(map(str, module.weight.shape))}"
+        )
+    others = _tied_to(model, name) - {_tied_head(model, name)}
+    if others:
+        raise FormatError(
+            f"{name}: {min(others)} has the same weight and is no head without a bias: keep it in 16 bits"
+        )
+
+
+def _tied_to(model: Any, name: str) -> set[str]:
+    """The other modules that have the weight of this one."""
+    key, ties = f"{name}.weight", getattr(model, "all_tied_weights_keys", {})
+    keys = {target for target, source in ties.items() if source == key} | ({ties[key]} if key in ties else set())
+    return {other.removesuffix(".weight") for other in keys}
+
+
+def _tied_head(model: Any, name: str) -> str | None:
+    """The output head that is tied to this embedding, if any."""
+    head = model.get_output_embeddings()
+    return next((other for other in _tied_to(model, name) if _is_head(model.get_submodule(other), head)), None)
+
+
+def _is_head(module: Any, head: Any) -> bool:
+    return module is head and type(module) in (nn.Linear, RoundedHead) and module.bias is None
+
+
 def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, LowRankLinear)
+    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, LowRankLinear | RoundedHead)
 
 
 def _sizes(module: Any) -> tuple[int, int]:
@@ -213,14 +262,18 @@ def _sizes(module: Any) -> tuple[int, int]:
 
 
 def _replacement(old: Any, spec: Spec) -> nn.Module:
-    if spec.form == "dense" and (spec.out_features, spec.in_features) == _sizes(old):
+    place: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+    sizes, grid = (spec.in_features, spec.out_features), grid_of(spec)
+    if spec.form == "embedding":
+        return RoundedEmbedding(*sizes, **place)
+    if spec.form == "dense" and grid is None and (spec.out_features, spec.in_features) == _sizes(old):
         return old
-    bias, place = old.bias is not None, {"device": old.weight.device, "dtype": old.weight.dtype}
-    if spec.form != "dense":
-        new: Any = class_of(spec)(spec.in_features, spec.out_features, spec.rank or 0, bias, **place, **keys_of(spec))
+    bias = old.bias is not None
+    if spec.form != "dense" or grid:
+        n_in, n_out, keys = spec.in_features, spec.out_features, {**place, "grid": grid, **keys_of(spec)}
+        new: Any = class_of(spec)(n_in, n_out, spec.rank or 0, bias, **keys)
     else:
         with torch.device("meta"):
-            sizes = (spec.in_features, spec.out_features)
             new = Conv1D(*reversed(sizes)) if isinstance(old, Conv1D) else nn.Linear(*sizes, bias)
         new = _materialised(new, **place)
     if bias and spec.out_features == _sizes(old)[0]:
@@ -232,10 +285,10 @@ def _materialised(module: nn.Module, device: torch.device, dtype: torch.dtype) -
     return module.to(dtype).to_empty(device=device)
 
 
-def _share_bases(model: Any, owners: Mapping[str, str]) -> None:
-    if not owners:
+def _share(model: Any, ties: Mapping[str, str]) -> None:
+    """Give modules the parameter of another, and let transformers save it once: key of a parameter to that it is."""
+    if not ties:
         return
-    ties = {_basis_key(model, name): _basis_key(model, owner) for name, owner in owners.items()}
     for target, source in ties.items():
         parent, _, attribute = target.rpartition(".")
         setattr(model.get_submodule(parent), attribute, model.get_parameter(source))
@@ -246,10 +299,16 @@ def _share_bases(model: Any, owners: Mapping[str, str]) -> None:
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **exact}
 
 
-def _basis_key(model: nn.Module, name: str) -> str:
-    """The tensor of this module that others may share; the empty string where its form has none."""
-    basis = getattr(model.get_submodule(name), "basis_name", None)
-    return f"{name}.{basis}" if basis else ""
+def _basis_keys(model: nn.Module, name: str) -> list[str]:
+    """The tensors of this module that others may share; none where its form has none."""
+    module = model.get_submodule(name)
+    basis = getattr(module, "basis_name", None)
+    return [f"{name}.{key}" for key, _ in module.named_parameters() if basis and key in _tensors_of(basis)]
+
+
+def _tensors_of(matrix: str) -> tuple[str, ...]:
+    """Names of a matrix's tensors, rounded or not."""
+    return matrix, matrix + SCALES, matrix + ZEROS
 
 
 def _exactly(name: str) -> str:
@@ -267,26 +326,40 @@ def _check_stored(model: Any, names: Sequence[str], checkpoint_files: Iterable[s
     if not files:
         return
     prefix = f"{model.base_model_prefix}."
-    stored = {key.removeprefix(prefix): shape for file in files for key, shape in _shapes(file).items()}
+    stored = {key.removeprefix(prefix): shape for file in files for key, shape in _stored(file).items()}
     for name in names:
         own = f"{name}.".removeprefix(prefix)
-        needed = {own + key: tuple(tensor.shape) for key, tensor in model.get_submodule(name).state_dict().items()}
+        needed = {own + key: _described(tensor) for key, tensor in model.get_submodule(name).state_dict().items()}
         tied = {
             key for key in needed if key in model.all_tied_weights_keys or prefix + key in model.all_tied_weights_keys
         }
         if missing := sorted(needed.keys() - stored.keys() - tied):
             raise FormatError(f"{missing[0]} is in no weight file: the folder is incomplete, copy it again")
         for key in sorted(key for key in stored if key.startswith(own)):
-            if stored[key] != needed.get(key):
+            (shape, kind), (right_shape, right_kind) = stored[key], needed.get(key, ("absent", ""))
+            if (shape, kind) != (right_shape, right_kind):
+                told = f"with shape {shape}, but the spec of {name} makes it {right_shape}"
+                if shape == right_shape:
+                    told = f"as {kind}, but the spec of {name} makes it {right_kind}"
                 raise FormatError(
-                    f"{key} is stored with shape {stored[key]}, but the spec of {name} makes it "
-                    f"{needed.get(key, 'absent')}: config.json is not that of these weights, copy the folder again"
+                    f"{key} is stored {told}: config.json is not that of these weights, copy the folder again"
                 )
 
 
-def _shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+def _stored(file: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of every tensor, and its type by safetensors' name, or "float" for any floating-point type."""
     with safe_open(file, "pt") as tensors:
-        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  not a mapping
+        kinds = {key: part.get_dtype() for key, part in parts.items()}
+        return {
+            key: (tuple(part.get_shape()), "float" if "F" in kinds[key] else kinds[key]) for key, part in parts.items()
+        }
+
+
+def _described(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    """The same of a tensor in memory."""
+    kinds = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
+    return tuple(tensor.shape), kinds.get(tensor.dtype, "float")
 
 
 @torch.no_grad()
@@ -294,6 +367,11 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
     """The module as the architecture has it: `original` is its skeleton on the meta device."""
     if _is_plain(module) and _sizes(module) == _sizes(original):
         return module
+    if isinstance(module, RoundedEmbedding):
+        weight = module.dense_weight()
+        embedding: Any = _materialised(original, weight.device, weight.dtype)
+        embedding.weight.copy_(weight)
+        return embedding
     weight, bias = _dense_weight(module), module.bias
     n_out, n_in = _sizes(original)
     # A fused gate and up projection is split in the middle: each half gets its own zeros.
@@ -304,6 +382,12 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
     if bias is not None:
         new.bias.copy_(_padded(bias, n_out, parts))
     return new
+
+
+def _head_of(original: Any, embedding: Any) -> nn.Module:
+    """The output head as the architecture has it, tied to a plain embedding."""
+    original.weight = embedding.weight
+    return original
 
 
 def _dense_weight(module: Any) -> Tensor:

@@ -1,21 +1,29 @@
 """Compression: the ranks of an allocation and the vectors of a spectrum, put into a model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from drank.method.metrics import METRICS
 from drank.method.pivot import pivot_rows, split_group
+from drank.method.precisions import FULL
 from drank.method.spectrum import factors
-from drank.model.folding import Stored, Tensors, fold_channel_order
+from drank.model.folding import Origin, Stored, Tensors, fold_channel_order
 from drank.model.layers import places
 from drank.model.linears import is_conv1d
 from drank.model.quantizer import attach
+from drank.model.rounded import Rounding, rounded, rounded_embedding
 
 # Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 10. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
 LARGEST_COEFFICIENT = 64.0
+NEAREST = Rounding()
+
+Item = TypeVar("Item")
 
 
 class UnsafePivotError(ValueError):
@@ -31,22 +39,36 @@ class Factors(Protocol):
 
 
 @torch.no_grad()
-def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, provenance: Mapping[str, Any]) -> Any:
+def compress(
+    model: Any,
+    units: Iterable[Mapping[str, Any]],
+    spectrum: Factors,
+    provenance: Mapping[str, Any],
+    rounding: Rounding = NEAREST,
+    embedding_bits: int = FULL,
+) -> Any:
     """Replace the modules of compressed units by smaller ones, in place, and make the model saveable.
 
     Args:
-        units: rows of an allocation: name, members, factors, role, form, rank, out_features, in_features.
+        units: rows of an allocation: name, members, factors, role, form, rank, out_features, in_features, and bits
+            where numbers are rounded.
         provenance: goes to config.json under ``quantization_config.provenance``.
+        rounding: how numbers are rounded.
+        embedding_bits: 8 or 16, of the input embedding and a head that is tied to it.
 
     A model with nothing to replace (the dense variant) is returned as it is, a plain one.
 
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
-    stored = [module for unit in units for module in _stored(model, unit, spectrum)]
+    stored = _of_all(units, lambda unit: list(_stored(model, unit, spectrum, rounding.group)))
+    # Before rounding, so that columns that share a scale stay neighbours.
+    stored = fold_channel_order(model, stored) if stored else []
+    groups = [list(group) for _, group in groupby(stored, lambda module: module.spec.get("basis", module.name))]
+    stored = _of_all(groups, lambda group: rounded(group, rounding))
+    stored += [rounded_embedding(model)] if embedding_bits < FULL else []
     if not stored:
         return model
-    stored = fold_channel_order(model, stored)
     attach(model, {module.name: module.spec for module in stored}, provenance)
     for module in stored:
         target = model.get_submodule(module.name)
@@ -56,21 +78,72 @@ def compress(model: Any, units: Iterable[Mapping[str, Any]], spectrum: Factors, 
     return model
 
 
-def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors) -> Iterator[Stored]:
-    members, form = unit["members"], unit["form"]
+def rounding_of(
+    allocation: Mapping[str, Any],
+    metric: str,
+    covariances: Mapping[str, Mapping[str, Tensor]],
+    owners: Mapping[str, str],
+) -> Rounding:
+    """How an allocation wants its matrices rounded.
+
+    Args:
+        metric: that of its spectrum; output gradients count if they do there.
+        covariances: the tensors that the step ``covariance`` stored.
+        owners: for every linear the one under whose name its input is stored.
+    """
+    group = allocation["group_size"]
+    if allocation["rounding"] == "nearest":
+        return Rounding(group)
+
+    def read(name: str) -> Tensor:
+        return covariances[name]["covariance"]
+
+    gradients = (lambda name: read(f"gradients/{name}")) if METRICS[metric].gradients else None
+    return Rounding(group, lambda name: read(f"inputs/{owners[name]}"), gradients)
+
+
+def _of_all(units: Iterable[Item], make: Callable[[Item], list[Stored]]) -> list[Stored]:
+    """The modules of all units, in their order; as many units at a time as there are threads, each in one thread.
+
+    Their matrices are small: two threads in one product or one triangular solve take longer than one does.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            return [module for modules in pool.map(torch.no_grad()(make), units) for module in modules]
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors, group: int) -> Iterator[Stored]:
+    members, form, bits = unit["members"], unit["form"], unit.get("bits", FULL)
     modules = [model.get_submodule(name) for name in members]
     sizes = {"out_features": unit["out_features"] // len(members), "in_features": unit["in_features"]}
-    removed = _removed_channels(modules[0], unit, spectrum)
+    removed, alive = _removed_channels(modules[0], unit, spectrum)
+    weights = [removed["weight"]] if removed else [_weight(module) for module in modules]
+    origins: list[Origin | None] = [None for _ in members]
+    if bits < FULL:
+        sizes |= {"bits": bits, "group": group}
+        channels = {"inputs" if unit["role"] == "down" else "outputs": alive} if removed else {}
+        origins = [_origin(weight, **channels) for weight in weights]
     if form == "dense":
-        if removed:
-            yield Stored(members[0], {"form": form, **sizes}, removed)
+        for name, weight, origin in zip(members, weights, origins, strict=True):
+            if removed or origin:
+                yield Stored(name, {"form": form, **sizes}, removed or {"weight": weight}, origin)
         return
-    weight = removed["weight"] if removed else torch.cat([_weight(module) for module in modules])
-    left, right = factors(weight, **spectrum.rows(f"factors/{unit['factors']}", unit["rank"]))
+    left, right = factors(torch.cat(weights), **spectrum.rows(f"factors/{unit['factors']}", unit["rank"]))
     spec = {"form": form, "rank": unit["rank"], **sizes}
     bias = {key: tensor for key, tensor in removed.items() if key == "bias"}
-    for name, (shared, tensors) in zip(members, LAYOUTS[form](left, right, members), strict=True):
-        yield Stored(name, spec | shared, tensors | bias)
+    laid = LAYOUTS[form](left, right, members)
+    for name, origin, (shared, tensors) in zip(members, origins, laid, strict=True):
+        yield Stored(name, spec | shared, tensors | bias, origin)
+
+
+def _origin(weight: Tensor, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Origin:
+    n_out, n_in = weight.shape
+    outputs = torch.arange(n_out) if outputs is None else outputs
+    return Origin(weight, outputs, torch.arange(n_in) if inputs is None else inputs)
 
 
 Laid = Iterator[tuple[dict[str, Any], Tensors]]  # per member: additions to the sizes in its spec, and its tensors
@@ -105,17 +178,18 @@ def _pivot(left: Tensor, right: Tensor, members: Sequence[str]) -> Laid:
 LAYOUTS: dict[str, Callable[[Tensor, Tensor, Sequence[str]], Laid]] = {"factors": _factors, "pivot": _pivot}
 
 
-def _removed_channels(module: Any, unit: Mapping[str, Any], spectrum: Factors) -> Tensors:
-    """Weight, and bias if any, of an MLP's matrix after the removal of channels; nothing where none was removed."""
+def _removed_channels(module: Any, unit: Mapping[str, Any], spectrum: Factors) -> tuple[Tensors, Tensor | None]:
+    """Weight, and bias if any, of an MLP's matrix after the removal of channels, and the numbers of those kept; nothing
+    where none was removed."""
     weight = _weight(module)
     if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
-        return {}
+        return {}, None
     down = unit["role"] == "down"
     cut = spectrum[f"cuts/{unit['name'].rpartition('.')[0]}.{unit['in_features' if down else 'out_features']}"]
     tensors = {"weight": cut["down"] if down else weight[cut["alive"]]}
     if module.bias is not None and not down:
         tensors["bias"] = module.bias[cut["alive"]]
-    return tensors
+    return tensors, cut["alive"]
 
 
 def _weight(module: Any) -> Tensor:

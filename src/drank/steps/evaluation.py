@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
+from drank.model.format import SCALES
+from drank.model.forms import numbers_in_integers
 from drank.model.perplexity import perplexity, window_nats
 from drank.model.precision import name_of
 from drank.model.vocabulary import check_windows, n_positions
@@ -54,10 +56,13 @@ class EvaluationError(ValueError):
 
 def count_parameters(model: nn.Module) -> int:
     """Stored numbers of a model: parameters, shared ones (tied embeddings) once, and the few floating-point buffers
-    that are saved with them, such as the bias of a router."""
+    that are saved with them, such as the bias of a router. Numbers stored as integers count, what scales them not."""
     stored = model.state_dict().keys()
-    buffers = [b for name, b in model.named_buffers() if name in stored and b.is_floating_point()]
-    return sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
+    tensors = dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in stored}
+    scales = {name + SCALES for name in tensors}
+    numbers = sum(t.numel() for name, t in tensors.items() if t.is_floating_point() and name not in scales)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return numbers + (numbers_in_integers(config.specs) if config else 0)
 
 
 def evaluate(

@@ -143,6 +143,8 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         n_compressed=sum(unit["form"] != "dense" for unit in allocation["units"]),
         n_units=len(allocation["units"]),
         removed=f", {removed} channels of MLPs removed" if removed else "",
+        precision=_precision(allocation),
+        stored=STORED_ROUNDED if "precision" in allocation else "Weights are stored in bfloat16.",
         megabytes=results["bytes"] / 1e6,
         rows="".join(_row(results, *figure) for figure in _figures(results)),
         protocol=_protocol(results["protocol"]),
@@ -166,7 +168,8 @@ and what followed from it), {training}.
 | method | preset `{allocation[preset]}`: metric {parameters[spectrum][metric]}, units {parameters[spectrum][units]}, \
 allocation {allocation[allocation]}, storage {allocation[storage]} |
 | compressed | {n_compressed} of {n_units} matrices{removed} |
-| kept of the compressed linears' parameters | {allocation[kept_ratio]:.4f} ({asked} asked) |
+{precision}| kept of the compressed linears' parameters | {allocation[kept_ratio]:.4f} \
+({asked} asked) |
 | parameters of the whole model | {results[parameters]:,} |
 | weights on disk | {megabytes:.1f} MB |
 | calibrated on | {parameters[sampling][n_windows]} windows of {parameters[sampling][window_length]} tokens of \
@@ -181,7 +184,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 Without `import drank` loading stops with an error, but for the dense variant, which is a plain model.
-Weights are stored in bfloat16. On a processor without bfloat16 units add `dtype=torch.float32`: the same weights,
+{stored} On a processor without bfloat16 units add `dtype=torch.float32`: the same weights,
 several times faster.
 
 ## Results
@@ -201,6 +204,22 @@ several times faster.
 parameters and of what went in, and `sha256sum --check SHA256SUMS` compares the files. `drank audit FOLDER` verifies
 all of it, finds the commit whose `dvc.lock` made the folder, and says how to rebuild it.
 """
+
+
+STORED_ROUNDED = "Weights are stored as integers, multiplied out as they are used, and not trained any more."
+
+
+def _precision(allocation: Document) -> str:
+    """The row of the card on few bits; none where all numbers have 16."""
+    told = []
+    if "precision" in allocation:
+        how = "with error feedback" if allocation["rounding"] == "feedback" else "to nearest"
+        bits = sorted({unit["bits"] for unit in allocation["units"]})
+        several = "" if len(bits) == 1 else f" to {bits[-1]}"
+        told = [f"{bits[0]}{several} bits in groups of {allocation['group_size']}, rounded {how}"]
+    if "embedding_bits" in allocation:
+        told.append(f"embeddings {allocation['embedding_bits']} bits")
+    return f"| precision | {', '.join(told)} |\n" if told else ""
 
 
 def _figures(results: Document) -> list[tuple[str, str, float]]:
