@@ -14,7 +14,7 @@ from drank.project.params import read_params
 from drank.project.processes import launch, must_launch, process_group
 from drank.steps.evaluation import evaluate
 
-OF_ALLOCATION = ("variant", "preset", "size_ratio", "kept_ratio", "targeted_parameters")
+OF_ALLOCATION = ("variant", "preset", "kept_ratio", "targeted_parameters")
 
 
 def main(variant: str, root: Path = Path()) -> None:
@@ -34,7 +34,7 @@ def main(variant: str, root: Path = Path()) -> None:
         if not group.is_first:
             return
         allocation = read_json(inputs / f"data/allocation/{variant}.json")
-        results = figures | {key: allocation[key] for key in OF_ALLOCATION}
+        results = figures | {key: allocation[key] for key in OF_ALLOCATION} | chosen.size
         if bits := {unit["bits"] for unit in allocation["units"] if "bits" in unit}:
             results["bits"] = bits.pop() if len(bits) == 1 else "mixed"
         results["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -68,7 +68,7 @@ def changed(key, value):
         ("spectrum/kfac/damping", 0.0, "units 'block' needs damping, which is 0.0"),
         ("presets/dense/multiple_of", 8, "multiple_of = 8 with allocation 'dense'"),
         ("variants", {}, "'variants' = .*at least 1 item"),
-        ("presets/gptq-4/precision", 5, r"presets.gptq-4.precision.* = 5: Input should be 16, 8, 4, 3 or 2"),
+        ("presets/gptq-4/precision", 5, r"presets.gptq-4.precision.* = 5: Input should be 16, 8, 4, 3, 2 or 'mixed'"),
         ("presets/gptq-4/precision", 16, None),
         ("presets/int4/precision", 16, "rounding = 'nearest' with no precision, which ignores it: it goes with prec"),
         ("presets/svd/group_size", 32, "group_size = 32 with no precision"),

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from drank.method.metrics import damped
+from drank.method.precisions import Grid
+from drank.method.rounding import expected_loss
 from drank.project.params import read_params
 from drank.project.processes import Group
 from drank.project.progress import progress
@@ -73,6 +76,40 @@ def test_the_summary_of_a_spectrum_describes_every_file_of_its_store(params, cov
         )
     cuts = {f"cuts/{block['name']}.{n}" for block in summary["blocks"] for n in (48, 32)}
     assert {name for name in store if name.startswith("cuts/")} == cuts
+
+
+def test_losses_of_rounding_are_those_of_the_matrices_that_are_left(params, covariances):
+    """In the unit of dropped energies, which are twice the nats; all else is as it is without bits."""
+    asked = params.spectrum["kfac"].model_copy(update={"bits": (2, 4), "group_size": 16})
+    with_bits = params.model_copy(update={"spectrum": {"kfac": asked}})
+    (store, summary), (_, plain) = (factored(p, "kfac", covariances) for p in (with_bits, params))
+    model = tiny.llama()
+    n_linears = sum(block["channels"] * 3 * model.config.hidden_size for block in summary["blocks"])
+    n_linears += sum(row["out_features"] * row["in_features"] for row in summary["units"])
+    embeddings = model.get_input_embeddings().weight
+    assert summary["rest"]["embeddings"] == [list(embeddings.shape)]
+    assert summary["rest"]["others"] == model.num_parameters() - n_linears - embeddings.numel()
+    for block in summary["blocks"]:
+        down, inputs, outputs = (block["cuts"][1]["matrices"][i] for i in (2, 0, 1))
+        cut = store[f"cuts/{block['name']}.{down['in_features']}"]
+        for row, inside in ((down, True), (inputs, False), (outputs, False)):
+            weight = model.get_submodule(row["name"]).weight.detach()
+            H = damped(covariances[0][f"inputs/{covariances[1]['owners'][row['name']]}"]["covariance"], asked.damping)
+            G = damped(covariances[0][f"gradients/{row['name']}"]["covariance"], asked.gradients_damped_by)
+            alive = cut["alive"]
+            if inside:
+                weight, H = cut["down"], H[alive][:, alive]
+            else:
+                weight, G = weight[alive], G[alive][:, alive]
+            for bits in (2, 4):
+                expected = 2 * expected_loss(weight, Grid(bits, 16), H, G)
+                assert row["rounding"][str(bits)] == pytest.approx(expected, rel=1e-6)
+    for block in summary["blocks"]:
+        for matrix in (m for cut in block["cuts"] for m in cut["matrices"]):
+            del matrix["rounding"]
+    assert all(row.pop("rounding")["2"] > 0 for row in summary["units"])
+    del summary["rest"]
+    assert summary == plain
 
 
 def test_sensitivity_measures_every_matrix_at_every_ratio(params, covariances):

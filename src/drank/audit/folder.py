@@ -243,6 +243,12 @@ def _sizes(folder: Folder) -> str:
             "sum over its units",
             sum(u.bytes or 0 for u in allocation.units),
         )
+    if allocation.bytes_budget is not None:
+        if (allocation.bytes or 0) > allocation.bytes_budget:
+            raise BrokenLinkError(f"bytes of allocation.json are {allocation.bytes}, above {allocation.bytes_budget}")
+        if allocation.bytes_ratio is not None:
+            may = int(allocation.bytes_ratio * (FULL // 8 * allocation.targeted_parameters) + 1e-6)
+            _same("bytes_budget of allocation.json", allocation.bytes_budget, "bytes_ratio of the linears", may)
     _same("parameters of the results", results.get("parameters"), "numbers in the weights", n_numbers)
     _same("bytes of the results", results.get("bytes"), "size of the weight files", stored)
     shares, objective = [unit.objective_share for unit in allocation.units], allocation.objective.value

@@ -151,11 +151,14 @@ def _loss(allocation: AllocationDocument, located: Mapping[str, Artefact]) -> st
         if row is None:
             raise BrokenLinkError(f"{unit.name}: {unit.out_features} x {unit.in_features} is not in the spectrum")
         energies = (values[row.factors] ** 2).numpy()
-        lost = row.base_loss + (0.0 if unit.form == "dense" else float(energies[unit.rank :].sum()))
+        dropped = 0.0 if unit.form == "dense" else float(energies[unit.rank :].sum())
+        lost, rounded = row.base_loss + dropped, row.rounded(unit)
         whole = float(energies.sum()) + row.base_loss
-        _close(f"relative_loss of {unit.name}", unit.relative_loss, lost / whole if whole else 0.0)
+        _close(f"relative_loss of {unit.name}", unit.relative_loss, (lost + rounded) / whole if whole else 0.0)
         # Rules whose objective is one of loss or effective rank; of the others, the share is no function of these.
-        shares = {"least_loss": lost, "effective_rank": unit.effective_rank / (unit.rank or 1)}
+        # Ranks for a budget of parameters know nothing of bits.
+        of_ranks = lost + rounded * (allocation.bytes_budget is not None)
+        shares = {"least_loss": of_ranks, "effective_rank": unit.effective_rank / (unit.rank or 1)}
         if allocation.allocation in shares:
             _close(f"objective_share of {unit.name}", unit.objective_share, shares[allocation.allocation])
     objective = allocation.objective

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drank.cli.options import CommandError
+from drank.project.params import asked
 
 if TYPE_CHECKING:
     from drank.audit import Audit, Link
@@ -25,7 +26,7 @@ model|variant {variant}: {results[parameters]:,} parameters, {megabytes:.1f} MB
 allocation|{a[allocation]}, preset {a[preset]}, storage {a[storage]}: {a[n_compressed]} of {a[n_units]} units \
 compressed, {a[removed_channels]} channels removed
 |sha256 {a[sha256]}
-budget|{a[budget]:,} of {a[targeted_parameters]:,} parameters ({a[size_ratio]} asked), {a[price]:,} spent \
+budget|{a[budget]:,} of {a[targeted_parameters]:,} parameters ({asked} asked), {a[price]:,} spent \
 ({a[kept_ratio]:.4f} kept)
 objective|{a[objective][value]:.6g}, at most {a[objective][gap]:.2g} of it above the optimum
 spectrum|{a[spectrum]}: {listed[spectrum]}
@@ -112,7 +113,8 @@ def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
     listed = {section: _listed(values) for section, values in chain["parameters"].items()}
     for line in LINES.splitlines():
         label, _, text = line.partition("|")
-        yield label, text.format(**chain, a=chain["allocation"], megabytes=results["bytes"] / 1e6, listed=listed)
+        more = {"megabytes": results["bytes"] / 1e6, "listed": listed, "asked": asked(chain["allocation"])}
+        yield label, text.format(**chain, a=chain["allocation"], **more)
     for material in chain["materials"]:
         if "uri" in material:
             label = "base model" if material["name"] == "model" else material["name"].replace(".", " ")

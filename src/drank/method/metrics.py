@@ -72,7 +72,7 @@ METRICS = {
     "none": Metric(),
     "diagonal": Metric(_magnitudes, accepts=("alpha",), needs=("alpha",)),
     "input": Metric(_inputs, accepts=("damping",)),
-    "kfac": Metric(_inputs, _gradients, accepts=("damping", "gradient_damping")),
+    "kfac": Metric(_inputs, _gradients, accepts=("damping", "gradient_damping", "bits", "group_size")),
 }
 
 UNITS = {

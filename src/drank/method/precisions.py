@@ -21,12 +21,12 @@ class Precision:
     """How the numbers of a model's linears are stored.
 
     Attributes:
-        bits: per number; :data:`FULL` is bfloat16.
+        bits: per number; :data:`FULL` is bfloat16, None what the allocation gives each matrix.
         accepts: parameters of section ``presets`` that go with it.
         needs: accepted parameters that params.yaml must give.
     """
 
-    bits: int
+    bits: int | None
     accepts: tuple[str, ...] = ("rounding", "group_size")
     needs: tuple[str, ...] = ()
 
@@ -37,6 +37,7 @@ PRECISIONS: dict[int | str, Precision] = {
     4: Precision(4),
     3: Precision(3),
     2: Precision(2),
+    "mixed": Precision(None),
 }
 
 

@@ -82,7 +82,7 @@ def costs(params: Params, model: Model, n_test_windows: int = 0) -> dict[str, Co
     tokens += ROLLING * sum(task.endswith("_rolling") for task in tested.tasks)
     tokens += ITEM * params.sampling.n_task_items * sum(REQUESTS.get(task, 0) for task in tested.tasks)
     for name, variant in params.variants.items():
-        pivot, ratio = params.variant(name)[1].storage == "pivot", variant.size_ratio
+        pivot, ratio = params.variant(name)[1].storage == "pivot", variant.ratio
         kept = footprint.compressed_folder(shape, ratio, pivot) * scale
         # Spectra are read as far as the variant's ranks go: no more than all of them once.
         made = Cost(on, weights, kept, 2 * weights, products=footprint.pivot_flops(shape, ratio) * pivot)

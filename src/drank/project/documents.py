@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
-from drank.method.allocation.units import PRICES
+from drank.method.allocation.units import PIVOT_ROUNDING, PRICES
 from drank.method.precisions import FULL, bytes_of
 from drank.model import format
 from drank.project.files import FileError
@@ -82,7 +82,9 @@ class AllocationDocument(Document):
     spectrum: str
     allocation: str
     storage: str
-    size_ratio: float
+    size_ratio: float | None = None
+    bytes_ratio: float | None = None
+    megabytes: float | None = None
     kept_ratio: float
     targeted_parameters: Annotated[Count, Field(ge=1)]
     budget: Count
@@ -95,6 +97,7 @@ class AllocationDocument(Document):
     group_size: Annotated[Count, Field(ge=1)] | None = None
     embedding_bits: Count | None = None
     bytes: Count | None = None
+    bytes_budget: Count | None = None
 
 
 class SpectrumRow(Document):
@@ -103,6 +106,12 @@ class SpectrumRow(Document):
     out_features: Count
     in_features: Count
     base_loss: float
+    rounding: dict[str, float] = {}
+
+    def rounded(self, unit: UnitRow) -> float:
+        """Loss of rounding the unit's form to its bits; 0 where the spectrum does not know it."""
+        whole = 0.0 if unit.bits == FULL else self.rounding.get(str(unit.bits), 0.0)
+        return whole if unit.form == "dense" else whole * PIVOT_ROUNDING
 
 
 class Cut(Document):

@@ -302,10 +302,17 @@ class Spectrum(Section):
     measures none."""
     sensitivity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """The size ratios at which each matrix is then tried."""
+    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], Field(min_length=1)] | None = None
+    """Bits per number that matrices may be rounded to, in presets with precision `mixed`: the loss of rounding each
+    matrix whole to each of them is computed, in metric `kfac`. Left out: none."""
+    group_size: Count | None = None
+    """Neighbours in a row that share a scale and a zero point where these losses are computed, 64 where left out."""
 
     rules = {
         "A parameter is read by the metric or the units; one that they need is there.": _has_readers("spectrum"),
         "`cuts` begin with 0.0 and rise.": _holds(lambda s: list(s.cuts) in ([], sorted({0.0, *s.cuts})), "cuts"),
+        "`group_size` goes with `bits`.": _holds(lambda s: s.bits or not s.group_size, "group_size", "bits"),
+        "`bits` rise.": _holds(lambda s: s.bits is None or list(s.bits) == sorted(set(s.bits)), "bits"),
         "Measuring perplexities needs both, windows to read and ratios to try.": _holds(
             lambda s: bool(s.sensitivity_windows) == bool(s.sensitivity_ratios),
             "sensitivity_windows", "sensitivity_ratios",
@@ -347,7 +354,8 @@ class Preset(Section):
     # These came later: left out, outputs are byte for byte what they were before.
     precision: Annotated[PrecisionName | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
     """Bits that the numbers of the linears are stored in: 16, as where left out, or rounded to 8, 4, 3 or 2. A matrix
-    that stays dense is rounded, too."""
+    that stays dense is rounded, too. `mixed`: bits compete with ranks and channels for a budget in bytes, matrix by
+    matrix."""
     rounding: Literal["feedback", "nearest"] | None = None
     """How numbers are rounded. `feedback`, as where left out: one after the other, and those behind make up for the
     error so far, in the metric of the covariances (GPTQ); `nearest`: to the closest point of the grid."""
@@ -364,6 +372,9 @@ class Preset(Section):
         ),
         "Scores `perplexity` go with storage `factors`, at whose ranks they are measured.": _holds(
             lambda p: p.scores != "perplexity" or p.storage == "factors", "storage", "scores"
+        ),
+        "Precision `mixed` goes with storage `pivot`, whose loss of rounding is known.": _holds(
+            lambda p: p.precision != "mixed" or p.storage == "pivot", "precision", "storage"
         ),
         "`floor` is below `cap`.": _holds(lambda p: p.floor < p.cap, "floor", "cap"),
         f"Precision below 16 goes with storages {', '.join(sorted(set(PRICES) & set(STORED)))}.": _holds(
@@ -382,8 +393,11 @@ class Preset(Section):
 
     @property
     def menu(self) -> Menu:
-        """The ranks on offer."""
-        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of)
+        """The ranks on offer; which bits are, with precision `mixed`, the spectrum says."""
+        bits = PRECISIONS[self.precision or FULL].bits
+        offered = () if bits is None else (bits,)
+        group = self.group_size or GROUP
+        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of, offered, group)
 
 
 class Healing(Section):
@@ -417,11 +431,45 @@ class Variant(Section):
     """Name of the method, one of section `presets`."""
     spectrum: Name
     """The preset's `spectrum` again, so that DVC sees the dependency."""
-    size_ratio: Share
+    size_ratio: Share | None = None
     """Share of the targeted linears' parameters that is kept; the literature's "20 % compression" is 0.8. Ignored by
     allocation `dense`."""
+    bytes_ratio: Share | None = None
+    """Share of the targeted linears' bytes in bfloat16 that is kept, in the place of `size_ratio`."""
+    megabytes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Size of all weight files, in units of 10^6 bytes, in the place of `size_ratio`."""
     healing: Healing | None = None
     """How it is trained a while after compression, at the size that it has; not at all where left out."""
+
+    rules = {
+        "A variant has one size: `size_ratio`, `bytes_ratio` or `megabytes`.": _holds(
+            lambda v: len(v.size) == 1, "size_ratio", "bytes_ratio", "megabytes"
+        )
+    }
+
+    @property
+    def size(self) -> dict[str, float]:
+        """The size that is asked for, by its key."""
+        values = {"size_ratio": self.size_ratio, "bytes_ratio": self.bytes_ratio, "megabytes": self.megabytes}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def ratio(self) -> float:
+        """The share of parameters, or of bytes, for estimates; 1 where megabytes are asked."""
+        return self.size_ratio or self.bytes_ratio or 1.0
+
+    @property
+    def in_bytes(self) -> bool:
+        """True if the size is one of bytes, not of parameters."""
+        return self.size_ratio is None
+
+
+def asked(allocation: Mapping[str, Any]) -> str:
+    """The size of a variant, or of its allocation, in words."""
+    if allocation.get("megabytes") is not None:
+        return f"{allocation['megabytes']} MB"
+    ratio = allocation.get("size_ratio")
+    return f"{allocation['bytes_ratio']} of the bytes" if ratio is None else f"{ratio}"
 
 
 class Evaluation(Section):
@@ -489,6 +537,19 @@ class Params(Section):
         "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.": _each(
             "presets", lambda p, preset: preset.scores != "perplexity" or p._is_measured(preset), "scores", "spectrum"
         ),
+        "A size in bytes goes with allocation `least_loss`.": _each(
+            "variants", lambda p, v: not v.in_bytes or RULES[p.presets[v.preset].allocation].in_bytes,
+            "preset", "bytes_ratio", "megabytes",
+        ),
+        "Precision `mixed` needs a size in bytes, `bytes_ratio` or `megabytes`.": _each(
+            "variants", lambda p, v: v.in_bytes or p.presets[v.preset].precision != "mixed", "preset", "size_ratio"
+        ),
+        "A preset of precision `mixed` has the `group_size` of its spectrum, whose losses it goes by.": _each(
+            "presets", lambda p, preset: preset.precision != "mixed" or p._has_groups(preset), "group_size", "spectrum"
+        ),
+        "A size in bytes needs a spectrum that has `bits`, those of the preset's `precision` among them.": _each(
+            "variants", lambda p, v: not v.in_bytes or p._has_bits(p.presets[v.preset]), "preset", "spectrum"
+        ),
         "A variant of allocation `dense` is not healed: it lost nothing.": _each(
             "variants", lambda p, v: not v.healing or p.presets[v.preset].allocation != "dense", "preset"
         ),
@@ -516,6 +577,14 @@ class Params(Section):
 
     def _has_blocks(self, preset: Preset) -> bool:
         return preset.spectrum in self.spectrum and UNITS[self.spectrum[preset.spectrum].units].loses_channels
+
+    def _has_bits(self, preset: Preset) -> bool:
+        bits = self.spectrum[preset.spectrum].bits
+        return bits is not None and preset.precision in (None, "mixed", *bits)
+
+    def _has_groups(self, preset: Preset) -> bool:
+        spectrum = self.spectrum.get(preset.spectrum)
+        return not spectrum or not spectrum.bits or (spectrum.group_size or GROUP) == (preset.group_size or GROUP)
 
     def _is_measured(self, preset: Preset) -> bool:
         return preset.spectrum not in self.spectrum or self.spectrum[preset.spectrum].sensitivity_windows > 0

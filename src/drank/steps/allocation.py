@@ -2,16 +2,20 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from drank.method.allocation.choices import allocate
-from drank.method.allocation.units import Allocation, Block, Choice, Unit, loss
-from drank.method.precisions import bytes_of
+from drank.method.allocation.knapsack import InfeasibleBudgetError
+from drank.method.allocation.units import DEFAULT, Allocation, Block, Choice, Menu, Unit, loss
+from drank.method.precisions import FULL, embedding_bytes
 from drank.project.params import Preset, Variant
 
+HEADER = 1000  # bytes per matrix for what a safetensors file says of its tensors, eight of 120 bytes at most
 FIELDS = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
 
 
@@ -29,26 +33,63 @@ def allocation(
     units = read_units(values, summary)
     given = preset.choices | {"measured": summary.get("sensitivity")}
     header = {"format_version": 1, "variant": variant, "preset": asked.preset}
-    choices = preset.choices | asked.model_dump(exclude={"healing"})
-    result = describe(units, allocate(units, asked.size_ratio, preset.menu, preset.allocation, given), summary)
-    if "precision" in choices:
-        _round(result, choices["precision"], choices["group_size"])
+    choices = preset.choices | asked.model_dump(exclude={"healing"}, exclude_none=True)
+    menu, share = _budget(asked, preset, units, summary)
+    try:
+        found = allocate(units, share, menu, preset.allocation, given)
+    except InfeasibleBudgetError as error:
+        if not asked.in_bytes or error.least is None:
+            raise
+        outside = _bytes_outside(preset, summary) if asked.megabytes else 0
+        raise InfeasibleBudgetError(_too_small(asked, error.least, menu.whole(units), outside)) from None
+    result = describe(units, found, summary, menu)
     return header | choices | result | {key: summary[key] for key in ("computed_in", "left_dense")}
 
 
-def _round(document: dict[str, Any], bits: int, group: int) -> None:
-    """Add ``bits`` and ``bytes`` to every unit, and their sum."""
-    for row in document["units"]:
-        size = bytes_of(row["form"], row["out_features"], row["in_features"], row["rank"], bits, group)
-        row |= {"bits": bits, "bytes": int(size)}
-    document["bytes"] = sum(row["bytes"] for row in document["units"])
+def _budget(
+    asked: Variant, preset: Preset, units: Sequence[Unit | Block], summary: Mapping[str, Any]
+) -> tuple[Menu, float]:
+    """The menu, in the unit of the budget, and the share of it that may be kept."""
+    menu = preset.menu
+    if preset.precision == "mixed":
+        measured = {bits for unit in units for m in _matrices(unit) for bits in m.rounding}
+        menu = replace(menu, bits=(*sorted(measured), FULL))
+    if asked.size_ratio is not None:
+        return menu, asked.size_ratio
+    menu = replace(menu, in_bytes=True)
+    if asked.bytes_ratio is not None:
+        return menu, asked.bytes_ratio
+    assert asked.megabytes is not None, "params.yaml has one size per variant"
+    return menu, (asked.megabytes * 1e6 - _bytes_outside(preset, summary)) / menu.whole(units)
+
+
+def _bytes_outside(preset: Preset, summary: Mapping[str, Any]) -> int:
+    """Bytes of the weight files that no budget of the linears can change."""
+    rest, rows = summary["rest"], summary["units"] + [block for block in summary["blocks"] for _ in range(3)]
+    embeddings = sum(embedding_bytes(n, d, preset.embedding_bits or FULL) for n, d in rest["embeddings"])
+    return embeddings + rest["others"] * FULL // 8 + HEADER * len(rows)
+
+
+def _too_small(asked: Variant, least: int, whole: int, outside: int) -> str:
+    if asked.bytes_ratio is not None:
+        told, nearest = f"bytes_ratio {asked.bytes_ratio}", f"{math.ceil(least / whole * 1e4) / 1e4:.4f}"
+    else:
+        least_all = least + outside
+        told, nearest = f"megabytes {asked.megabytes}", f"{math.ceil(least_all / 1e5) / 10:.1f}"
+    key = told.partition(" ")[0]
+    return f"{told}: the smallest matrices on offer take {least} bytes, more than is left; raise {key} to {nearest}"
+
+
+def _matrices(unit: Unit | Block) -> list[Unit]:
+    return [m for cut in unit.cuts for m in cut] if isinstance(unit, Block) else [unit]
 
 
 def read_units(values: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> list[Unit | Block]:
     """Units and blocks of a spectrum, from its singular values by file and its summary."""
 
     def unit(row: Mapping[str, Any]) -> Unit:
-        return Unit(**{f: row[f] for f in FIELDS}, energies=values[row["factors"]] ** 2)
+        rounding = {int(bits): lost for bits, lost in row.get("rounding", {}).items()}
+        return Unit(**{f: row[f] for f in FIELDS}, energies=values[row["factors"]] ** 2, rounding=rounding)
 
     blocks = [
         Block(row["name"], tuple(tuple(unit(m) for m in cut["matrices"]) for cut in row["cuts"]))
@@ -57,8 +98,18 @@ def read_units(values: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> 
     return [unit(row) for row in summary["units"]] + blocks
 
 
-def describe(units: Sequence[Unit | Block], allocation: Allocation, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The allocation as a document: totals, ``units`` by layer, ``blocks`` with the channels that they keep."""
+def describe(
+    units: Sequence[Unit | Block], allocation: Allocation, summary: Mapping[str, Any], menu: Menu = DEFAULT
+) -> dict[str, Any]:
+    """The allocation as a document: totals, ``units`` by layer, ``blocks`` with the channels that they keep.
+
+    Bits and bytes are there where the menu has bits below 16, or its budget is one of bytes.
+    """
+    chosen = [(u, allocation.choices[u.name]) for u in allocation.matrices(units)] if menu.counts_bytes else []
+    sizes = {u.name: {"bits": choice.bits, "bytes": menu.size_of(u, choice)} for u, choice in chosen}
+    totals = {"bytes": sum(size["bytes"] for size in sizes.values())} if sizes else {}
+    if allocation.bytes_budget is not None:
+        totals["bytes_budget"] = allocation.bytes_budget
     # A block has its matrices at several sizes.
     matrices = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
     sources = {(row["name"], row["out_features"], row["in_features"]): row for row in matrices}
@@ -69,7 +120,7 @@ def describe(units: Sequence[Unit | Block], allocation: Allocation, summary: Map
             "out_features": u.out_features, "in_features": u.in_features,
             "form": choice.form, "rank": choice.rank, "full_rank": u.full_rank, "price": choice.price,
             "objective_share": choice.objective_share, "effective_rank": u.effective_rank,
-            "relative_loss": _relative_loss(u, choice),
+            "relative_loss": _relative_loss(u, choice), **sizes.get(u.name, {}),
         }
         for u in sorted(allocation.matrices(units), key=lambda u: u.layer)
         for choice in [allocation.choices[u.name]]
@@ -86,7 +137,7 @@ def describe(units: Sequence[Unit | Block], allocation: Allocation, summary: Map
     return {
         "objective": {"value": allocation.objective, "bound": allocation.bound, "gap": allocation.gap},
         "budget": allocation.budget, "price": allocation.price, "slack": allocation.budget - allocation.price,
-        "kept_ratio": allocation.kept_ratio, "targeted_parameters": allocation.targeted_parameters,
+        "kept_ratio": allocation.kept_ratio, "targeted_parameters": allocation.targeted_parameters, **totals,
         "units": rows, "blocks": blocks,
     }  # fmt: skip
 

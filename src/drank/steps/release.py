@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from drank import __version__
-from drank.project.params import ModelSource, Params, TextSource
+from drank.project.params import ModelSource, Params, TextSource, asked
 
 STATEMENT = "provenance.json"
 CHECKSUMS = "SHA256SUMS"
@@ -136,6 +136,7 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
     return CARD_TEMPLATE.format(
         parameters=parameters,
         allocation=allocation,
+        asked=asked(allocation),
         results=results,
         metadata=data.to_yaml(),
         base=base,
@@ -168,7 +169,7 @@ and what followed from it), {training}.
 allocation {allocation[allocation]}, storage {allocation[storage]} |
 | compressed | {n_compressed} of {n_units} matrices{removed} |
 {precision}| kept of the compressed linears' parameters | {allocation[kept_ratio]:.4f} \
-({allocation[size_ratio]} asked) |
+({asked} asked) |
 | parameters of the whole model | {results[parameters]:,} |
 | weights on disk | {megabytes:.1f} MB |
 | calibrated on | {parameters[sampling][n_windows]} windows of {parameters[sampling][window_length]} tokens of \
@@ -213,7 +214,9 @@ def _precision(allocation: Document) -> str:
     told = []
     if "precision" in allocation:
         how = "with error feedback" if allocation["rounding"] == "feedback" else "to nearest"
-        told = [f"{allocation['precision']} bits in groups of {allocation['group_size']}, rounded {how}"]
+        bits = sorted({unit["bits"] for unit in allocation["units"]})
+        several = "" if len(bits) == 1 else f" to {bits[-1]}"
+        told = [f"{bits[0]}{several} bits in groups of {allocation['group_size']}, rounded {how}"]
     if "embedding_bits" in allocation:
         told.append(f"embeddings {allocation['embedding_bits']} bits")
     return f"| precision | {', '.join(told)} |\n" if told else ""

@@ -12,6 +12,8 @@ from torch import Tensor
 from drank.method.channels import remove_channels, row_grams
 from drank.method.covariance import NotFiniteError, finite
 from drank.method.metrics import METRICS, UNITS
+from drank.method.precisions import GROUP, Grid
+from drank.method.rounding import expected_by_row
 from drank.method.spectrum import Metric, effective_rank, gram_spectrum, whitened_spectrum
 from drank.method.spectrum import Spectrum as Factored
 from drank.method.threads import side_by_side
@@ -48,7 +50,7 @@ def factorise(
         The summary: the metric, ``computed_in``, ``left_dense``, and rows that describe ``units`` and ``blocks``.
     """
     linears, row = find_linears(model, on.targets, on.ignore), UNITS[asked.units]
-    owners, writer = described["owners"], _Writer(store)
+    owners, writer = described["owners"], _Writer(store, asked)
     mlps = find_mlps(model, linears) if row.loses_channels else []
     members = [(*mlp.before, mlp.down) for mlp in mlps]
     in_mlps = {linear.name for matrices in members for linear in matrices}
@@ -81,7 +83,18 @@ def factorise(
         "metric": asked.metric, "damping": asked.damping, "gradient_damping": asked.gradients_damped_by,
         "computed_in": {"covariance": described["dtype"]}, "left_dense": described["left_dense"],
         "units": _in_order(part for part, *_ in parts), "blocks": _in_order(part for _, part, _ in parts),
+        **({"rest": _rest(model, linears)} if asked.bits else {}),
     }  # fmt: skip
+
+
+def _rest(model: Any, linears: Sequence[Linear]) -> Row:
+    """Numbers of the model outside the linears: rows and columns of its embeddings, and how many others."""
+    targeted = {id(linear.weight) for linear in linears}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(table.weight): list(table.weight.shape) for table in tables if table is not None}
+    others = {id(p): p.numel() for p in model.parameters()}
+    numbers = sum(n for key, n in others.items() if key not in targeted and key not in embeddings)
+    return {"embeddings": list(embeddings.values()), "others": numbers}
 
 
 def add_sensitivity(
@@ -151,13 +164,37 @@ class _Metrics:
 
 
 class _Writer:
-    """Factors go to the store as they come; singular values are kept for one file."""
+    """Factors go to the store as they come; singular values are kept for one file.
 
-    def __init__(self, store: MutableMapping[str, Tensors]) -> None:
+    Args:
+        asked: its bits are those that losses of rounding are described for.
+    """
+
+    def __init__(self, store: MutableMapping[str, Tensors], asked: Spectrum) -> None:
         self.store = store
+        self.grids = [Grid(bits, asked.group_size or GROUP) for bits in asked.bits or ()]
         self.singular_values: dict[str, Tensor] = {}
 
-    def write(self, file: str, members: tuple[Linear, ...], shape: tuple[int, int], spectrum: Factored) -> Row:
+    def rounded(self, weight: Tensor, H: Metric | None, inputs: Tensor | slice = slice(None)) -> list[Tensor]:
+        """Loss of rounding every row to each number of bits, before the gradients weigh it.
+
+        Args:
+            inputs: those of the metric that the weight has columns for.
+        """
+        if not self.grids:
+            return []
+        assert H is not None, "params.yaml has bits with metrics of both sides alone"
+        return expected_by_row(weight, self.grids, H.covariance[inputs][:, inputs])
+
+    def write(
+        self, file: str, members: tuple[Linear, ...], shape: tuple[int, int], spectrum: Factored,
+        rounded: Sequence[Tensor] = (), gradients: Tensor | None = None,
+    ) -> Row:  # fmt: skip
+        """One matrix: its factors into the store, its row of the summary.
+
+        Args:
+            rounded: see :meth:`rounded`; ``gradients`` has the diagonal of G for the same rows.
+        """
         self.store[f"factors/{file}"] = {name: rows.cpu() for name, rows in spectrum.rows().items()}
         self.singular_values[file] = spectrum.singular_values.cpu()
         first = members[0]
@@ -166,7 +203,15 @@ class _Writer:
             "kind": first.kind, "role": first.role, "layer": first.layer,
             "out_features": shape[0], "in_features": shape[1], "base_loss": 0.0,
             "effective_rank": effective_rank(spectrum.singular_values), "n_discarded": spectrum.n_discarded,
+            **self._rounding(rounded, gradients),
         }  # fmt: skip
+
+    def _rounding(self, rounded: Sequence[Tensor], gradients: Tensor | None) -> Row:
+        """Losses of rounding in the unit of dropped energies, which are twice the nats."""
+        if not rounded or gradients is None:
+            return {}
+        nats = {str(grid.bits): float(gradients @ rows) for grid, rows in zip(self.grids, rounded, strict=True)}
+        return {"rounding": {bits: 2 * lost for bits, lost in nats.items()}}
 
 
 def _unit(group: tuple[Linear, ...], metrics: _Metrics, writer: _Writer) -> Row:
@@ -178,7 +223,9 @@ def _unit(group: tuple[Linear, ...], metrics: _Metrics, writer: _Writer) -> Row:
         H = None if H is None else Metric(torch.stack([metric.covariance for metric in inputs]).mean(0))
         G = None if G is None else Metric(torch.block_diag(*(metric.covariance for metric in outputs)))
     with _named(name):
-        return writer.write(name, group, (len(W), W.shape[1]), whitened_spectrum(W.float(), H, G))
+        spectrum, rounded = whitened_spectrum(W.float(), H, G), writer.rounded(W.float(), H)
+        gradients = None if G is None else G.covariance.diagonal()
+        return writer.write(name, group, (len(W), W.shape[1]), spectrum, rounded, gradients)
 
 
 def _block(mlp: Mlp, cuts: tuple[float, ...], metrics: _Metrics, writer: _Writer) -> Row:
@@ -194,6 +241,7 @@ def _block(mlp: Mlp, cuts: tuple[float, ...], metrics: _Metrics, writer: _Writer
     offered = remove_channels(W[mlp.down.name], H_down.covariance, G_down, kept)
     alive = [cut.alive for cut in offered]
     grams = {linear.name: row_grams(W[linear.name], G_before[linear.name], alive) for linear in mlp.before}
+    rounded = {linear.name: writer.rounded(W[linear.name].float(), H_before) for linear in mlp.before}
     described = []
     for rows, down, loss, gram in offered:
         suffix, matrices = "" if len(rows) == mlp.n_channels else f".{len(rows)}", []
@@ -206,13 +254,17 @@ def _block(mlp: Mlp, cuts: tuple[float, ...], metrics: _Metrics, writer: _Writer
             else:
                 G = Metric(G_before[linear.name][rows][:, rows])
                 spectrum = whitened_spectrum(W[linear.name][rows].float(), H_before, G)
-            matrices.append(writer.write(linear.name + suffix, (linear,), (len(rows), n), spectrum))
+            left, gradients = [each[rows] for each in rounded[linear.name]], G_before[linear.name].diagonal()[rows]
+            shape = (len(rows), n)
+            matrices.append(writer.write(linear.name + suffix, (linear,), shape, spectrum, left, gradients))
         out = mlp.down.out_features
         if out <= len(rows):
             spectrum = gram_spectrum(gram, G_down)
         else:
             spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[rows][:, rows]), G_down)
-        row = writer.write(mlp.down.name + suffix, (mlp.down,), (out, len(rows)), spectrum)
+        left = writer.rounded(down.float(), H_down, rows)
+        gradients, shape = G_down.covariance.diagonal(), (out, len(rows))
+        row = writer.write(mlp.down.name + suffix, (mlp.down,), shape, spectrum, left, gradients)
         described.append({"channels": len(rows), "matrices": [*matrices, row | {"base_loss": loss}]})
     return {"name": mlp.name, "channels": mlp.n_channels, "cuts": described}
 

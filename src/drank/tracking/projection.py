@@ -14,7 +14,7 @@ from drank import __version__
 from drank.project.dvc import LockError, read_lock
 from drank.project.files import file_sha256
 from drank.project.git import GitError, head
-from drank.project.params import Preset, Spectrum
+from drank.project.params import Preset, Spectrum, asked
 from drank.project.state import State, Variant, check_written, outs_of, read_state, sha256_of
 from drank.tracking import view
 from drank.tracking.names import LONGEST_PARAM, LONGEST_TAG, name_of, named
@@ -32,7 +32,8 @@ READ = ("params.yaml", "dvc.lock", "results", "data/allocation", "data/sampling"
 # Parameters that can make two variants differ: by the short names that a variant has them under, and sections that it
 # has as they are. The state has what all of its variants share.
 SHORT = {
-    "variant.preset": "preset", "variant.size_ratio": "size_ratio", "variant.spectrum": "spectrum",
+    "variant.preset": "preset", "variant.size_ratio": "size_ratio",
+    "variant.bytes_ratio": "bytes_ratio", "variant.megabytes": "megabytes", "variant.spectrum": "spectrum",
     "preset.allocation": "allocation", "preset.storage": "storage", "model.source": "model",
 }  # fmt: skip
 OWN = ("variant.", "preset.", "spectrum.", "healing.")
@@ -210,7 +211,7 @@ def _figures(state: State, variant: Variant) -> dict[str, float]:
     figures = {
         key: value
         for key, value in variant.results.figures.items()
-        if key not in ("size_ratio", "targeted_parameters")
+        if key not in ("size_ratio", "bytes_ratio", "megabytes", "targeted_parameters")
         and not key.partition("/")[0].endswith(("_stderr", "word_perplexity"))
     }
     dense = next((other for other in state.variants if other.allocation.allocation == "dense"), None)
@@ -249,9 +250,10 @@ def _variant_tags(state: State, variant: Variant, git: Mapping[str, str]) -> dic
     outs, stage = outs_of(variant.stages), f"release@{variant.name}"
     sha256, md5 = file_sha256(state.root / _allocation_of(variant)), outs[folder_of(variant)]
     made, figures = variant.allocation, variant.results.figures
+    size = asked(made.model_dump()) + ("" if made.size_ratio is None else " of the targeted parameters")
     note = (
         f"Preset **{made.preset}** (allocation `{made.allocation}`, storage `{made.storage}`, factors "
-        f"`{made.spectrum}`), {made.size_ratio} of the targeted parameters asked, {figures['kept_ratio']:.4f} kept: "
+        f"`{made.spectrum}`), {size} asked, {figures['kept_ratio']:.4f} kept: "
         f"{figures['parameters']:,} parameters, {figures['bytes'] / 1e6:.1f} MB. Rebuild with `dvc repro {stage}`, "
         f"verify with `drank audit {folder_of(variant)}`. {_links(git)}\n\n"
         f"* allocation `{_allocation_of(variant)}`: sha256 `{sha256}`\n"

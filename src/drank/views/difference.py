@@ -76,7 +76,7 @@ def _remarks(side: Side) -> list[str]:
         asked = (side.parameters or {}).get("variant", {})
         found += [
             f"{side.label}: {key} is {asked[key]}, but its allocation was made with {used}; run `dvc repro`"
-            for key in ("preset", "spectrum", "size_ratio")
+            for key in ("preset", "spectrum", "size_ratio", "bytes_ratio", "megabytes")
             if (used := getattr(side.allocation, key)) != asked.get(key, used)
         ]
     return found

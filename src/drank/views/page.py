@@ -14,6 +14,7 @@ from drank.views.pareto import HIGHEST_RATIO, nats_by_bytes, perplexity_by_size,
 from drank.views.pictures import Allocation, Spectrum, budget, loss_heat_map, rank_heat_map, spectrum_curves
 
 LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes", "dtype")
+IN_BYTES = ("bytes_ratio", "megabytes")  # sizes that only variants with a budget in bytes have
 # The policy is a promise to the reader: a browser fetches nothing for this page, whatever is in it.
 PAGE_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>drank: variants</title>
@@ -59,8 +60,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for row in rows
     ]
     ordered = sorted(flat, key=lambda row: row["preset"] != "dense")
-    figures = sorted({key for row in ordered for key in row}.difference(LEADING))
-    return pd.DataFrame(ordered, columns=[*LEADING, *figures])
+    found = {key for row in ordered for key in row}
+    leading = [*LEADING[:3], *(key for key in IN_BYTES if key in found), *LEADING[3:]]
+    return pd.DataFrame(ordered, columns=[*leading, *sorted(found.difference(leading))])
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:

@@ -5,13 +5,14 @@ docs/extending.md adds a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from drank.method.allocation.asvd import sensitivity, stable_rank_scores
 from drank.method.allocation.d_rank_code import released
 from drank.method.allocation.rules import dense, effective_rank, least_loss, uniform
 from drank.method.allocation.units import PRICES, Allocation, Block, Menu, Unit
+from drank.method.precisions import FULL, GROUP
 
 Given = Mapping[str, Any]  # parameters by name, at least those that a row accepts
 RATIOS = tuple(i / 100 for i in range(10, 100, 5))  # sizes that the stable-rank variant of ASVD's search may choose
@@ -27,6 +28,7 @@ class Rule:
         accepts: parameters of section ``presets`` that the rule reads, the menu's among them.
         blocks: True allows MLPs that lose channels among the units.
         storages: forms that the rule can price.
+        in_bytes: True takes budgets in bytes, and bits that compete with ranks.
     """
 
     allocate: "Callable[[Sequence[Any], float, Menu, Given], Allocation]"
@@ -34,6 +36,7 @@ class Rule:
     needs: tuple[str, ...] = ()
     blocks: bool = False
     storages: tuple[str, ...] = tuple(PRICES)
+    in_bytes: bool = False
 
 
 def _asvd(units: Sequence[Unit], size_ratio: float, menu: Menu, given: Given) -> Allocation:
@@ -57,16 +60,27 @@ RULES: dict[str, Rule] = {
         storages=("factors",),
     ),
     "sensitivity": Rule(_asvd, ("scores", "floor", "cap", "multiple_of"), needs=("scores",)),
-    "least_loss": Rule(lambda units, size_ratio, menu, given: least_loss(units, size_ratio, menu), MENU, blocks=True),
+    "least_loss": Rule(
+        lambda units, size_ratio, menu, given: least_loss(units, size_ratio, menu), MENU, blocks=True, in_bytes=True
+    ),
 }
 
 
 def allocate(units: Sequence[Unit | Block], size_ratio: float, menu: Menu, rule: str, given: Given) -> Allocation:
     """Ranks by the rule of that name, which sees blocks only if it allows them.
 
+    Ranks under a budget of parameters know nothing of bits: all choices are then given the menu's.
+
+    Args:
+        size_ratio: share of the parameters, or bytes with a menu in bytes, that may be kept.
+
     Raises:
         InfeasibleBudgetError: the budget does not pay for the least that the rule may choose.
     """
     row = RULES[rule]
     shown = units if row.blocks else [unit for unit in units if isinstance(unit, Unit)]
-    return row.allocate(shown, size_ratio, menu, given)
+    if menu.in_bytes:
+        return row.allocate(shown, size_ratio, menu, given)
+    (bits,) = menu.bits
+    found = row.allocate(shown, size_ratio, replace(menu, bits=(FULL,), group=GROUP), given)
+    return replace(found, choices={name: replace(choice, bits=bits) for name, choice in found.choices.items()})

@@ -3,7 +3,7 @@ r"""The integer program under every allocation: one option per unit, least total
 .. math:: \min \sum_u c_u(j_u) \quad\text{s.t.}\quad \sum_u w_u(j_u) \le B
 
 a multiple-choice knapsack with option costs c (any unit, the same in all units of the model) and integer weights w
-(parameters). Numbers only: no tensors, no models.
+(parameters or bytes). Numbers only: no tensors, no models.
 
 The lower convex hull of each unit's (weight, cost) points gives the linear relaxation exactly, and with it a bound: no
 solution costs less. The relaxation, rounded down and filled up, gives a first solution, which only options with a
@@ -25,12 +25,20 @@ from numpy.typing import NDArray
 
 
 class InfeasibleBudgetError(ValueError):
-    """The cheapest choice of every unit costs more than the budget; the message names the nearest feasible value."""
+    """The cheapest choice of every unit costs more than the budget; the message names the nearest feasible value.
+
+    Attributes:
+        least: the smallest budget that would do, where it is known in the budget's unit.
+    """
+
+    def __init__(self, message: str, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
 class Options:
-    """The offer of one unit: option j weighs weights[j] parameters and costs costs[j]."""
+    """The offer of one unit: option j weighs weights[j] parameters, or bytes, and costs costs[j]."""
 
     weights: NDArray[np.int64]
     costs: NDArray[np.float64]
@@ -55,7 +63,7 @@ def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, 
 
     Args:
         units: options of each unit, in any order.
-        budget: in parameters.
+        budget: in the unit of the weights.
         relative_gap: HiGHS is not started, or stops, once cost and bound are this close.
         nodes: limit of the search, in nodes rather than seconds, so that a busy machine finds the same ranks. Models of
             210 matrices are within 1e-4 of their bound after 20; 10,000 change the seventh digit of the cost, and take
@@ -105,7 +113,7 @@ def _relaxed(units: Sequence[Options], budget: int) -> tuple[Solution, float]:
     lightest = sum(int(u.weights.min()) for u in units)
     if lightest > budget:
         raise InfeasibleBudgetError(
-            f"a budget of {budget} parameters is below the least possible {lightest}; raise size_ratio"
+            f"a budget of {budget} parameters is below the least possible {lightest}; raise size_ratio", lightest
         )
     choices, multiplier = _rounded_down(units, budget)
     # Lagrange: at any multiplier, no solution costs less than the options do that are best by cost and weighted price.
@@ -126,11 +134,12 @@ def _hulls(units: Sequence[Options]) -> tuple[list[int], list[tuple[float, int, 
 
 def _lower_hull(unit: Options) -> list[int]:
     """Options on the lower convex hull, by weight; along it the cost falls, at ever smaller rates."""
+    order = np.lexsort((unit.costs, unit.weights))
+    cheapest = np.minimum.accumulate(unit.costs[order])
+    order = order[np.append(True, unit.costs[order][1:] < cheapest[:-1])]  # what a lighter one beats is on no hull
     weights, costs = unit.weights.tolist(), unit.costs.tolist()  # the loop reads Python's numbers far faster
     hull: list[int] = []
-    for j in np.lexsort((unit.costs, unit.weights)).tolist():
-        if hull and costs[j] >= costs[hull[-1]]:
-            continue
+    for j in order.tolist():
         while len(hull) > 1 and _slope(weights, costs, hull[-1], j) >= _slope(weights, costs, hull[-2], hull[-1]):
             hull.pop()
         if hull and weights[j] == weights[hull[-1]]:

@@ -33,6 +33,7 @@ from drank.method.allocation.units import (
     dense_choice,
     summed,
 )
+from drank.method.precisions import FULL
 
 
 def dense(units: Sequence[Unit]) -> Allocation:
@@ -117,10 +118,19 @@ def least_loss(units: Sequence[Unit | Block], size_ratio: float, menu: Menu = DE
     A block is one unit of the knapsack: its options are the lower hull, over cuts and ranks of its matrices, of price
     and loss. With blocks the gap stated is to the Lagrangian bound, which holds for every combination.
 
+    With a menu in bytes, ``size_ratio`` is a share of the bytes in bfloat16, and every rank is on offer in all bits of
+    the menu: bits, ranks and channels compete in one budget.
+
     Raises:
         InfeasibleBudgetError: the budget does not pay for the smallest rank everywhere.
     """
-    budget = budget_of(units, size_ratio)
+    budget = menu.budget(units, size_ratio)
+    if menu.in_bytes:
+        return replace(_least_loss(units, budget, menu), budget=budget_of(units, 1.0), bytes_budget=budget)
+    return _least_loss(units, budget, menu)
+
+
+def _least_loss(units: Sequence[Unit | Block], budget: int, menu: Menu) -> Allocation:
     if not any(isinstance(u, Block) for u in units):
         matrices = [u for u in units if isinstance(u, Unit)]
         options = [_loss_options(u, menu) for u in matrices]
@@ -167,7 +177,18 @@ def _offer(unit: Unit | Block, menu: Menu) -> _Offer:
 def _loss_options(unit: Unit, menu: Menu) -> Options:
     ranks = menu.ranks(unit)
     tails = np.append(unit.energies[::-1].cumsum()[::-1], 0.0)[ranks]
-    return _options(unit, menu, unit.base_loss + tails, unit.base_loss)
+    offered = [
+        _options(
+            unit,
+            menu,
+            unit.base_loss + tails + unit.rounded(ranks, bits),
+            unit.base_loss + unit.rounded(None, bits),
+            bits,
+        )
+        for bits in menu.bits
+    ]
+    weights, costs = zip(*((options.weights, options.costs) for options in offered), strict=True)
+    return Options(np.concatenate(weights), np.concatenate(costs))
 
 
 def effective_rank_options(unit: Unit, menu: Menu) -> Options:
@@ -175,12 +196,12 @@ def effective_rank_options(unit: Unit, menu: Menu) -> Options:
     return _options(unit, menu, unit.effective_rank / menu.ranks(unit), unit.effective_rank / unit.full_rank)
 
 
-def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float) -> Options:
+def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float, bits: int = FULL) -> Options:
     """The ranks of the menu and, last, the dense matrix."""
-    prices = np.asarray(menu.price(unit, menu.ranks(unit)), dtype=np.int64)
-    if len(prices) and not menu.dense:
-        return Options(prices, costs)
-    return Options(np.append(prices, unit.dense_price), np.append(costs, dense_cost))
+    weights = np.asarray(menu.weight(unit, menu.ranks(unit), bits), dtype=np.int64)
+    if len(weights) and not menu.dense:
+        return Options(weights, costs)
+    return Options(np.append(weights, menu.weight(unit, None, bits)), np.append(costs, dense_cost))
 
 
 def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: list[int]) -> dict[str, Choice]:
@@ -188,8 +209,11 @@ def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: l
 
 
 def _chosen(unit: Unit, menu: Menu, options: Options, index: int) -> Choice:
+    """The choice that an option stands for; the menu's bits have as many options each."""
     ranks, cost = menu.ranks(unit), float(options.costs[index])
-    return dense_choice(unit, cost) if index == len(ranks) else menu.choice(unit, int(ranks[index]), cost)
+    which, index = divmod(index, len(options.costs) // len(menu.bits))
+    bits = menu.bits[which]
+    return dense_choice(unit, cost, bits) if index == len(ranks) else menu.choice(unit, int(ranks[index]), cost, bits)
 
 
 def _grown(unit: Unit, menu: Menu, choice: Choice, extra: float) -> Choice:

@@ -1,10 +1,12 @@
 """Units with the ranks on offer and their prices, from which a rule chooses, and the choices with their totals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from drank.method.precisions import FULL, GROUP, bytes_of
 
 Integer = int | NDArray[np.int64]
 
@@ -16,9 +18,15 @@ PRICES: dict[str, Callable[[int, int, Integer], Integer]] = {
 }
 
 
+# Loss of rounding a pivot form, over that of rounding the whole matrix to the same bits: 1.7 to 6.4 in 44 of 48 cases
+# on the default model, 2.9 on average at 3 bits and 3.5 at 4, and less in the others (docs/log.md). Rows that are
+# rounded bring their errors into the others; refitting the coefficients takes off most of that.
+PIVOT_ROUNDING = 3.5
+
+
 @dataclass(frozen=True)
 class Menu:
-    """Ranks on offer, and their prices in parameters.
+    """Ranks on offer, and their prices in parameters or bytes.
 
     Attributes:
         storage: a row of :data:`PRICES`.
@@ -26,6 +34,9 @@ class Menu:
         cap: largest rank offered, as a share of the full rank.
         dense: whether the matrix may also stay as it is; a matrix that no rank offered makes smaller always may.
         multiple_of: ranks offered are multiples of it (8, 16 or 32 for fast kernels); the dense matrix always is.
+        bits: bits per number that ranks and the dense matrix are offered in; several are for budgets in bytes.
+        group: inputs that share a scale below 16 bits.
+        in_bytes: the budget is one of bytes, not of parameters.
     """
 
     storage: str = "factors"
@@ -33,10 +44,41 @@ class Menu:
     cap: float = 1.0
     dense: bool = True
     multiple_of: int = 1
+    bits: tuple[int, ...] = (FULL,)
+    group: int = GROUP
+    in_bytes: bool = False
 
     def price(self, unit: "Unit", rank: Integer) -> Integer:
         """Parameters of this rank."""
         return PRICES[self.storage](unit.out_features, unit.in_features, rank)
+
+    def weight(self, unit: "Unit", rank: Integer | None, bits: int) -> Integer:
+        """What this rank, or the dense matrix for None, takes of the budget."""
+        if self.in_bytes:
+            return self.size(unit, rank, bits)
+        return unit.dense_price if rank is None else self.price(unit, rank)
+
+    def size(self, unit: "Unit", rank: Integer | None, bits: int) -> Integer:
+        """Bytes of this rank, or of the dense matrix for None, without a bias."""
+        form = "dense" if rank is None else self.storage
+        return bytes_of(form, unit.out_features, unit.in_features, 0 if rank is None else rank, bits, self.group)
+
+    def size_of(self, unit: "Unit", choice: "Choice") -> int:
+        """Bytes of a choice."""
+        return int(self.size(unit, None if choice.form == "dense" else choice.rank, choice.bits))
+
+    @property
+    def counts_bytes(self) -> bool:
+        """True if parameters of 16 bits do not tell the size: the budget is one of bytes, or bits are below 16."""
+        return self.in_bytes or self.bits != (FULL,)
+
+    def budget(self, units: "Sequence[Unit | Block]", share: float) -> int:
+        """What may be spent of the budget's unit, a share of all units at full size, rounded down."""
+        return int(share * self.whole(units) + 1e-6)
+
+    def whole(self, units: "Sequence[Unit | Block]") -> int:
+        """All units at full size and 16 bits, in the budget's unit."""
+        return sum(u.dense_price for u in units) * (FULL // 8 if self.in_bytes else 1)
 
     def ranks(self, unit: "Unit") -> NDArray[np.int64]:
         """Ranks that cost less than the dense matrix, ascending; none for a matrix too thin to factor."""
@@ -51,9 +93,9 @@ class Menu:
         affordable = ranks[self.price(unit, ranks) <= ratio * unit.dense_price + 1e-6]
         return int(affordable[-1]) if len(affordable) else None
 
-    def choice(self, unit: "Unit", rank: int, objective_share: float) -> "Choice":
+    def choice(self, unit: "Unit", rank: int, objective_share: float, bits: int = FULL) -> "Choice":
         """This rank, as the rule values it."""
-        return Choice(rank, self.storage, int(self.price(unit, rank)), objective_share)
+        return Choice(rank, self.storage, int(self.price(unit, rank)), objective_share, bits)
 
 
 DEFAULT = Menu()
@@ -69,6 +111,7 @@ class Unit:
         energies: squared singular values in the metric, descending; Σ_{i>k} is the loss of keeping k.
         effective_rank: R of the spectrum, 1 <= R <= len(energies).
         base_loss: loss at any rank, in the unit of the energies: the cost of the channels that an MLP has lost.
+        rounding: loss of rounding the whole matrix to each number of bits, in the unit of the energies.
     """
 
     name: str
@@ -80,6 +123,7 @@ class Unit:
     energies: NDArray[np.float64]
     effective_rank: float
     base_loss: float = 0.0
+    rounding: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def dense_price(self) -> int:
@@ -88,6 +132,11 @@ class Unit:
     @property
     def full_rank(self) -> int:
         return min(self.out_features, self.in_features)
+
+    def rounded(self, rank: Integer | None, bits: int) -> float:
+        """Loss of rounding this rank, or the dense matrix for None, to these bits; 0 where it is not known."""
+        whole = 0.0 if bits == FULL else self.rounding.get(bits, 0.0)
+        return whole if rank is None else whole * PIVOT_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -108,19 +157,26 @@ class Block:
 
 @dataclass(frozen=True)
 class Choice:
-    """A unit's share. form "dense" keeps the matrix as it is: rank = full rank, price = out * in, loss 0."""
+    """A unit's share. form "dense" keeps the matrix as it is: rank = full rank, price = out * in, loss 0.
+
+    Attributes:
+        price: in parameters, whatever the budget is in.
+        bits: per number; below 16 the numbers are rounded, a dense matrix's too.
+    """
 
     rank: int
     form: str
     price: int
     objective_share: float
+    bits: int = FULL
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Choices by unit name, with objective, certified bound, budget and the price of all choices.
 
-    cuts[name] is the index of the cut that a block was given; choices then has that cut's matrices.
+    cuts[name] is the index of the cut that a block was given; choices then has that cut's matrices. Budget and price
+    are in parameters; bytes_budget is there where the budget was one of bytes, and the other then excludes nothing.
     """
 
     choices: dict[str, Choice]
@@ -130,6 +186,7 @@ class Allocation:
     price: int
     targeted_parameters: int
     cuts: dict[str, int] = field(default_factory=dict)
+    bytes_budget: int | None = None
 
     def matrices(self, units: "Sequence[Unit | Block]") -> list[Unit]:
         """The matrices that have choices: units themselves, and those of a block's cut."""
@@ -146,13 +203,15 @@ class Allocation:
 
 
 def loss(unit: Unit, choice: Choice) -> float:
-    """Energy dropped, Σ_{i>k} s_i² and the unit's base loss, in the unit of the metric."""
-    return unit.base_loss + (0.0 if choice.form == "dense" else float(unit.energies[choice.rank :].sum()))
+    """Energy dropped, Σ_{i>k} s_i², loss of rounding and the unit's base loss, in the unit of the metric."""
+    dense = choice.form == "dense"
+    dropped = 0.0 if dense else float(unit.energies[choice.rank :].sum())
+    return unit.base_loss + dropped + float(unit.rounded(None if dense else choice.rank, choice.bits))
 
 
-def dense_choice(unit: Unit, objective_share: float) -> Choice:
-    """The matrix as it is."""
-    return Choice(unit.full_rank, "dense", unit.dense_price, objective_share)
+def dense_choice(unit: Unit, objective_share: float, bits: int = FULL) -> Choice:
+    """The whole matrix, at these bits per number."""
+    return Choice(unit.full_rank, "dense", unit.dense_price, objective_share, bits)
 
 
 def by_kind(units: Sequence[Unit]) -> list[list[Unit]]:
