@@ -83,9 +83,9 @@ def table_of_sizes(params: Params, model: Model, found: Mapping[str, Cost]) -> T
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     whole = footprint.model_parameters(model.shape)
     for name, variant in params.variants.items():
-        left_out = whole - footprint.compressed_parameters(model.shape, variant.size_ratio)
+        left_out = whole - footprint.compressed_parameters(model.shape, variant.ratio)
         cells = f"{round(whole * model.parameters) - left_out:,}", f"{found[f'compression@{name}'].disk / 1e9:.2f}"
-        table.add_row(name, f"{variant.size_ratio:g}", *cells)
+        table.add_row(name, f"{variant.ratio:g}", *cells)
     return table
 
 
