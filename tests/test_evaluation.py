@@ -223,7 +223,7 @@ def test_the_stage_writes_one_flat_record_and_the_same_bytes_again(tmp_path, tok
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     tiny_llama().bfloat16().save_pretrained(tmp_path / "data/compression/dense")
     tokenizer.save_pretrained(tmp_path / "data/compression/dense")
-    allocation = {"variant": "dense", "preset": "dense", "size_ratio": 1.0, "kept_ratio": 1.0}
+    allocation = {"variant": "dense", "preset": "dense", "size_ratio": 1.0, "kept_ratio": 1.0, "units": []}
     write_json(tmp_path / "data/allocation/dense.json", allocation | {"targeted_parameters": 3840})
     tests = {name: torch.randint(258, (2, 8)) for name in ("news", "commons")}
     write_tensors(tmp_path / "data/sampling/test.safetensors", tests)

@@ -183,7 +183,7 @@ def test_peak_of_spectra(shape, metric, tmp_path):
     units = "block" if metric == "kfac" else "matrix"
     asked = {"calibration_seed": 0, "metric": metric, "damping": 1e-4}
     asked = Spectrum(units=units, **asked | ({"cuts": Setting.cuts} if units == "block" else {}))
-    covariances, writer = calibrated(tmp_path, linears), spectrum._Writer(TensorFolder(tmp_path))
+    covariances, writer = calibrated(tmp_path, linears), spectrum._Writer(TensorFolder(tmp_path), asked)
 
     def metrics():  # anew each time: the latest metric of inputs is kept
         return spectrum._Metrics(

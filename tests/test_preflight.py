@@ -144,7 +144,7 @@ def only_an_adapter(root):
         (lambda root: cache_in(root, "params.yaml"), "error", "params.yaml: a file is where stages"),
         (lambda root: run(root, "git", "config", "core.autocrlf", "true"), "warning", "`* -text` into .gitattributes"),
         (lambda root: edit(root, "config.json", quantization_config=GPTQ), "error", "compressed already (gptq)"),
-        (lambda root: (root / "source/model/model.safetensors").unlink(), "error", "has no weights"),
+        (lambda root: (root / "source/model/model.safetensors").unlink(), "error", "has no *.safetensors"),
         (only_an_adapter, "error", "a peft adapter of org/base; merge it first"),
         (lambda root: (root / "source/news.jsonl").write_text('{"body": "a"}'), "error", "document 1 has no column"),
         (lambda root: change(root, text={"news": {"source": "local:source"}}), "error", "a folder; a text is one file"),

@@ -85,9 +85,7 @@ def changed(change):
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_committed_parameters_have_the_schema(validator, path, request):
-    if path.stem == "precision":  # its keys come with precisions and budgets in bytes; this fails once they are there
-        request.applymarker(pytest.mark.xfail(strict=True))
+def test_committed_parameters_have_the_schema(validator, path):
     assert [error.message for error in validator.iter_errors(yaml.safe_load(path.read_text()))] == []
 
 

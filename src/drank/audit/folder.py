@@ -9,6 +9,7 @@ from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
+from drank.method.precisions import FULL
 from drank.model.format import SCALES, Spec
 from drank.project.documents import (
     AllocationDocument,

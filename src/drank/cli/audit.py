@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drank.cli.options import CommandError
-from drank.project.params import asked
 
 if TYPE_CHECKING:
     from drank.audit import Audit, Link
@@ -109,6 +108,8 @@ def show(found: "Audit") -> None:
 
 def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Lines about the chain, from the model to its sources."""
+    from drank.project.params import asked
+
     results = chain["results"]
     listed = {section: _listed(values) for section, values in chain["parameters"].items()}
     for line in LINES.splitlines():

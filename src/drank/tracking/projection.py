@@ -198,7 +198,7 @@ def _allocation_of(variant: Variant) -> str:
 
 def _params(variant: Variant) -> dict[str, str]:
     """All that can make two variants differ, under names that every variant has; "none" for what one does not use."""
-    given = dict.fromkeys(OPTIONAL, "none") | {key: value or "none" for key, value in variant.params.items()}
+    given = dict.fromkeys([*OPTIONAL, *SHORT], "none") | {key: value or "none" for key, value in variant.params.items()}
     short = {name: given.pop(key) for key, name in SHORT.items()} | {"healing": given.get("healing.objective", "none")}
     kept = {key: given[key] for key in given if key.startswith(SECTIONS) and key not in OMITTED}
     # The type that was used; params.yaml may leave it to the processor.
