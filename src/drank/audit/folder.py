@@ -9,7 +9,6 @@ from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.method.precisions import FULL
 from drank.model.format import SCALES, Spec
 from drank.project.documents import (
     AllocationDocument,
@@ -248,7 +247,7 @@ def _sizes(folder: Folder) -> str:
         if (allocation.bytes or 0) > allocation.bytes_budget:
             raise BrokenLinkError(f"bytes of allocation.json are {allocation.bytes}, above {allocation.bytes_budget}")
         if allocation.bytes_ratio is not None:
-            may = int(allocation.bytes_ratio * (FULL // 8 * allocation.targeted_parameters) + 1e-6)
+            may = int(allocation.bytes_ratio * (2 * allocation.targeted_parameters) + 1e-6)  # of bfloat16
             _same("bytes_budget of allocation.json", allocation.bytes_budget, "bytes_ratio of the linears", may)
     _same("parameters of the results", results.get("parameters"), "numbers in the weights", n_numbers)
     _same("bytes of the results", results.get("bytes"), "size of the weight files", stored)
