@@ -19,7 +19,7 @@ from benchmarks.measure import arguments, begin, interleaved, print_table, ratio
 from drank.method.covariance import SecondMoment
 from drank.model.capture import run_batches, split_windows, watching_inputs, watching_output_gradients
 from drank.model.linears import Linear, find_linears, shared_inputs
-from drank.model.precision import has_units
+from drank.model.precision import compute_dtype, has_units
 from drank.project.files import read_tensors
 
 Moments = dict[str, SecondMoment]
@@ -32,7 +32,7 @@ def main() -> None:
     asked = parser.parse_args()
     begin(asked)
     windows = read_tensors(Path("data/sampling/calibration/0.safetensors"))["windows"][: asked.windows]
-    model = AutoModelForCausalLM.from_pretrained("data/raw/model", dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained("data/raw/model", dtype=compute_dtype("auto", "cpu")).eval()
     linears = find_linears(model, ["re:.*"])
     owners = shared_inputs(model, linears, windows[:1, :8])
     adding: dict[str, list[float]] = {"none": [], "gaussian": []}

@@ -300,7 +300,7 @@ class RoundedHead(nn.Linear):
 
 
 def embedding_shapes(n_tokens: int, width: int) -> Shapes:
-    """What a :class:`RoundedEmbedding` is stored in."""
+    """Name and shape of the stored tensors of a :class:`RoundedEmbedding`."""
     return {"weight": (n_tokens, width, 1), f"weight{SCALES}": (n_tokens, 1)}
 
 

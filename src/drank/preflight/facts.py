@@ -114,5 +114,5 @@ def cached_snapshot(kind: str, name: str) -> Path | None:
 
 
 def offline() -> bool:
-    """Whether the Hugging Face hub must not be asked."""
+    """True if the Hugging Face hub must not be asked."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

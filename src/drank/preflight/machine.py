@@ -26,7 +26,7 @@ FIXES = {
 
 
 def disk(facts: Facts) -> Iterator[Finding]:
-    """Whether what stages will write fits: once where outputs are links to DVC's cache, twice where they are copies;
+    """Outputs of stages against the free disk: once where outputs are links to DVC's cache, twice where they are copies;
     where the cache has a disk of its own, once on each."""
     linked = has_links(facts.root)
     places = {existing(facts.root / "data"): 1, existing(cache_folder(facts.root) or facts.root / ".dvc"): 1}
@@ -65,7 +65,7 @@ def has_links(root: Path) -> bool:
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
-    """Whether what the largest stage of each kind holds fits into this machine's memory."""
+    """Memory of the largest stage of each kind against this machine's."""
     total = min(float(psutil.virtual_memory().total), memory_limit())
     held = {
         name: (getattr(cost.on, "processes", 1) if name.startswith(SHARED) else 1) * (cost.memory + PROCESS)

@@ -53,7 +53,7 @@ class Menu:
         return PRICES[self.storage](unit.out_features, unit.in_features, rank)
 
     def weight(self, unit: "Unit", rank: Integer | None, bits: int) -> Integer:
-        """What this rank, or the dense matrix for None, takes of the budget."""
+        """Price of this rank, or of the dense matrix for None, in the budget's unit."""
         if self.in_bytes:
             return self.size(unit, rank, bits)
         return unit.dense_price if rank is None else self.price(unit, rank)
@@ -73,7 +73,7 @@ class Menu:
         return self.in_bytes or self.bits != (FULL,)
 
     def budget(self, units: "Sequence[Unit | Block]", share: float) -> int:
-        """What may be spent of the budget's unit, a share of all units at full size, rounded down."""
+        """A share of all units at full size, rounded down, in the budget's unit."""
         return int(share * self.whole(units) + 1e-6)
 
     def whole(self, units: "Sequence[Unit | Block]") -> int:
