@@ -26,7 +26,7 @@ FIXES = {
 
 
 def disk(facts: Facts) -> Iterator[Finding]:
-    """Outputs of stages against the free disk: once where outputs are links to DVC's cache, twice where they are copies;
+    """Outputs of stages against the free disk: once where they are links to DVC's cache, twice where they are copies;
     where the cache has a disk of its own, once on each."""
     linked = has_links(facts.root)
     places = {existing(facts.root / "data"): 1, existing(cache_folder(facts.root) or facts.root / ".dvc"): 1}

@@ -58,7 +58,7 @@ def tokens(facts: Facts) -> Iterator[Finding]:
 
 
 def ends(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer has a begin or end token: named in its files, or by default of its class."""
+    """True if a tokenizer has a begin or end token: named in its files, or by default of its class."""
     plain = tokenizer.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend")
     return any(tokenizer.get(key, None if plain else "default") for key in ("bos_token", "eos_token"))
 

@@ -80,7 +80,7 @@ INCLUDED = re.compile(r"^['\"]?include['\"]?: *['\"]?([^\s'\"#]+)", re.MULTILINE
 
 
 def has_data(file: Path, known: Mapping[str, Path], seen: frozenset[Path] = frozenset()) -> bool:
-    """Whether the hub's cache has the data sets of a task, or of all of a group's, as far as files name them."""
+    """True if the hub's cache has the data sets of a task, or of all of a group's, as far as files name them."""
     if file in seen or not file.is_file():
         return True
     text = file.read_text(encoding="utf-8", errors="replace")

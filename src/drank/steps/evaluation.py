@@ -201,7 +201,7 @@ def _lacks(task: Any, tokenizer: Any) -> str:
 
 
 def _adds_end(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts its end token behind every text."""
+    """True if a tokenizer puts its end token behind every text."""
     last, plain = (tokenizer.encode("a", add_special_tokens=flag)[-1:] for flag in (True, False))
     return bool(last == [tokenizer.eos_token_id] != plain)
 

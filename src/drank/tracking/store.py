@@ -98,7 +98,7 @@ def uri_of(root: Path) -> str:
 
 
 def is_database(uri: str) -> bool:
-    """Whether MLflow opens the store itself, with SQLAlchemy, instead of asking a server."""
+    """True if MLflow opens the store itself, with SQLAlchemy, instead of asking a server."""
     return _dialect(uri) in ("sqlite", "postgresql", "mysql", "mssql")
 
 
