@@ -55,7 +55,7 @@ def clone(project, tmp_path_factory):
 
 
 def reseal(folder):
-    """What a careful forger would do after an edit: make every hash inside the folder fit again."""
+    """A careful forger's next step after an edit: make every hash inside the folder fit again."""
     digest = file_sha256(folder / "allocation.json")
     if "quantization_config" in read_json(folder / "config.json"):
         edit(folder / "config.json", "quantization_config.provenance.allocation_sha256", digest)

@@ -126,7 +126,7 @@ SMALL = ("--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "3", "--thre
 
 
 def bench(root, *arguments):
-    """What the command prints; its error, if it has one, is raised."""
+    """Output of the command; its error, if it has one, is raised."""
     done = CliRunner().invoke(commands, ["bench", "--root", str(root), "--device", "cpu", *arguments])
     if done.exception:
         raise done.exception
@@ -177,7 +177,7 @@ def test_options_out_of_range_are_refused_at_once(folders, option):
 
 @pytest.fixture(scope="module")
 def timed(folders):
-    """What the command printed and wrote about a dense variant, a compressed one and, before both, a larger model."""
+    """Output and document of the command about a dense variant, a compressed one and, before both, a larger model."""
     arguments = (str(folders / "elsewhere/larger"), "dense", "kfac-80", *SMALL, "--dtype", "float32")
     output = bench(folders, *arguments, "--json", str(folders / "new/b.json"))
     return output, json.loads((folders / "new/b.json").read_text())

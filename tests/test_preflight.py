@@ -1,4 +1,4 @@
-"""What is found before anything computes: every finding provoked for real, and the cost of finding nothing."""
+"""Findings before anything computes: every finding provoked for real, and the cost of finding nothing."""
 
 import json
 import shutil
@@ -264,7 +264,7 @@ def test_run_ends_before_anything_computes_and_says_all(project):
 
 
 def test_to_find_nothing_takes_less_than_three_seconds(project):
-    """Of a processor, and with a task of lm-eval, which has 14,000 files."""
+    """Seconds of processor time, with a task of lm-eval, which has 14,000 files."""
     change(project, evaluation={"tasks": ["arc_easy", "news_rolling"]})
     (project.parent / "hub/hub/datasets--allenai--ai2_arc/snapshots/0").mkdir(parents=True)
     program = (

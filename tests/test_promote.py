@@ -31,7 +31,7 @@ def project(toy_project):
 
 
 def promote(root: Path, variant: str) -> str:
-    """What the command prints; its error, if it has one, is raised."""
+    """Output of the command; its error, if it has one, is raised."""
     result = CliRunner().invoke(commands, ["promote", variant, "--root", str(root)])
     if result.exception:
         raise result.exception

@@ -1,4 +1,4 @@
-"""What is documented of params.yaml, of the four choices and of an allocation is what the code and the results say."""
+"""Pages on params.yaml, the five choices and an allocation say what the code and the results say."""
 
 import io
 import json

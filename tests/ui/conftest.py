@@ -19,7 +19,7 @@ FLAGS = [
 
 
 def missing() -> str | None:
-    """What is not here of what these tests need."""
+    """Programs that these tests need and that are not here."""
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a person sees: MLflow's pages of a tracked state, and results/report.html, in a real browser."""
+"""Pages as a person sees them: MLflow's pages of a tracked state, and results/report.html, in a real browser."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def params_of(page) -> dict[str, list[str]]:
 
 
 def metrics_of(page) -> dict[str, list[float]]:
-    """What is drawn of the table of metrics, whose rows are no elements: a column of names, then values row by row."""
+    """The drawn part of the table of metrics, whose rows are no elements: a column of names, then values row by row."""
     heading = page.get_by_role("button", name="Metrics", exact=True)
     lines = heading.evaluate("heading => heading.closest('div[class]').parentElement.innerText").split("\n")
     words = [line.strip() for line in lines[lines.index("Show diff only") + 1 :] if line.strip()]
