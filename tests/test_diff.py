@@ -191,7 +191,7 @@ def write_variant(root, name, rank, perplexity, **header):
 
 
 def write_params(root, change=lambda params: None):
-    """A picture of two variants, at half the size."""
+    """Parameters of two variants, at half the size."""
     params = yaml.safe_load(tiny.PARAMS)
     params["variants"] = {name: params["variants"][name] | {"size_ratio": 0.5} for name in (SMALL, "dense")}
     change(params)

@@ -1,4 +1,4 @@
-"""Files that travel with a model: the card as the hub reads it, the statement as in-toto's own library reads it, sums."""
+"""Files that travel with a model: the card as the hub reads it, the statement as in-toto's library reads it, sums."""
 
 import json
 import shutil
