@@ -23,7 +23,7 @@ from drank.method.covariance import SecondMoment
 from drank.method.spectrum import Metric, whitened_spectrum
 from drank.model.capture import run_batches, split_windows, watching_inputs
 from drank.model.linears import Linear, find_linears, shared_inputs
-from drank.model.precision import has_units
+from drank.model.precision import compute_dtype, has_units
 from drank.project.files import read_tensors
 
 # Operations over d³ in a symmetric eigenproblem, whatever the matrix: reduction to tridiagonal form, 4/3, and
@@ -41,7 +41,7 @@ def main() -> None:
     asked = parser.parse_args()
     begin(asked)
     windows = read_tensors(Path("data/sampling/calibration/0.safetensors"))["windows"]
-    ours = AutoModelForCausalLM.from_pretrained("data/raw/model", dtype=torch.bfloat16).eval()
+    ours = AutoModelForCausalLM.from_pretrained("data/raw/model", dtype=compute_dtype("auto", "cpu")).eval()
     accumulation(ours, windows[: asked.windows], asked)
     theirs = AutoModelForCausalLM.from_pretrained("data/raw/model", dtype=torch.float32).eval()
     covariance = covariance_times(ours, theirs, windows[: asked.windows], asked)
