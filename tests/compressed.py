@@ -31,6 +31,7 @@ GPT2 = {
     "transformer.h.1.mlp.c_fc": spec("factors", 24, 32, 7),
     "transformer.h.1.mlp.c_proj": spec("dense", 32, 24),
 }
+MODELS = {"llama": (tiny.llama, LLAMA), "gpt2": (tiny.gpt2, GPT2)}
 
 
 def filled(kind, tensors, **keys):

@@ -69,18 +69,13 @@ def test_the_learning_rate_rises_once_and_falls_and_is_never_zero(n_windows, bat
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
 
 
-def test_before_the_first_step_an_adapted_model_is_the_model():
-    model, ids = compressed(), windows()
-    before = model(input_ids=ids).logits
-    healing = Healing(model, None, ids, PLAN, rank=2, alpha=4)
-    assert torch.equal(healing.model(input_ids=ids).logits, before)
-
-
 def test_merging_gives_the_model_that_was_trained_without_a_new_tensor():
     model, ids = compressed().float(), windows()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     untouched = {name: tensor.clone() for name, tensor in model.state_dict().items() if "layers" not in name}
+    before = model(input_ids=ids).logits
     healing = Healing(model, compressed().float(), ids, PLAN, rank=2, alpha=4)
+    assert torch.equal(healing.model(input_ids=ids).logits, before)
     list(healing.steps())
     trained = healing.model(input_ids=ids).logits
     merged = healing.merge()
@@ -112,21 +107,11 @@ def test_what_is_learned_gets_better(objective):
     assert loss() < 0.98 * before
 
 
-def test_a_model_that_predicts_like_its_teacher_has_nothing_to_learn():
-    healing = Healing(tiny.llama().bfloat16(), tiny.llama().bfloat16(), windows(), PLAN, rank=2, alpha=4)
-    assert next(healing.steps()).loss == 0.0
-
-
 def test_an_interrupted_run_ends_with_the_same_bits():
-    ids = windows()
-    whole = Healing(compressed(), None, ids, PLAN, rank=2, alpha=4)
-    losses = [step.loss for step in whole.steps()]
-    first = Healing(compressed(), None, ids, PLAN, rank=2, alpha=4)
-    steps = first.steps()
+    whole, first, second = (Healing(compressed(), None, windows(), PLAN, rank=2, alpha=4) for _ in range(3))
+    losses, steps = [step.loss for step in whole.steps()], first.steps()
     begun = [next(steps).loss for _ in range(4)]
-    state = copy.deepcopy(first.state())
-    second = Healing(compressed(), None, ids, PLAN, rank=2, alpha=4)
-    second.resume(state)
+    second.resume(copy.deepcopy(first.state()))
     assert begun + [step.loss for step in second.steps()] == losses
     ours, theirs = whole.merge().state_dict(), second.merge().state_dict()
     assert ours.keys() == theirs.keys()
@@ -140,8 +125,7 @@ def test_a_basis_of_several_modules_is_left_as_it_is():
         layer.self_attn.q_proj = filled(FactorLinear, {"weight": weight, "basis": basis})
     names = matrices(model)
     assert {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)} < set(names)
-    assert not [name for name in names if name.endswith("basis")]
-    assert not [name for name in names if "layers" not in name]  # neither embedding nor head
+    assert not [name for name in names if name.endswith("basis") or "layers" not in name]
 
 
 HEALED = {
@@ -163,7 +147,7 @@ def healed(project):
 
 
 @pytest.mark.pipeline
-def test_a_healed_variant_is_one_more_row_of_the_same_size(healed):
+def test_a_healed_variant_has_the_same_size_and_is_audited_like_the_rest(healed):
     root, ran = healed
     steps = ("allocation", "compression", "evaluation", "release")
     assert sorted(ran) == sorted([*(f"{step}@kfac-80-healed" for step in steps), "report"])
@@ -171,16 +155,9 @@ def test_a_healed_variant_is_one_more_row_of_the_same_size(healed):
     assert after["parameters"] == before["parameters"]
     assert after["bytes"] == pytest.approx(before["bytes"], abs=200)  # the header of the file may be padded otherwise
     assert after["token_perplexity/news"] != before["token_perplexity/news"]
-    names = [line.split(",")[0] for line in (root / "results/summary.csv").read_text().splitlines()]
-    assert names[-1] == "kfac-80-healed"
     curve = read_json(root / "data/models/kfac-80-healed" / CURVE)
     assert [row["step"] for row in curve] == list(range(1, 25))
     assert all(set(row) == {"step", "loss", "learning_rate"} for row in curve)
-
-
-@pytest.mark.pipeline
-def test_a_healed_variant_is_audited_like_the_rest(healed):
-    root, _ = healed
     found = audit(root / "data/models/kfac-80-healed", root)
     assert {link.name: link.detail for link in found.links if link.finding == "does not hold"} == {}
     assert "compression@kfac-80-healed" in found.chain["stages"]
@@ -251,19 +228,6 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(healed, monkeypatch
     assert not checkpoint.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"objective": "labels"}, "variants.better.healing.objective"),
-        ({"learning_rate": 0.0}, "variants.better.healing.learning_rate"),
-        ({"rank": 0}, "variants.better.healing.rank"),
-    ],
-)
-def test_what_cannot_be_healed_is_refused(tmp_path, change, message):
-    with pytest.raises(ParamsError, match=message):
-        read(tmp_path, "kfac-80", HEALED | change)
-
-
 def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained(tmp_path):
     """Such as a variant at size_ratio 1.0, or one whose ranks on offer all cost more than its matrices."""
     text, asked = {"tokens": torch.arange(300)}, HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
@@ -288,15 +252,9 @@ def test_a_text_too_short_and_a_loss_that_is_no_number_are_told_by_their_paramet
 
 
 def test_the_dense_model_is_not_healed(tmp_path):
-    assert read(tmp_path, "kfac-80", HEALED).variants["better"].healing.rank == 4
-    with pytest.raises(
-        ParamsError, match="variants.better: preset = 'dense'; the rule: A variant of allocation `dense` is not healed"
-    ):
-        read(tmp_path, "dense", HEALED)
-
-
-def read(folder, variant, healing):
     document = yaml.safe_load(tiny.PARAMS)
-    document["variants"]["better"] = document["variants"][variant] | {"healing": healing}
-    (folder / "params.yaml").write_text(yaml.safe_dump(document))
-    return read_params(folder / "params.yaml")
+    document["variants"]["better"] = document["variants"]["dense"] | {"healing": HEALED}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    told = "variants.better: preset = 'dense'; the rule: A variant of allocation `dense` is not healed"
+    with pytest.raises(ParamsError, match=told):
+        read_params(tmp_path / "params.yaml")

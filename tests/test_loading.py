@@ -36,10 +36,9 @@ metric_list:
 """
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=compressed.MODELS)
 def folder(request, tmp_path_factory):
-    build = {"llama": (tiny.llama, compressed.LLAMA), "gpt2": (tiny.gpt2, compressed.GPT2)}
-    dense, specs = build[request.param]
+    dense, specs = compressed.MODELS[request.param]
     return compressed.write(dense(), specs, tmp_path_factory.mktemp(request.param))
 
 
@@ -92,9 +91,7 @@ def test_the_command_line_of_lm_eval_scores_a_folder_as_its_logits_do(tmp_path, 
     (tmp_path / "my_text.yaml").write_text(TASK.format(documents=tmp_path / "texts.jsonl"))
     options = f"--model hf --model_args pretrained={folder} --tasks my_text --include_path {tmp_path} --device cpu"
     monkeypatch.setattr(sys, "argv", f"lm_eval {options} --output_path {tmp_path}/out".split())
-    own = functools.partialmethod(
-        TaskManager.__init__, include_defaults=False
-    )  # to look for all of its tasks takes long
+    own = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # the search for all tasks takes long
     monkeypatch.setattr(TaskManager, "__init__", own)
     exec(LM_EVAL)
     (written,) = Path(tmp_path / "out").rglob("*.json")

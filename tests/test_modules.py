@@ -75,19 +75,12 @@ def test_a_group_gives_the_products_with_the_blocks_of_the_stack(out_sizes, n_in
     left = torch.randn(sum(out_sizes), rank, dtype=torch.float64, generator=generator)
     right = torch.randn(rank, n_in, dtype=torch.float64, generator=generator)
     form = pivot_rows(left, right)
-    modules = [
-        filled(
-            SharedPivotLinear,
-            {
-                "basis.weight": form.kept.to(dtype),
-                "weight": member.coefficients.to(dtype),
-                "places": places(member.order),
-            },
-            first=member.first,
-            kept=len(member.order) - len(member.coefficients),
-        )
-        for member in split_group(form, out_sizes)
-    ]
+    modules = []
+    for member in split_group(form, out_sizes):
+        tensors = {"basis.weight": form.kept.to(dtype), "weight": member.coefficients.to(dtype)}
+        kept = len(member.order) - len(member.coefficients)
+        tensors["places"] = places(member.order)
+        modules.append(filled(SharedPivotLinear, tensors, first=member.first, kept=kept))
     x = torch.randn(3, n_in, dtype=torch.float64, generator=generator)
     y = torch.cat([module(x.to(dtype)) for module in modules], dim=-1).double()
     # Rounding the basis and the coefficients reaches an output once for each of the `rank` terms of its sum.
@@ -132,13 +125,6 @@ def test_dense_weight_of_a_half_precision_module_is_rounded_once(kind, dtype):
     torch.testing.assert_close(dense.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "rows"), [(PIVOT, slice(0, 3)), (SHARED, slice(1, 3))])
-def test_kept_rows_are_verbatim_in_the_dense_weight(kind, rows):
-    module = layer(kind, dtype=torch.bfloat16)
-    kept = (module.weight if kind is PIVOT else module.basis.weight)[rows]
-    assert torch.equal(module.dense_weight()[module.places.argsort()[: len(kept)]], kept)
-
-
 @ALL
 def test_a_module_moves_to_another_dtype_but_for_the_places_and_autocasts(kind):
     module = layer(kind, dtype=torch.float32)
@@ -161,12 +147,11 @@ def test_compiles_to_one_graph(kind):
 def test_every_storage_has_a_price_which_is_what_its_tensors_hold():
     assert FORMS.keys() == PRICES.keys()
     for form, price in PRICES.items():
-        alone = {"a": Spec(form=form, out_features=8, in_features=6, rank=3)}
-        shapes = stored_shapes(alone)
-        assert sum(torch.Size(s).numel() for n, s in shapes.items() if "places" not in n) == price(8, 6, 3)
-        group = {
-            name: Spec(form=form, out_features=8, in_features=6, rank=3, basis="a", first=first, kept=kept)
-            for name, first, kept in (("a", 0, 1), ("b", 1, 2))
-        }
-        shapes = stored_shapes(group)
-        assert sum(torch.Size(s).numel() for n, s in shapes.items() if "places" not in n) == price(16, 6, 3)
+        keys = {"form": form, "out_features": 8, "in_features": 6, "rank": 3}
+        alone = {"a": Spec(**keys)}
+        group = {"a": Spec(**keys, basis="a", first=0, kept=1), "b": Spec(**keys, basis="a", first=1, kept=2)}
+        for specs in (alone, group):
+            numbers = [
+                torch.Size(shape).numel() for name, shape in stored_shapes(specs).items() if "places" not in name
+            ]
+            assert sum(numbers) == price(8 * len(specs), 6, 3)

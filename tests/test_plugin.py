@@ -12,60 +12,46 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from drank.method.pivot import pivot_rows, split_group
 from drank.model.format import FORMAT_VERSION, FormatError
-from drank.model.layers import FactorLinear, places
+from drank.model.layers import FactorLinear
 from drank.model.quantizer import DrankConfig, attach
 from drank.project.documents import AllocationDocument, Config, read_document
 from drank.project.files import FileError
 from tests import tiny
 from tests.compressed import randomise
 
-LLAMA = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48,
-}  # fmt: skip
-GPT2 = {"n_embd": 16, "n_inner": 32, "n_layer": 2, "n_head": 2, "vocab_size": 48, "n_positions": 32}
-OPT = {
-    "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48,
-    "word_embed_proj_dim": 16, "max_position_embeddings": 32,
-}  # fmt: skip
 LLAMA_NAMES = (
-    "model.layers.{}.",
-    "self_attn.q_proj",
-    "self_attn.o_proj",
-    ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj",
-)
-PHI3_NAMES = "model.layers.{}.", "self_attn.qkv_proj", "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj"
-GPT2_NAMES = "transformer.h.{}.", "attn.c_attn", "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"
-OPT_NAMES = "model.decoder.layers.{}.", "self_attn.q_proj", "self_attn.out_proj", ("fc1",), "fc2"
-NEOX_NAMES = (
-    "gpt_neox.layers.{}.", "attention.query_key_value", "attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h",
+    "model.layers.{}.", "self_attn.q_proj", "self_attn.o_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj",
 )  # fmt: skip
 
-# Model type, config, the name of a layer and in it: a module whose basis layers share, one whose basis they share in
-# pivot form, and the inputs (the first in pivot form) and the output of an MLP that has lost channels in layer 0.
+# Model type, changes to its config, the name of a layer and in it: a module whose basis layers share, one whose basis
+# they share in pivot form, and the inputs (the first in pivot form) and the output of an MLP that has lost channels.
 ARCHITECTURES = {
-    "llama": ("llama", LLAMA, *LLAMA_NAMES),
-    "llama-tied": ("llama", {**LLAMA, "tie_word_embeddings": True}, *LLAMA_NAMES),
-    "qwen2": ("qwen2", {**LLAMA, "num_key_value_heads": 1}, *LLAMA_NAMES),
-    "gpt2": ("gpt2", GPT2, *GPT2_NAMES),
-    "opt": ("opt", OPT, *OPT_NAMES),
-    "gpt_neox": ("gpt_neox", LLAMA, *NEOX_NAMES),
-    "phi3": ("phi3", {**LLAMA, "pad_token_id": 0}, *PHI3_NAMES),
-}
+    "llama": ("llama", {"num_key_value_heads": 4}, *LLAMA_NAMES),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}, *LLAMA_NAMES),
+    "qwen2": ("qwen2", {}, *LLAMA_NAMES),
+    "gpt2": ("gpt2", {}, "transformer.h.{}.", "attn.c_attn", "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"),
+    "opt": ("opt", {}, "model.decoder.layers.{}.", "self_attn.q_proj", "self_attn.out_proj", ("fc1",), "fc2"),
+    "gpt_neox": (
+        "gpt_neox", {}, "gpt_neox.layers.{}.", "attention.query_key_value", "attention.dense",
+        ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h",
+    ),
+    "phi3": (
+        "phi3", {}, "model.layers.{}.", "self_attn.qkv_proj", "self_attn.o_proj", ("mlp.gate_up_proj",),
+        "mlp.down_proj",
+    ),
+}  # fmt: skip
 CHANNELS = 22
 Q = "model.layers.{}.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 
 
 def dense_model(architecture, dtype=torch.float32):
-    torch.manual_seed(0)
-    model_type, options, *_ = ARCHITECTURES[architecture]
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=dtype).eval()
+    model_type, changes, *_ = ARCHITECTURES[architecture]
+    return tiny.decoder(model_type, **changes, dtype=dtype)
 
 
 def spec(model, name, form, rank=None, **more):
@@ -132,10 +118,9 @@ def saved(request, tmp_path_factory):
 
 @pytest.fixture
 def llama(tmp_path):
-    """(in-memory compressed llama, its folder), to be spoilt"""
-    model = compressed("llama")
-    model.save_pretrained(tmp_path)
-    return model, tmp_path
+    """The folder of a compressed llama, to be spoilt."""
+    compressed("llama").save_pretrained(tmp_path)
+    return tmp_path
 
 
 def test_a_reloaded_model_is_the_one_saved_to_the_last_bit_and_saves_the_same_bytes(saved, tmp_path):
@@ -153,8 +138,7 @@ def test_shared_basis_is_one_tensor_on_disk_and_one_parameter_in_memory(saved):
     stored = load_file(folder / "model.safetensors")
     for name in (f"{shared}.basis", f"{pivot}.basis.weight"):
         owner, other = layer.format(0) + name, layer.format(1) + name
-        assert owner in stored
-        assert other not in stored
+        assert {owner, other} & stored.keys() == {owner}
         for candidate in (model, reloaded, copy.deepcopy(model)):
             assert candidate.get_parameter(other) is candidate.get_parameter(owner)
 
@@ -171,13 +155,6 @@ def test_dequantised_model_is_a_plain_one_with_the_same_logits(saved, tmp_path):
     torch.testing.assert_close(logits(reloaded), logits(model), rtol=0, atol=1e-5)
 
 
-def test_generates_what_the_saved_model_generates(saved):
-    _, model, _, reloaded = saved
-    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(reloaded.generate(**prompt, **options), model.generate(**prompt, **options))
-
-
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
 def test_bfloat16_and_shards_survive_the_round_trip(architecture, tmp_path):
     model = compressed(architecture, dtype=torch.bfloat16)
@@ -190,8 +167,7 @@ def test_bfloat16_and_shards_survive_the_round_trip(architecture, tmp_path):
 
 
 def test_the_bare_decoder_loads_from_the_same_folder(llama):
-    model, folder = llama
-    bare = AutoModel.from_pretrained(folder)
+    bare, model = AutoModel.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.arange(8)[None]
     assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
@@ -206,34 +182,29 @@ def test_bias_is_carried_over_where_the_output_size_is_unchanged_and_what_is_unc
 
 
 def test_keys_of_later_versions_survive_a_round_trip(llama, tmp_path_factory):
-    _, folder = llama
-    again = tmp_path_factory.mktemp("again")
+    written, again = [], tmp_path_factory.mktemp("again")
 
     def add(config):
         config["license"] = {"name": "x"}
         config["modules"][DOWN]["note"] = [1, 2]
+        written.append(config)
 
-    edit_config(folder, add)
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(again)
-    config = json.loads((again / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    assert config["license"] == {"name": "x"}
-    assert config["modules"][DOWN]["note"] == [1, 2]
-    assert config["provenance"] == {"variant": "d-rank-80", "ratios": [0.8]}
-    assert (config["quant_method"], config["format_version"]) == ("drank", 2)
+    edit_config(llama, add)
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(again)
+    assert [json.loads((again / "config.json").read_text(encoding="utf-8"))["quantization_config"]] == written
 
 
 @pytest.mark.parametrize(
     ("version", "remedy"),
-    [(3, "upgrade with 'pip install"), (1, "build the folder again"), ("1", "upgrade"), (None, "upgrade")],
+    [(3, "upgrade with 'pip install"), (1, "build the folder again"), (None, "upgrade")],
 )
 def test_a_format_version_that_is_not_known_is_refused_with_what_to_do(llama, version, remedy):
-    _, folder = llama
-    edit_config(folder, lambda config: config.update(format_version=version))
+    edit_config(llama, lambda config: config.update(format_version=version))
     with pytest.raises(FormatError, match=rf"format_version is {version!r}.* reads 2: {remedy}"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(llama)
 
 
-FINE = {"form": "factors", "rank": 3, "out_features": 16, "in_features": 16}
+FINE = {"form": "factors", "rank": 3, "out_features": 32, "in_features": 32}
 
 
 @pytest.mark.parametrize(
@@ -254,12 +225,10 @@ def test_an_audit_refuses_documents_of_another_format(tmp_path, name, kind, key,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modules": ["a"]}, r"quantization_config\.modules is \['a'\]: Input should be a valid dictionary"),
         ({"modules": "x" * 5000}, r"quantization_config\.modules is 'x+\.\.\.x+': Input should be a valid dict"),
         ({"modules": {"": FINE}}, r"quantization_config\.modules\..*key.* is '': String should have at least 1 char"),
         ({"provenance": "someone"}, r"quantization_config\.provenance is 'someone': Input should be a valid dict"),
         ({"to_dict": 1}, r"quantization_config\.to_dict is 1; transformers has a meaning of its own for this name"),
-        ({"__class__": "x"}, r"quantization_config\.__class__ is 'x'; transformers has a meaning of its own"),
         ({"format_version": math.nan}, r"quantization_config\.format_version is nan; drank .* reads 2: upgrade"),
     ],
 )
@@ -290,24 +259,21 @@ def test_a_module_under_two_names_is_refused():
     ],
 )
 def test_specs_that_are_not_those_of_the_weights_are_refused(llama, change, message):
-    _, folder = llama
-    edit_config(folder, lambda config: change(config["modules"]))
+    edit_config(llama, lambda config: change(config["modules"]))
     with pytest.raises((FormatError, RuntimeError), match=message):
-        AutoModelForCausalLM.from_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(llama)
 
 
 @pytest.mark.parametrize("key", ["basis", "weight", "places", "coefficients", "basis.weight"])
 def test_a_folder_that_lacks_a_tensor_is_refused(llama, key):
-    _, folder = llama
-    path = folder / "model.safetensors"
+    path = llama / "model.safetensors"
     tensors = load_file(path)
     lost = next(name for name in tensors if name.endswith(f"_proj.{key}"))
     del tensors[lost]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        FormatError, match=rf"{lost.removeprefix('model.')} is in no weight file: the folder is incomplete"
-    ):
-        AutoModelForCausalLM.from_pretrained(folder)
+    told = rf"{lost.removeprefix('model.')} is in no weight file: the folder is incomplete"
+    with pytest.raises(FormatError, match=told):
+        AutoModelForCausalLM.from_pretrained(llama)
 
 
 def group(owner, other):
@@ -333,35 +299,30 @@ def two(**changes):
     [
         ({Q.format(0): 3}, r"modules\.model\.layers\.0\.self_attn\.q_proj is 3: Input should be a valid dict"),
         (one(form="sparse"), "q_proj: form is 'sparse'; known are dense, embedding, factors, pivot"),
-        (one(form=None), r"q_proj\.form is None: Input should be a valid string"),
-        (one(rank=10**40), "q_proj: rank is 1000.*; it must be an integer of at most 15"),
+        (one(rank=10**40), "q_proj: rank is 1000.*; it must be an integer of at most 31"),
         (one(out_features=math.inf), r"q_proj\.out_features is inf: Input should be a valid integer"),
         (one(rank=0), r"q_proj\.rank is 0: Input should be greater than or equal to 1"),
-        (one(rank=3.0), r"q_proj\.rank is 3\.0: Input should be a valid integer"),
-        (one(rank=None), "q_proj: rank is None; it must be an integer of at most 15"),
-        (one(rank=16), "q_proj: rank is 16; .* at most 15 for 16 x 16 in form 'factors', or form 'dense'"),
-        (one(rank=16, form="pivot"), "rank is 16; .* at most 15 for 16 x 16 in form 'pivot'"),
-        (one(out_features=17), r"q_proj: 17 x 16 \(out x in\) is larger .* 16 x 16"),
+        (one(rank=None), "q_proj: rank is None; it must be an integer of at most 31"),
+        (one(rank=32), "q_proj: rank is 32; .* at most 31 for 32 x 32 in form 'factors', or form 'dense'"),
+        (one(rank=32, form="pivot"), "rank is 32; .* at most 31 for 32 x 32 in form 'pivot'"),
+        (one(out_features=33), r"q_proj: 33 x 32 \(out x in\) is larger .* 32 x 32"),
         ({"model.layers.7.self_attn.q_proj": FINE}, "layers.7.self_attn.q_proj is not in this LlamaForCausalLM"),
         ({"model.layers.0.self_attn": FINE}, "self_attn is LlamaAttention; only nn.Linear and Conv1D"),
         ({"model.embed_tokens": FINE}, "embed_tokens is Embedding"),
-        ({"lm_head": {**FINE, "out_features": 48}}, r"lm_head: its weight is also that of another module \(tied\)"),
+        ({"lm_head": {**FINE, "out_features": 320}}, r"lm_head: its weight is also that of another module \(tied\)"),
         ({Q.format(1): {**FINE, "basis": Q.format(0)}}, "basis is .*0.*; the owner of a basis must be among"),
         (two(form="pivot"), "layers.1.*: basis is .*layers.0.*; that module has no basis of its own"),
-        (two(rank=4), "layers.1.*: basis is .*layers.0.*; rank and in_features there are 4 and 16; they must be the s"),
+        (two(rank=4), "layers.1.*: basis is .*layers.0.*; rank and in_features there are 4 and 32; they must be the s"),
         (one(form="dense", basis=Q.format(0)), "layers.0.*: basis is '.*'; form 'dense' shares none"),
         (group({"form": "factors"}, {}), "layers.1.*; that module has no basis of its own to share in form 'pivot'"),
         (group({"basis": None}, {}), "layers.1.*; that module has no basis of its own to share in form 'pivot'"),
-        (group({"basis": Q.format(1)}, {}), "layers.0.*; that module has no basis of its own"),
         (group({}, {"form": "factors"}), "layers.1.*; that module has no basis of its own to share in form 'factors'"),
-        (group({}, {"basis": DOWN}), "layers.1.*: basis is .*down_proj'; that module has no basis of its own"),
-        (group({}, {"in_features": 15}), "layers.1.*; rank and in_features there are 3 and 16"),
+        (group({}, {"in_features": 15}), "layers.1.*; rank and in_features there are 3 and 32"),
         (group({"in_order": True}, {}), "layers.0.*: in_order is True; only 'pivot' without a shared basis"),
         (one(in_order=True), "layers.0.*: in_order is True; only 'pivot' without a shared basis"),
         (group({"first": None}, {}), "layers.0.*: first is None; form 'pivot' needs it here"),
-        (group({}, {"kept": 17}), "layers.1.*: kept is 17; it must be at most the module's out_features, 16"),
+        (group({}, {"kept": 33}), "layers.1.*: kept is 33; it must be at most the module's out_features, 32"),
         (group({}, {"first": 2}), "layers.1.*: first is 2, but the kept rows before it .* end at 1"),
-        (group({"first": 1}, {"first": 2}), "layers.0.*: first is 1, but the kept rows before it .* end at 0"),
         (group({}, {"kept": 1}), "layers.0.*: the modules that share its basis keep 2 rows of 3; .* is one of them mi"),
     ],
 )
@@ -375,74 +336,30 @@ def test_specs_that_are_malformed_or_do_not_fit_are_refused_and_change_nothing(s
 
 
 def test_attaching_twice_is_refused():
-    model = dense_model("llama")
-    specs = {DOWN: spec(model, DOWN, "factors", 4)}
-    attach(model, specs, {})
-    with pytest.raises(FormatError, match=r"down_proj is FactorLinear; only nn\.Linear"):
-        attach(model, specs, {})
-
-
-@torch.no_grad()
-def grouped_llama(rank=12):
-    """A tiny llama whose two q_proj share a basis of rows, and the same model with the stack's best rank-k weights
-    in dense modules."""
-    model, dense = tiny.llama(), tiny.llama()
-    names = [Q.format(layer) for layer in (0, 1)]
-    stack = torch.cat([model.get_submodule(name).weight for name in names]).double()
-    U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
-    form = pivot_rows(U[:, :rank] * S[:rank], Vh[:rank])
-    members = dict(zip(names, split_group(form, [32, 32]), strict=True))
-    specs = {
-        name: spec(model, name, "pivot", rank, basis=names[0], first=m.first, kept=len(m.order) - len(m.coefficients))
-        for name, m in members.items()
-    }
-    attach(model, specs, {})
-    model.get_submodule(names[0]).basis.weight.copy_(form.kept)
-    for name, member in members.items():
-        model.get_submodule(name).weight.copy_(member.coefficients)
-        model.get_submodule(name).places.copy_(places(member.order))
-    for name, block in zip(names, (U[:, :rank] * S[:rank] @ Vh[:rank]).split(32), strict=True):
-        dense.get_submodule(name).weight.copy_(block)
-    return model, dense
-
-
-def test_a_group_over_two_layers_in_pivot_form_is_the_low_rank_model(tmp_path):
-    model, dense = grouped_llama()
-    model.save_pretrained(tmp_path / "grouped")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "grouped")
-    torch.testing.assert_close(logits(reloaded), logits(dense), rtol=0, atol=1e-5)
-    assert torch.equal(logits(reloaded), logits(model))
-    tensors = load_file(tmp_path / "grouped" / "model.safetensors")
-    floats = [tensor.numel() for key, tensor in tensors.items() if "q_proj" in key and "places" not in key]
-    assert sum(floats) == 12 * (2 * 32 + 32 - 12)
-    reloaded.save_pretrained(tmp_path / "again")
-    assert files(tmp_path / "again") == files(tmp_path / "grouped")
-    reloaded.dequantize()
-    assert type(reloaded.get_submodule(Q.format(1))) is nn.Linear
-    torch.testing.assert_close(logits(reloaded), logits(dense), rtol=0, atol=1e-5)
+    model = attach(dense_model("llama"), one(), {})
+    with pytest.raises(FormatError, match=r"q_proj is FactorLinear; only nn\.Linear"):
+        attach(model, one(), {})
 
 
 @pytest.mark.parametrize(("first", "second"), [((0, 0), (0, 3)), ((0, 3), (3, 0)), ((1, 2), (0, 1))])
 def test_the_modules_of_a_group_keep_any_share_of_its_rows(first, second, tmp_path):
-    changes = [dict(zip(("first", "kept"), rows, strict=True)) for rows in (first, second)]
-    model = compressed("llama", group(*changes))
+    model = compressed("llama", group(*({"first": a, "kept": n} for a, n in (first, second))))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_modules_all_of_whose_rows_are_kept_survive_the_round_trip(tmp_path):
     model = dense_model("llama")
-    names = [f"model.layers.{layer}.self_attn.{role}_proj" for layer in (0, 1) for role in ("k", "v")]
+    owner, *others = [f"model.layers.{layer}.self_attn.{role}_proj" for layer in (0, 1) for role in ("k", "v")]
     # Three smaller modules, whole in the basis: their coefficients are empty tensors.
-    specs = {
-        name: spec(model, name, "pivot", 15, out_features=size, basis=names[0], first=first, kept=kept)
-        for name, size, first, kept in zip(names, (16, 4, 3, 3), (0, 5, 9, 12), (5, 4, 3, 3), strict=True)
-    }
+    specs = {owner: spec(model, owner, "pivot", 15, basis=owner, first=0, kept=5)}
+    for name, first, n in zip(others, (5, 9, 12), (4, 3, 3), strict=True):
+        specs[name] = spec(model, name, "pivot", 15, out_features=n, basis=owner, first=first, kept=n)
     compressed("llama", specs).save_pretrained(tmp_path / "first")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     reloaded.save_pretrained(tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "first")
-    assert all(reloaded.get_submodule(name).dense_weight().isfinite().all() for name in names)
+    assert all(reloaded.get_submodule(name).dense_weight().isfinite().all() for name in specs)
 
 
 def test_loading_a_dense_folder_does_not_compress_it(tmp_path):
@@ -482,7 +399,6 @@ def test_without_drank_loading_fails_and_importing_it_then_is_enough_for_peft_to
 
 
 def test_importing_drank_first_is_light_and_enough(llama):
-    _, folder = llama
     code = (
         "import sys, drank\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'import drank is heavy'\n"
@@ -490,4 +406,4 @@ def test_importing_drank_first_is_light_and_enough(llama):
         "folder = sys.argv[1]\n"
         f"{LOAD}\n"
     )
-    python(code, folder)
+    python(code, llama)

@@ -40,8 +40,9 @@ def logits(model):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_function_stays_and_the_grid_goes(tied):
+def test_the_function_stays_the_grid_goes_and_where_the_head_is_tied_only_equal_gains_are_mixed(tied):
     model = ready(tiny.llama(tie_word_embeddings=tied))
+    gains, embedded = model.model.norm.weight.detach().clone(), model.model.embed_tokens.weight.detach().double()
     before, names = logits(model), [name for name, _ in model.named_parameters()]
     assert distinct(model)[1] <= 17  # zero is a 17th where rounding makes two ends of 15 steps
     rotate(model, 0)
@@ -50,14 +51,7 @@ def test_the_function_stays_and_the_grid_goes(tied):
     assert before.std() > 0.1
     assert [name for name, _ in model.named_parameters()] == names
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_matrix_is_orthogonal_and_mixes_only_equal_gains_where_the_head_is_tied(tied):
-    model = ready(tiny.llama(tie_word_embeddings=tied))
-    gains, before = model.model.norm.weight.detach().clone(), model.model.embed_tokens.weight.detach().double()
-    rotate(model, 0)
-    Q = torch.linalg.lstsq(before, model.model.embed_tokens.weight.detach().double()).solution
+    Q = torch.linalg.lstsq(embedded, model.model.embed_tokens.weight.detach().double()).solution
     torch.testing.assert_close(Q.T @ Q, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-5)
     mixed = Q.abs() > 1e-5
     assert torch.equal(mixed, gains[:, None] == gains) if tied else mixed.all()
@@ -86,16 +80,15 @@ def test_a_head_that_is_untied_is_rotated_with_all_channels_and_saved(tmp_path):
 
 
 def test_a_seed_decides_the_bytes():
-    weights = []
-    for seed in (0, 0, 1):
-        model = ready(tiny.llama())
+    models = [ready(tiny.llama()) for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
         rotate(model, seed)
-        weights.append(model.model.embed_tokens.weight)
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+    first, again, other = (model.model.embed_tokens.weight for model in models)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "phi3", "gemma"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "phi3", "gemma"])
 def test_biases_norms_of_heads_fused_matrices_and_gains_plus_one_are_no_obstacle(architecture):
     model = ready(tiny.decoder(architecture))
     before = logits(model)
@@ -108,10 +101,8 @@ def test_biases_norms_of_heads_fused_matrices_and_gains_plus_one_are_no_obstacle
     ("architecture", "message"),
     [
         ("gpt2", "LayerNorm is no RMSNorm with a gain per channel"),
-        ("opt", "LayerNorm is no RMSNorm"),
         ("cohere", "CohereLayerNorm is no RMSNorm"),
         ("gemma2", "logits change by .* of their standard deviation"),  # norms on what is written to the stream
-        ("olmo2", "logits change"),
         ("mixtral", "logits change"),  # experts in one tensor
     ],
 )

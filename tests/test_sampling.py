@@ -40,10 +40,10 @@ VERBS = ("follows", "measures", "describes", "remembers", "repairs", "visits", "
 
 
 def document(index: int, n_sentences: int = 6) -> str:
-    pick = [(index * 7 + 3 * k, index + 5 * k) for k in range(n_sentences)]
+    pick = [(k, index * 7 + 3 * k, index + 5 * k) for k in range(n_sentences)]
     return " ".join(
         f"The {SUBJECTS[a % 9]} of town {index} {VERBS[b % 8]} the {SUBJECTS[(a + b) % 9]} in year {k} again."
-        for k, (a, b) in enumerate(pick)
+        for k, a, b in pick
     )
 
 
@@ -66,26 +66,20 @@ def byte_tokenizer(uses_begin: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-# --- documents ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("damaged", "repaired"),
     [
-        ("â€œyesâ€\x9d, Â£5", "“yes”, £5"),
-        ("cafÃ© Â· FiancÃ©e", "café · Fiancée"),
-        ("£5, café, Ã, 北京", "£5, café, Ã, 北京"),
-        ("Beyonc\ufffd\ufffd said", "Beyonc said"),
-        ("one\u00a0two Â\u00a0three", "one two  three"),
-        ("  def f():\r\n    pass\r", "def f():\n    pass"),
+        (["â€œyesâ€\x9d, Â£5"], ["“yes”, £5"]),
+        (["cafÃ© Â· FiancÃ©e"], ["café · Fiancée"]),
+        (["£5, café, Ã, 北京"], ["£5, café, Ã, 北京"]),
+        (["Beyonc\ufffd\ufffd said"], ["Beyonc said"]),
+        (["one\u00a0two Â\u00a0three"], ["one two  three"]),
+        (["  def f():\r\n    pass\r"], ["def f():\n    pass"]),
+        (["b", " ", "a", "b\u00a0", "", "\ufffd"], ["b", "a"]),  # no empty one, and of equal ones the first
     ],
 )
-def test_a_damaged_document_is_repaired(damaged, repaired):
-    assert list(clean([damaged])) == [repaired]
-
-
-def test_empty_documents_are_dropped_and_of_equal_ones_the_first_is_kept():
-    assert list(clean(["b", " ", "a", "b\u00a0", "", "\ufffd"])) == ["b", "a"]
+def test_damaged_documents_are_repaired_and_given_once(damaged, repaired):
+    assert list(clean(damaged)) == repaired
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=0xA1, max_codepoint=0x2FFF, exclude_categories=["Cs"]), min_size=1))
@@ -110,16 +104,6 @@ def test_a_split_is_a_partition_of_the_asked_size(n, share, seed):
     assert [*map(list, split_documents(documents, share, seed))] == [list(calibrated), list(held_out)]
 
 
-# --- token windows --------------------------------------------------------------------------------------------
-
-
-def test_a_begin_token_counts_only_where_the_tokenizer_uses_it():
-    named_only, used = byte_tokenizer(uses_begin=False), byte_tokenizer(uses_begin=True)
-    assert named_only.bos_token_id == used.bos_token_id == 0
-    assert begin_token(named_only) is None
-    assert begin_token(used) == 0
-
-
 @pytest.mark.parametrize("uses_begin", [False, True])
 def test_the_token_stream_decodes_to_the_joined_documents_without_special_tokens(uses_begin):
     tokenizer = byte_tokenizer(uses_begin)
@@ -140,13 +124,10 @@ def test_drawn_windows_are_pieces_of_the_stream_and_exactly_as_many_as_asked(n_t
     assert torch.equal(windows, draw_windows(torch.arange(n_tokens), n_windows, 8, seed, begin))
 
 
-def test_every_offset_can_be_drawn_the_first_and_the_last_included():
-    starts = draw_windows(torch.arange(10), 200, 8, seed=0, begin_token=None)[:, 0]
-    assert set(starts.tolist()) == {0, 1, 2}
-
-
-def test_consecutive_windows_lie_side_by_side():
+def test_windows_of_a_short_stream():
     stream = torch.arange(10)
+    starts = draw_windows(stream, 200, 8, seed=0, begin_token=None)[:, 0]
+    assert set(starts.tolist()) == {0, 1, 2}, "every offset can be drawn, the first and the last included"
     assert consecutive_windows(stream, 3, 3, None).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert consecutive_windows(stream, 2, 3, 99).tolist() == [[99, 0, 1], [99, 2, 3]]
 
@@ -217,18 +198,16 @@ def test_no_more_than_a_chunk_is_tokenised_at_once():
     assert max(seen) < 2000 + max(map(len, DOCUMENTS)) + 200
 
 
-def test_begin_tokens_go_where_they_are_asked_for():
-    tokenizer, documents = byte_tokenizer(uses_begin=True), ["b", "", "b"]
-    (b,) = tokenizer.encode("b", add_special_tokens=False)
-    joined = tokenizer.encode("b\n\n\n\nb", add_special_tokens=False)
-    assert token_stream(documents, tokenizer, "document").tolist() == [0, b, 0, 0, b]
-    assert token_stream(documents, tokenizer, "text").tolist() == [0, *joined]
-    assert token_stream(documents, tokenizer, "window").tolist() == joined
-    without = byte_tokenizer(uses_begin=False)
-    assert token_stream(documents, without, "document").tolist() == [b, b]
-
-
-# --- task items -----------------------------------------------------------------------------------------------
+def test_begin_tokens_go_where_they_are_asked_for_if_the_tokenizer_uses_one():
+    used, named_only = byte_tokenizer(uses_begin=True), byte_tokenizer(uses_begin=False)
+    assert named_only.bos_token_id == used.bos_token_id == 0
+    assert (begin_token(named_only), begin_token(used)) == (None, 0)
+    (b,) = used.encode("b", add_special_tokens=False)
+    joined = used.encode("b\n\n\n\nb", add_special_tokens=False)
+    expected = {"document": [0, b, 0, 0, b], "text": [0, *joined], "window": joined}
+    for begin, ids in expected.items():
+        assert token_stream(["b", "", "b"], used, begin).tolist() == ids
+    assert token_stream(["b", "", "b"], named_only, "document").tolist() == [b, b]
 
 
 def test_a_last_word_is_what_the_passage_ends_with():
@@ -239,22 +218,16 @@ def test_a_last_word_is_what_the_passage_ends_with():
 
 SPANISH = "¿Adónde fue {} aquella mañana tan fría de enero? Él salió de su casa muy temprano sin decirle nada a nadie. "
 HINDI = "{} सुबह बहुत जल्दी उठकर अपने खेत की ओर पैदल चला गया। शाम को वह थका हुआ अपने पुराने घर वापस आया। "
-ARABIC = (
-    "ذهب {} في الصباح الباكر إلى السوق القديم ليشتري الخبز الطازج. هل عاد إلى البيت قبل غروب الشمس مع أخيه الصغير؟ "
-)
-GREEK = (
-    "Ο {} έφυγε νωρίς το πρωί από το σπίτι του χωρίς να μιλήσει. Γύρισε αργά το βράδυ στο μικρό του χωριό κουρασμένος. "
-)
 CHINESE = "{}昨天早上很早就离开了家去城里的市场买东西。晚上他带着许多水果和蔬菜高兴地回到了家里。"
-JAPANESE = (
-    "{}は昨日の朝とても早く家を出て町の市場へ行きました。夜になると彼は「ただいま。」と言って家に帰ってきました。"
-)
 THAI = "{}ออกจากบ้านตั้งแต่เช้าตรู่เพื่อไปตลาดในเมือง ตอนเย็นเขากลับบ้านพร้อมผลไม้มากมาย "
+
+
+NAMES = ("AB", "CD", "EF", "GH", "IJ", "KL")
 
 
 def told_of(sentence):
     """Six documents, each of someone else."""
-    return [sentence.format(f"{name}") * 4 for name in ("AB", "CD", "EF", "GH", "IJ", "KL")]
+    return [sentence.format(name) * 4 for name in NAMES]
 
 
 @pytest.mark.parametrize(
@@ -262,58 +235,28 @@ def told_of(sentence):
     [
         (SPANISH, {"enero", "nadie"}),
         (HINDI, {"गया", "आया"}),
-        (ARABIC, {"الطازج", "الصغير"}),
-        (GREEK, {"μιλήσει", "κουρασμένος"}),
     ],
 )
 def test_last_words_are_those_of_any_script_that_sets_words_apart(sentence, targets):
-    items = last_word_items(told_of(sentence), 20, seed=0)
-    assert {item["target"] for item in items} == targets
-    assert all(CONTEXT_WORDS <= len(item["context"].split()) < PASSAGE_WORDS for item in items)
+    assert {item["target"] for item in last_word_items(told_of(sentence), 20, seed=0)} == targets
 
 
-@pytest.mark.parametrize("sentence", [SPANISH, HINDI, ARABIC, GREEK, CHINESE])
+@pytest.mark.parametrize("sentence", [SPANISH, HINDI, CHINESE])
 def test_next_sentences_are_whole_in_any_script_that_ends_sentences(sentence):
     first, second = (part.strip() for part in re.findall(r"[^.?!।؟。]+[.?!।؟。]", sentence))
     for item in next_sentence_items(told_of(sentence), 6, seed=0):
-        pair = item["context"], item["choices"][item["label"]]
-        assert pair in {(first.format(name), second) for name in ("AB", "CD", "EF", "GH", "IJ", "KL")} | {
-            (second, first.format(name)) for name in ("AB", "CD", "EF", "GH", "IJ", "KL")
-        }
+        pair = {item["context"], item["choices"][item["label"]]}
+        assert pair in [{first.format(name), second} for name in NAMES]
 
 
 def test_a_quote_within_a_sentence_of_japanese_ends_with_its_bracket():
-    assert text._sentences("彼は「ただいま。」と言った。「はい！？」") == [
-        "彼は「ただいま。」",
-        "と言った。",
-        "「はい！？」",
-    ]
+    said = "彼は「ただいま。」", "と言った。", "「はい！？」"
+    assert text._sentences("".join(said)) == [*said]
 
 
-@pytest.mark.parametrize(
-    ("make", "sentence", "reason"),
-    [
-        (last_word_items, CHINESE, r"spaces do not set apart the words of this text, which is CJK\)"),
-        (last_word_items, JAPANESE, r"spaces do not set apart the words of this text, which is CJK and HIRAGANA\)"),
-        (last_word_items, THAI, "no sentence of this text ends with a stop"),
-        (next_sentence_items, THAI, "no sentence of this text ends with a stop"),
-    ],
-)
-def test_a_text_that_has_no_items_by_its_script_says_so(make, sentence, reason):
-    with pytest.raises(SamplingError, match=reason):
-        make(told_of(sentence), 2, 0)
-
-
-@pytest.mark.parametrize(
-    ("document", "length"),
-    [
-        ("标题 " + "字" * 5000, ROLLING_DOCUMENT),
-        ("x" * 5000, ROLLING_DOCUMENT),
-        ("ก" * (ROLLING_DOCUMENT - 1) + "กี้" * 9, ROLLING_DOCUMENT - 1),
-    ],
-)
-def test_a_rolling_document_without_spaces_is_cut_at_its_length_before_a_whole_character(document, length):
-    assert rolling_items([document]) == [{"text": document[:length]}]
+@pytest.mark.parametrize("document", ["标题 " + "字" * 5000, "x" * 5000])
+def test_a_rolling_document_without_spaces_is_cut_at_its_length(document):
+    assert rolling_items([document]) == [{"text": document[:ROLLING_DOCUMENT]}]
 
 
 def test_last_word_items_are_distinct_passages_of_the_documents_within_the_asked_length():
@@ -349,9 +292,6 @@ def test_rolling_documents_are_whole_words_and_stay_within_both_bounds(lengths):
     assert all(f"{document} ".startswith(f"{text} ") for document, text in zip(documents, texts, strict=False))
 
 
-# --- refusals -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -361,17 +301,16 @@ def test_rolling_documents_are_whole_words_and_stay_within_both_bounds(lengths):
         (lambda: consecutive_windows(torch.arange(15), 2, 8, None), r"has 15 tokens and 2 windows take 16"),
         (lambda: consecutive_windows(torch.arange(7), None, 8, None), r"has 7 tokens and 1 windows take 8"),
         (lambda: draw_consecutive_windows(torch.arange(15), 3, 8, 0, 1), r"has 15 tokens and 3 windows side by side"),
-        (lambda: last_word_items(["Too short."], 1, 0), r"have 0 passages .* and 1 are asked for"),
-        (lambda: next_sentence_items(DOCUMENTS[:3], 1, 0), r"^3 held-out documents .* and 4 are needed"),
-        (lambda: next_sentence_items(DOCUMENTS, 10_000, 0), r"pairs of consecutive sentences and 10000 are asked"),
+        (lambda: last_word_items(["Too short."], 1, 0), r"have 0 passages .*, and 1 are needed"),
+        (lambda: last_word_items(told_of(CHINESE), 2, 0), r"have 0 passages .* no spaces between words"),
+        (lambda: next_sentence_items(told_of(THAI), 2, 0), r"have 0 documents .* sets no stops"),
+        (lambda: next_sentence_items(DOCUMENTS[:3], 1, 0), r"have 3 documents .*, and 4 are needed"),
+        (lambda: next_sentence_items(DOCUMENTS, 10_000, 0), r"pairs of consecutive sentences, and 10000 are needed"),
     ],
 )
 def test_too_little_text_is_refused_with_both_numbers(call, message):
     with pytest.raises(SamplingError, match=message):
         call()
-
-
-# --- the stage ------------------------------------------------------------------------------------------------
 
 
 def write_lines(root, name, documents):
@@ -434,9 +373,7 @@ def test_the_stage_writes_windows_tasks_and_counts_and_another_draw_changes_no_t
 
 def test_a_task_that_the_text_cannot_give_is_refused_only_where_it_is_evaluated(root, caplog):
     write_lines(root, "news", told_of(CHINESE))
-    with pytest.raises(
-        SamplingError, match=r"^text\.news: .* which is CJK\).*; or take last_word out of evaluation.tasks"
-    ):
+    with pytest.raises(SamplingError, match=r"^text\.news: .*; or take last_word out of evaluation.tasks"):
         stage(root)
     set_params(root, evaluation={"tasks": ["next_sentence"]}, sampling={"n_task_items": 2, "held_out_share": 0.7})
     files = sampled(root)

@@ -21,11 +21,22 @@ HEALING = {
 }  # fmt: skip
 
 
-def test_windows_that_the_model_has_embeddings_for_pass():
-    for model in (tiny.llama(), tiny.llama().config):
-        check_windows(model, IDS, "windows")
-        check_windows(model, torch.empty(0, 8, dtype=torch.int64), "windows")
-        check_windows(model, torch.zeros(1, 256, dtype=torch.int64), "windows")
+PASSING = {
+    "llama": [IDS, torch.empty(0, 8, dtype=torch.int64), torch.zeros(1, 9999, dtype=torch.int64)],
+    "gptj": [torch.zeros(1, 9999, dtype=torch.int64)],  # positions that turn
+    "falcon": [torch.zeros(1, 9999, dtype=torch.int64)],
+    "mamba": [torch.zeros(1, 9999, dtype=torch.int64)],
+    "gpt2": [torch.zeros(1, 256, dtype=torch.int64)],
+}
+
+
+@pytest.mark.parametrize("architecture", PASSING)
+def test_windows_that_the_model_has_embeddings_for_pass(architecture):
+    model = tiny.decoder(architecture)
+    for windows in PASSING[architecture]:
+        check_windows(model, windows, "windows")
+        check_windows(model.config, windows, "windows")
+    assert n_positions(tiny.decoder("bloom").config) is None
 
 
 @pytest.mark.parametrize("outside", [-1, 320, 2**31 - 1])
@@ -48,17 +59,9 @@ def test_a_config_without_a_vocabulary_size_says_nothing_of_ids_above():
 def test_a_window_longer_than_the_positions_is_refused_by_its_parameter(architecture):
     changes = {"max_seq_len": 256} if architecture == "mpt" else {}
     model = tiny.decoder(architecture, **changes)
-    check_windows(model, torch.zeros(1, 256, dtype=torch.int64), "windows")
     for known in (model, model.config):
         with pytest.raises(TokenError, match="sampling.window_length is 257, but the model has 256 positions"):
             check_windows(known, torch.zeros(1, 257, dtype=torch.int64), "windows")
-
-
-def test_a_model_without_a_limit_and_one_that_turns_take_any_window():
-    for architecture in ("llama", "gptj", "falcon"):
-        check_windows(tiny.decoder(architecture), torch.zeros(1, 9999, dtype=torch.int64), "windows")
-    assert n_positions(tiny.decoder("bloom").config) is None
-    check_windows(tiny.decoder("mamba"), torch.zeros(1, 9999, dtype=torch.int64), "windows")
 
 
 def test_sampling_refuses_windows_that_no_later_stage_could_run(tmp_path):

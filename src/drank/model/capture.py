@@ -5,6 +5,7 @@ Knows nothing of covariances: what is done with activations and gradients is the
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +22,12 @@ def watching_inputs(modules: Mapping[str, nn.Module], callback: Callback) -> Ite
     Hooks of others are left alone, ours are gone afterwards, whatever happened inside.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: callback(name, args[0].detach().flatten(0, -2))
+    def on_input(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        callback(name, args[0].detach().flatten(0, -2))
 
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(hook(name)))
+            hooks.enter_context(module.register_forward_pre_hook(partial(on_input, name)))
         yield
 
 
@@ -34,19 +35,13 @@ def watching_inputs(modules: Mapping[str, nn.Module], callback: Callback) -> Ite
 def watching_output_gradients(modules: Mapping[str, nn.Module], callback: Callback) -> Iterator[None]:
     """Inside the block, every backward pass calls callback(name, g), g (tokens, out) the gradient of the output."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def on_gradient(gradient: Tensor) -> None:
-            callback(name, gradient.detach().flatten(0, -2))
-
-        def on_forward(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:  # a router's output may need none; callers check that every linear got one
-                output.register_hook(on_gradient)
-
-        return on_forward
+    def on_output(name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:  # a router's output may need none; callers check that every linear got one
+            output.register_hook(lambda gradient: callback(name, gradient.detach().flatten(0, -2)))
 
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(hook(name)))
+            hooks.enter_context(module.register_forward_hook(partial(on_output, name)))
         yield
 
 
@@ -130,7 +125,8 @@ def send_back(logits: Tensor, batch: Batch, fisher: str, seed: int = 0) -> None:
     gradient = logits.detach().softmax(-1)
     for index, window in enumerate(gradient):
         p = window[:-1]
-        generator = _generator(seed, batch.first + index, p.device)
+        stream = np.random.SeedSequence((seed, batch.first + index))  # hashed, so neighbours are unrelated
+        generator = torch.Generator(p.device).manual_seed(int(stream.generate_state(1)[0]))
         if fisher == "gaussian":
             noise = torch.randn(p.shape, generator=generator, device=p.device).mul_(p.sqrt())
             p.mul_(-noise.sum(-1, keepdim=True)).add_(noise)
@@ -146,8 +142,3 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One label per row by the Gumbel trick, whose memory is that of the logits."""
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
     return (logits - uniform.clamp_min(torch.finfo(torch.float32).tiny).log().neg().log()).argmax(-1)
-
-
-def _generator(seed: int, window: int, device: torch.device) -> torch.Generator:
-    """Streams of neighbouring seeds and windows are unrelated: NumPy hashes the pair."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, window)).generate_state(1)[0]))

@@ -60,12 +60,12 @@ def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Store
     """The same modules, with one `places` less in each MLP that has any; modules left as they are change in place.
 
     MLPs with a basis shared between layers, which would have to follow two orders, are left alone. So are those with
-    parameters of their own between the matrices, which may be one per channel.
+    parameters per channel besides, which :func:`find_mlps` does not give.
     """
     by_name = {module.name: module for module in stored}
     for mlp in find_mlps(model, find_linears(model, ["re:.*"])):
         leader = next((by_name[x.name] for x in mlp.before if "places" in _tensors(x.name, by_name)), None)
-        if leader is None or not _foldable(model, mlp, by_name):
+        if leader is None or not _foldable(mlp, by_name):
             continue
         order = leader.tensors["places"].long().argsort()
         for linear in mlp.before:
@@ -81,12 +81,9 @@ def _tensors(name: str, by_name: dict[str, Stored]) -> Tensors:
     return by_name[name].tensors if name in by_name else {}
 
 
-def _foldable(model: nn.Module, mlp: Mlp, by_name: dict[str, Stored]) -> bool:
-    linears = (*mlp.before, mlp.down)
-    own = {f"{linear.name.rpartition('.')[2]}.{kind}" for linear in linears for kind in ("weight", "bias")}
-    others = {name for name, _ in model.get_submodule(mlp.name).named_parameters()} - own
-    specs = [by_name[linear.name].spec for linear in linears if linear.name in by_name]
-    return not others and all("basis" not in spec and all(_sides(spec["form"])) for spec in specs)
+def _foldable(mlp: Mlp, by_name: dict[str, Stored]) -> bool:
+    specs = [by_name[linear.name].spec for linear in (*mlp.before, mlp.down) if linear.name in by_name]
+    return all("basis" not in spec and all(_sides(spec["form"])) for spec in specs)
 
 
 def _sides(form: str) -> tuple[str | None, str | None]:

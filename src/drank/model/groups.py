@@ -36,20 +36,18 @@ def find_groups(
     """
     if has_grouped_heads(linears) and not even_with_grouped_heads:
         n_layers = 1
-    runs: dict[tuple[str, int, int], list[Linear]] = {}
-    groups: list[tuple[Linear, ...]] = []
+    groups: list[list[Linear]] = []
+    last: dict[tuple[str, int, int], list[Linear]] = {}
     for linear in linears:
-        if linear.role not in GROUPED_ROLES:
-            groups.append((linear,))
-            continue
-        run = runs.setdefault((linear.kind, linear.out_features, linear.in_features), [])
-        if run and (len(run) == n_layers or linear.layer != run[-1].layer + 1):
-            groups.append(tuple(run))
-            run.clear()
-        run.append(linear)
-    groups += [tuple(run) for run in runs.values() if run]
-    position = {linear.name: i for i, linear in enumerate(linears)}
-    return sorted(groups, key=lambda group: position[group[0].name])
+        key = linear.kind, linear.out_features, linear.in_features
+        group = last.get(key, [])
+        follows = bool(group) and len(group) < n_layers and linear.layer == group[-1].layer + 1
+        if linear.role in GROUPED_ROLES and follows:
+            group.append(linear)
+        else:
+            last[key] = [linear]
+            groups.append(last[key])
+    return [tuple(group) for group in groups]
 
 
 def has_grouped_heads(linears: Sequence[Linear]) -> bool:

@@ -8,7 +8,7 @@ forward pass; only the *role* of a linear (needed by rules that speak of queries
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -117,18 +117,18 @@ def survey(
         NoTargetsError: nothing is left; the message says what the model has.
         PatternError: a pattern matches nothing.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    owners = _owners_of_matrices(model)
-    _check_patterns("targets", targets, modules, modules)
-    _check_patterns("ignore", ignore, modules | owners, modules)
-    reasons = _reasons(model, modules, targets, ignore)
-    kinds = _kinds([name for name in modules if layer_index(name) is not None])
+    owners = {n: m for n, m in model.named_modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))}
+    linears = {name: module for name, module in owners.items() if _is_linear(module)}
+    _check_patterns("targets", targets, linears)
+    _check_patterns("ignore", ignore, owners)
+    reasons = _reasons(model, owners, targets, ignore)
+    kinds = _kinds([name for name in linears if layer_index(name) is not None])
     chosen = [
         Linear(name, kinds[name], role_of(name), layer, *_shape(module), module)
-        for name, module in modules.items()
+        for name, module in linears.items()
         if name not in reasons and (layer := layer_index(name)) is not None
     ]
-    left = _left_dense(model, chosen, reasons, owners)
+    left = _left_dense(model, reasons)
     if not chosen:
         found = "; ".join(f"{row.name} ({row.reason})" for row in left if row.name != "vectors") or "nothing"
         raise NoTargetsError(
@@ -196,38 +196,36 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return n_out, n_in
 
 
-def _owners_of_matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that have parameters other than vectors, by name."""
-    names = dict.fromkeys(name.rpartition(".")[0] for name, p in model.named_parameters() if p.ndim > 1)
-    return {name: model.get_submodule(name) for name in names}
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _reasons(
-    model: nn.Module, modules: Mapping[str, nn.Module], targets: Sequence[str], ignore: Sequence[str]
+    model: nn.Module, owners: Mapping[str, nn.Module], targets: Sequence[str], ignore: Sequence[str]
 ) -> dict[str, str]:
-    """Why linears stay dense, by name; those that are compressed are not in it."""
+    """Why modules with matrices stay as they are, by name; linears that are compressed are not in it."""
     head_of: Any = getattr(model, "get_output_embeddings", None)
     head = head_of() if head_of else None
     places = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places[id(parameter)].append(name)
-    peculiar = _peculiar_classes(modules.values())
-    found = {}
-    for name, module in modules.items():
-        kind, others = type(module), [place for place in places[id(module.weight)] if place != f"{name}.weight"]
-        ignored = [pattern for pattern in ignore if _matches(pattern, name, module)]
-        reasons = (
-            module is head and "output head",
-            layer_index(name) is None and "outside the layers",
-            others and f"the same tensor as {_starred(others[0])}",
-            kind in peculiar and f"{kind.__name__} computes something else than W x + b",
-            min(_shape(module)) == 1 and "a single row or column: no rank is smaller",
-            not any(_matches(pattern, name, module) for pattern in targets) and "matches no target",
-            ignored and f"ignored: {ignored[0]}",
-        )
-        if reason := next(filter(None, reasons), None):
-            found[name] = str(reason)
-    return found
+    peculiar = _peculiar_classes(filter(_is_linear, owners.values()))
+
+    def reasons(name: str, module: nn.Module) -> Iterator[Any]:
+        kind = type(module)
+        yield isinstance(module, nn.Embedding) and "embedding"
+        yield module is head and "output head"
+        yield layer_index(name) is None and "outside the layers"
+        yield not _is_linear(module) and f"no linear, but {kind.__name__}"
+        others = [place for place in places[id(module.weight)] if place != f"{name}.weight"]
+        yield others and f"the same tensor as {_starred(others[0])}"
+        yield kind in peculiar and f"{kind.__name__} computes something else than W x + b"
+        yield min(_shape(module)) == 1 and "a single row or column: no rank is smaller"
+        yield not any(_matches(pattern, name, module) for pattern in targets) and "matches no target"
+        yield from (f"ignored: {pattern}" for pattern in ignore if _matches(pattern, name, module))
+
+    found = {name: next(filter(None, reasons(name, module)), None) for name, module in owners.items()}
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _peculiar_classes(modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
@@ -267,20 +265,12 @@ def _kinds(names: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(path[-lengths[path] :]) for name, path in paths.items()}
 
 
-def _left_dense(
-    model: nn.Module, chosen: Sequence[Linear], reasons: Mapping[str, str], owners: Mapping[str, nn.Module]
-) -> list[LeftDense]:
-    compressed = {f"{linear.name}.weight" for linear in chosen}
+def _left_dense(model: nn.Module, reasons: Mapping[str, str]) -> list[LeftDense]:
     rows: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
         if parameter.ndim < 2:
             rows["vectors", "norms, biases and the like"].append(parameter.numel())
-        elif name not in compressed:
-            kind = (
-                "outside the layers" if layer_index(name) is None else f"no linear, but {type(owners[owner]).__name__}"
-            )
-            reason = "embedding" if isinstance(owners[owner], nn.Embedding) else reasons.get(owner, kind)
+        elif reason := reasons.get(name.rpartition(".")[0]):
             rows[_starred(name), reason].append(parameter.numel())
     return [LeftDense(*key, len(sizes), sum(sizes)) for key, sizes in rows.items()]
 
@@ -289,20 +279,18 @@ def _starred(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _check_patterns(
-    key: str, patterns: Iterable[str], modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]
-) -> None:
+def _check_patterns(key: str, patterns: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
     for pattern in patterns:
         try:
             found = any(_matches(pattern, name, module) for name, module in modules.items())
         except re.error as error:
             raise PatternError(f"covariance.{key}: {pattern!r} is no regular expression: {error}") from None
         if not found:
-            ends = sorted({name.rpartition(".")[2] for name in linears})
+            ends = sorted({name.rpartition(".")[2] for name in modules})
             raise PatternError(
                 f"covariance.{key}: {pattern!r} matches nothing in this model. A pattern is a class name, a module's "
                 f"name or its end, or 're:' and an expression that matches from the name's beginning on ('re:.*'). "
-                f"Ends of linears' names: {', '.join(ends) or 'there is no linear'}"
+                f"Ends of names here: {', '.join(ends) or 'there is no linear'}"
             )
 
 

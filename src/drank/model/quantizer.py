@@ -135,7 +135,9 @@ class DrankQuantizer(HfQuantizer):
             model.set_submodule(name, _dense(name, module, original.get_submodule(name)))
             if isinstance(module, RoundedEmbedding) and head:
                 bases.add(f"{head}.weight_scales")
-                model.set_submodule(head, _head_of(original.get_submodule(head), model.get_submodule(name)))
+                plain = original.get_submodule(head)
+                plain.weight = model.get_submodule(name).weight
+                model.set_submodule(head, plain)
         del model._weight_conversions  # a plain model again, which transformers saves in its own way
         model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
         model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
@@ -367,33 +369,20 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
     """The module as the architecture has it: `original` is its skeleton on the meta device."""
     if _is_plain(module) and _sizes(module) == _sizes(original):
         return module
+    weight = module.dense_weight() if hasattr(module, "dense_weight") else module.weight
+    new: Any = _materialised(original, weight.device, weight.dtype)
     if isinstance(module, RoundedEmbedding):
-        weight = module.dense_weight()
-        embedding: Any = _materialised(original, weight.device, weight.dtype)
-        embedding.weight.copy_(weight)
-        return embedding
-    weight, bias = _dense_weight(module), module.bias
+        new.weight.copy_(weight)
+        return new
     n_out, n_in = _sizes(original)
     # A fused gate and up projection is split in the middle: each half gets its own zeros.
     parts = 2 if role_of(name) == "gate_up" else 1
+    weight = weight.T if isinstance(module, Conv1D) else weight
     weight = _padded(F.pad(weight, (0, n_in - weight.shape[1])), n_out, parts)
-    new: Any = _materialised(original, weight.device, weight.dtype)
     new.weight.copy_(weight.T if isinstance(new, Conv1D) else weight)
-    if bias is not None:
-        new.bias.copy_(_padded(bias, n_out, parts))
+    if module.bias is not None:
+        new.bias.copy_(_padded(module.bias, n_out, parts))
     return new
-
-
-def _head_of(original: Any, embedding: Any) -> nn.Module:
-    """The output head as the architecture has it, tied to a plain embedding."""
-    original.weight = embedding.weight
-    return original
-
-
-def _dense_weight(module: Any) -> Tensor:
-    if isinstance(module, LowRankLinear):
-        return module.dense_weight()
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def _padded(rows: Tensor, n: int, parts: int) -> Tensor:

@@ -6,12 +6,11 @@ Documents are read one by one, so memory holds their tokens and not their charac
 """
 
 import re
-import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -173,28 +172,27 @@ def _encoded(text: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
         held += piece
         if len(held) < enough or not tokenizer.is_fast:  # the others do not say where their tokens are
             continue
-        ids, starts = _located(held, tokenizer)
-        cut = len(held) - CONTEXT
-        alone, alone_starts = _located(held[cut - CONTEXT : cut + CONTEXT // 2], tokenizer)
-        near = abs(starts - cut) < CONTEXT // 4
-        near_alone = abs(alone_starts - CONTEXT) < CONTEXT // 4
-        same = np.array_equal(starts[near] - cut, alone_starts[near_alone] - CONTEXT)
-        if same and near.any() and np.array_equal(ids[near], alone[near_alone]):
-            yield ids[(starts >= known) & (starts < cut)].tolist()
+        tokens, cut = _located(held, tokenizer), len(held) - CONTEXT
+        alone = _located(held[cut - CONTEXT : cut + CONTEXT // 2], tokenizer)
+        alone[:, 0] += cut - CONTEXT
+        near, near_alone = (some[abs(some[:, 0] - cut) < CONTEXT // 4] for some in (tokens, alone))
+        if len(near) and np.array_equal(near, near_alone):
+            yield tokens[(tokens[:, 0] >= known) & (tokens[:, 0] < cut), 1].tolist()
             held, known, enough = held[cut - CONTEXT :], CONTEXT, CHUNK
         else:
             enough = 2 * len(held)
     if known:
-        ids, starts = _located(held, tokenizer)
-        yield ids[starts >= known].tolist()
+        tokens = _located(held, tokenizer)
+        yield tokens[tokens[:, 0] >= known, 1].tolist()
     else:
         yield tokenizer.encode(held, add_special_tokens=False)
 
 
-def _located(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, and the character that each token starts at."""
+def _located(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The character that each token starts at, and the token's id (tokens, 2)."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return np.array(found["input_ids"]), np.array(found["offset_mapping"]).reshape(-1, 2)[:, 0]
+    starts = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+    return np.stack([starts, np.array(found["input_ids"], dtype=np.int64)], 1)
 
 
 def draw_windows(stream: Stream, n_windows: int, window_length: int, seed: int, begin_token: int | None) -> Windows:
@@ -289,7 +287,7 @@ def last_word_items(documents: Sequence[str], n_items: int, seed: int) -> list[d
     """
     ends = np.cumsum([sum(1 for _ in _last_words(document)) for document in documents])
     items = []
-    for number in _choose(int(ends[-1]), n_items, seed, "passages that end with a sentence", documents):
+    for number in _choose(int(ends[-1]), n_items, seed, "passages that end with a sentence"):
         index = int(np.searchsorted(ends, number, side="right"))
         items.append(list(_last_words(documents[index]))[number - ends[index]])
     return items
@@ -311,16 +309,10 @@ def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> li
         if _is_plain(context) and _is_plain(sentence)
     }
     pairs = list(found.values())
-    n_documents = len({index for index, _, _ in pairs})
-    if n_documents < N_CHOICES:
-        raise SamplingError(
-            f"{n_documents} held-out documents have two sentences of {SENTENCE_WORDS.start} to "
-            f"{SENTENCE_WORDS.stop - 1} words in a row, and {N_CHOICES} are needed{_reason(documents)}: "
-            f"give more text, or raise sampling.held_out_share"
-        )
+    _check_number(len({index for index, *_ in pairs}), N_CHOICES, "documents with two plain sentences in a row")
     rng = np.random.default_rng([seed, 1])  # not the stream that has chosen the pairs
     items = []
-    for number in _choose(len(pairs), n_items, seed, "pairs of consecutive sentences", documents):
+    for number in _choose(len(pairs), n_items, seed, "pairs of consecutive sentences"):
         document, context, true = pairs[number]
         others: dict[int, str] = {}  # one sentence per document
         for index, _, sentence in (pairs[drawn] for drawn in rng.permutation(len(pairs))):
@@ -335,35 +327,25 @@ def next_sentence_items(documents: Sequence[str], n_items: int, seed: int) -> li
 
 
 def _cut(text: str, n_characters: int) -> str:
-    """At the end of a word if one ends in the last tenth, else before a whole character."""
+    """At the end of a word if one ends in the last tenth."""
     if len(text) <= n_characters:
         return text
     words = text[: n_characters + 1].rsplit(maxsplit=1)
-    if len(words) == 2 and len(words[0]) > 0.9 * n_characters:
-        return words[0]
-    while n_characters > 1 and unicodedata.category(text[n_characters]).startswith("M"):
-        n_characters -= 1
-    return text[:n_characters]
+    return words[0] if len(words) == 2 and len(words[0]) > 0.9 * n_characters else text[:n_characters]
 
 
-def _choose(n_found: int, n_items: int, seed: int, what: str, documents: Sequence[str]) -> list[int]:
-    if n_found < n_items:
-        raise SamplingError(
-            f"the held-out documents have {n_found} {what} and {n_items} are asked for{_reason(documents)}: "
-            f"give more text, raise sampling.held_out_share, or lower sampling.n_task_items"
-        )
+def _choose(n_found: int, n_items: int, seed: int, what: str) -> list[int]:
+    _check_number(n_found, n_items, what)
     return np.random.default_rng(seed).permutation(n_found)[:n_items].tolist()
 
 
-def _reason(documents: Sequence[str]) -> str:
-    """Why a text can have no items, as part of a message; empty where nothing is known."""
-    text = "\n".join(document[:1000] for document in islice(documents, 100))
-    scripts = sorted({unicodedata.name(letter).split()[0] for letter in UNSPACED.findall(text)})
-    if not regex.search(STOP, text):
-        return " (no sentence of this text ends with a stop)"
-    if len(UNSPACED.findall(text)) > sum(map(str.isalpha, text)) / 2:
-        return f" (spaces do not set apart the words of this text, which is {' and '.join(scripts)})"
-    return ""
+def _check_number(n_found: int, n_needed: int, what: str) -> None:
+    if n_found < n_needed:
+        raise SamplingError(
+            f"the held-out documents have {n_found} {what}, and {n_needed} are needed (none where a script sets no "
+            f"stops, or no spaces between words): give more text, raise sampling.held_out_share, or lower "
+            f"sampling.n_task_items"
+        )
 
 
 def _sentences(document: str) -> list[str]:

@@ -22,8 +22,9 @@ def check_windows(model: Any, windows: Tensor, where: str, key: str = "sampling.
             has learned positions. Rotary positions and ALiBi go on where training ended.
     """
     config, length = getattr(model, "config", model), windows.shape[-1]
-    n, most = n_embeddings(model), n_positions(config)
-    learned = not any(key.startswith(("rope", "rotary", "alibi")) for key in vars(config.get_text_config()))
+    text, most = config.get_text_config(), n_positions(config)
+    n: int | None = getattr(text, "vocab_size", None)  # the number of embeddings, after resize_token_embeddings too
+    learned = not any(key.startswith(("rope", "rotary", "alibi")) for key in vars(text))
     if learned and most is not None and length > most:
         raise TokenError(
             f"{key} is {length}, but the model has {most} positions (config.json): set {key} to at most {most}"
@@ -35,13 +36,6 @@ def check_windows(model: Any, windows: Tensor, where: str, key: str = "sampling.
             f"{where}: holds token id {int(outside[0])}, and {known}: the tokenizer has tokens that the model lacks "
             f"(resize_token_embeddings adds them), or is another model's, or the file is damaged; run sampling again"
         )
-
-
-def n_embeddings(model: Any) -> int | None:
-    """Tokens that a model, or the model of a config, has embeddings for; None where a config does not say."""
-    if hasattr(model, "get_input_embeddings"):
-        return len(model.get_input_embeddings().weight)
-    return getattr(model.get_text_config(), "vocab_size", None)
 
 
 def n_positions(config: Any) -> int | None:
