@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drank.method.precisions import GROUP, Grid
 from drank.method.rounding import Rounded, feedback, nearest, refit
+from drank.method.threads import side_by_side
 from drank.model.folding import Origin, Stored, Tensors
 from drank.model.format import SCALES, ZEROS
 from drank.model.layers import FORMS
@@ -125,7 +126,7 @@ def rounded_embedding(model: Any) -> Stored:
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     weight, grid = embedding.weight.detach(), Grid(8, embedding.weight.shape[1], symmetric=True)
-    parts = [nearest(rows, grid) for rows in weight.split(ROWS_AT_ONCE)]
+    parts = list(side_by_side(lambda rows: nearest(rows, grid), weight.split(ROWS_AT_ONCE), weight.shape[1]))
     codes = torch.cat([part.codes for part in parts]) ^ 128  # the middle of the grid is 0
     spec = {"form": "embedding", "out_features": len(weight), "in_features": weight.shape[1], "bits": 8}
     scales = torch.cat([part.scales for part in parts])
