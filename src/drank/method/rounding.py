@@ -252,8 +252,8 @@ def _wavefront(W: Tensor, s: Tensor, z: Tensor, L: Tensor, V: Tensor | None, lev
         top, left = max(0, -offset), max(0, offset)
         n = min(n_down - top, n_across - left)
         here, there = slice(top, top + n), slice(left, left + n)
-        moved = E[here].flatten(2)[..., left * cols :] @ L[there, left * cols :]
-        above = (top + n) * rows
+        right, above = (left + 1) * cols, (top + n - 1) * rows
+        moved = E[here].flatten(2)[..., right:] @ L[there, right:]
         gone = moved if V is None else moved + V[here, :, :above] @ M[there].flatten(1, 2)[:, :above]
         weight, scale, zero = (x.diagonal(offset).permute(1, 2, 0).contiguous() for x in (W, s, z))
         q, e = _columns(weight, weight - gone.permute(2, 0, 1), scale, zero, own[there], levels)

@@ -105,14 +105,14 @@ def _origin(module: Stored) -> Origin:
 def _inputs(module: Stored, rounding: Rounding) -> Tensor:
     assert rounding.inputs is not None, "feedback goes by the inputs"
     features = _origin(module).inputs
-    return rounding.inputs(module.name)[features][:, features]
+    return rounding.inputs(module.name)[features[:, None], features]
 
 
 def _gradients(module: Stored, rounding: Rounding) -> Tensor | None:
     if rounding.gradients is None:
         return None
     features = _origin(module).outputs
-    return rounding.gradients(module.name)[features][:, features]
+    return rounding.gradients(module.name)[features[:, None], features]
 
 
 def _order(module: Stored) -> Tensor:
@@ -121,11 +121,16 @@ def _order(module: Stored) -> Tensor:
     return torch.arange(len(_origin(module).weight)) if places is None else places.long().argsort()
 
 
-def rounded_embedding(model: Any) -> Stored:
-    """The input embedding in 8 bits, and with it the head that is tied to it."""
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    weight, grid = embedding.weight.detach(), Grid(8, embedding.weight.shape[1], symmetric=True)
+def rounded_embeddings(model: Any) -> list[Stored]:
+    """The input embedding in 8 bits, and the output head: with it where it is tied, else as a matrix of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    of_its_own = [] if head is None or head.weight is embedding.weight else [head]
+    names = {module: name for name, module in model.named_modules()}
+    return [_rounded_embedding(names[table], table.weight.detach()) for table in (embedding, *of_its_own)]
+
+
+def _rounded_embedding(name: str, weight: Tensor) -> Stored:
+    grid = Grid(8, weight.shape[1], symmetric=True)
     parts = list(side_by_side(lambda rows: nearest(rows, grid), weight.split(ROWS_AT_ONCE), weight.shape[1]))
     codes = torch.cat([part.codes for part in parts]) ^ 128  # the middle of the grid is 0
     spec = {"form": "embedding", "out_features": len(weight), "in_features": weight.shape[1], "bits": 8}
