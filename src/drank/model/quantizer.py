@@ -234,7 +234,7 @@ def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
 def _check_embedding(model: Any, name: str, spec: Spec) -> None:
     module: Any = model.get_submodule(name)
     tables: dict[type, Any] = {nn.Embedding: model.get_input_embeddings(), nn.Linear: model.get_output_embeddings()}
-    if module is not tables.get(type(module)):
+    if type(module) not in tables or module is not tables[type(module)]:
         raise FormatError(
             f"{name} is {type(module).__name__}; form 'embedding' is for a model's plain input embedding or output head"
         )
