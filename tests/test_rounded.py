@@ -269,9 +269,40 @@ def test_embeddings_and_a_tied_head_have_the_same_integers():
     assert ((expected - before).abs().amax(1) <= before.abs().amax(1) / 127).all()
 
 
-def test_an_untied_head_stays_as_it_is(tmp_path):
-    model = compress(tiny.llama(tie_word_embeddings=False), [], Spectra(), {}, embedding_bits=8)
-    assert type(again(model, tmp_path).get_output_embeddings()) is torch.nn.Linear
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_its_own_has_integers_of_its_own(bias, tmp_path):
+    model = untied_head(bias)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    compress(model, [], Spectra(), {}, embedding_bits=8)
+    loaded = model if bias else again(model, tmp_path)
+    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert (type(head), type(embedding)) == (RoundedHead, RoundedEmbedding)
+    assert head.weight is not embedding.weight
+    x, expected = torch.randn(7, 32), nearest(before["lm_head.weight"], Grid(8, 32, symmetric=True)).weight
+    assert torch.equal(head.dense_weight(), expected)
+    for n in (1, 7):
+        with torch.no_grad():
+            torch.testing.assert_close(head(x[:n]), torch.nn.functional.linear(x[:n], expected, head.bias))
+    specs = loaded.config.quantization_config.specs
+    assert stored_bytes(specs) == 2 * embedding_bytes(320, 32, 8)
+    assert numbers_in_integers(specs) == 2 * 320 * 32
+    assert count_parameters(loaded) == sum(t.numel() for t in before.values())
+    if bias:
+        return  # this architecture has none, so no folder has it
+    body = AutoModel.from_pretrained(tmp_path / "first")
+    assert torch.equal(body.get_input_embeddings().weight, embedding.weight)
+    logits, plain = loaded(IDS).logits, loaded.dequantize()
+    torch.testing.assert_close(plain(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert type(plain.get_output_embeddings()) is torch.nn.Linear
+    plain.save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(IDS).logits, logits)
+
+
+def untied_head(bias=False):
+    model = tiny.llama(tie_word_embeddings=False)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(320))
+    return model
 
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
@@ -312,7 +343,8 @@ EMBEDDING = {"form": "embedding", "out_features": 320, "in_features": 32, "bits"
         ({Q: DENSE | {"group": 0}}, "group is 0"),
         ({Q: DENSE | {"group": None}}, "group is None; it goes with bits"),
         ({Q: DENSE | {"bits": None}}, "group is 16; it goes with bits"),
-        ({Q: EMBEDDING}, "q_proj is Linear; form 'embedding' is for a model's plain input embedding"),
+        ({Q: EMBEDDING}, "q_proj is Linear; form 'embedding' is for a model's plain input embedding or output head"),
+        ({"lm_head": EMBEDDING}, "lm_head: model.embed_tokens has the same weight"),
         ({"model.embed_tokens": EMBEDDING | {"bits": 4}}, "embed_tokens: bits is 4; form 'embedding' has 8"),
         ({"model.embed_tokens": EMBEDDING | {"group": 32}}, "embed_tokens: group is 32"),
         ({"model.embed_tokens": EMBEDDING | {"out_features": 319}}, "319 x 32 .* the architecture has 320 x 32"),

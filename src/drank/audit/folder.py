@@ -196,14 +196,15 @@ def _ranks(folder: Folder) -> str:
 
 
 def _embedding(modules: dict[str, Spec], bits: int, folder: Folder) -> None:
-    """Check the one module that is an embedding, and take it off the others."""
+    """Check the input embedding, and a head of its own, and take them off the other modules."""
     from drank.model.forms import stored_shapes
 
     found = [name for name, spec in modules.items() if spec.form == "embedding"]
-    _same("modules of form embedding in config.json", len(found), "embedding_bits of allocation.json", 1)
-    spec = {found[0]: modules.pop(found[0])}
-    _same(f"bits of {found[0]}", spec[found[0]].bits, "embedding_bits of allocation.json", bits)
-    for tensor, shape in stored_shapes(spec).items():
+    _same("embeddings in config.json", bool(found), "embedding_bits of allocation.json", True)
+    specs = {name: modules.pop(name) for name in found}
+    for name, spec in specs.items():
+        _same(f"bits of {name}", spec.bits, "embedding_bits of allocation.json", bits)
+    for tensor, shape in stored_shapes(specs).items():
         _same(f"shape of {tensor}", folder.tensors[0].get(tensor), "config.json", shape)
         _same(f"type of {tensor}", folder.types[tensor], f"{bits} bits", "BF16" if tensor.endswith(SCALES) else "I8")
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
@@ -29,8 +30,9 @@ DAMPING = 3e-2  # share of the mean diagonal added to H where it is factored (GP
 GRADIENT_DAMPING = 3.0
 NEGLIGIBLE = 1e-7  # share of the mean diagonal added to K H Kᵀ, where rows of K may depend on each other
 ROWS = 64  # rows that take the feedback of the rows before them together, and none of each other's
+AT_ONCE = 2**16  # numbers whose grids are chosen together, few enough for a processor's cache
+COLUMNS = 32  # columns of a block; 16 and 64 take up to a quarter longer
 CUT_OFF = {2: 1.34}  # loss over that of uniform errors, where numbers that feedback has moved often fall off the grid
-COLUMNS = 128  # columns whose feedback on the columns behind them is one product
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,22 @@ def grid_of(
     Raises:
         NotFiniteError: the weight holds NaN or infinity.
     """
-    W = finite(weight, "weight").float()
-    n_out, n_in = W.shape
-    n_groups = -(-n_in // grid.group)
-    padding = n_groups * grid.group - n_in
-    groups = torch.nn.functional.pad(W, (0, padding)).view(n_out, n_groups, grid.group)
+    W = finite(weight, "weight")
+    n_in, spare = W.shape[1], -W.shape[1] % grid.group
     each = torch.ones(n_in) if importance is None else importance.float()
-    each = torch.nn.functional.pad(each, (0, padding)).view(1, n_groups, grid.group)
-    top, low = groups.amax(-1).clamp_min(0), groups.amin(-1).clamp_max(0)
-    best = torch.full((n_out, n_groups), torch.inf)
-    scales, zeros = torch.ones(n_out, n_groups), torch.zeros(n_out, n_groups)
-    last = grid.levels - 1
+    each = F.pad(each, (0, spare)).unflatten(0, (-1, grid.group))
+    found = [
+        _least_error(F.pad(rows.float(), (0, spare)).unflatten(1, (-1, grid.group)), grid, each)
+        for rows in W.split(max(1, AT_ONCE // n_in))
+    ]
+    scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scales.bfloat16(), zeros.to(torch.uint8)
+
+
+def _least_error(groups: Tensor, grid: Grid, each: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32, of every group (rows, groups, numbers)."""
+    top, low, last = groups.amax(-1).clamp_min(0), groups.amin(-1).clamp_max(0), grid.levels - 1
+    best, scales, zeros = (torch.full_like(top, value) for value in (torch.inf, 1.0, 0.0))
     for clip in CLIPS:
         if grid.symmetric:
             s = clip * torch.maximum(top, -low) * 2 / last
@@ -105,11 +112,11 @@ def grid_of(
             s = clip * (top - low) / last
             z = (-clip * low / s.clamp_min(1e-30)).round().clamp(0, last)
         s = torch.where(s > 0, s, torch.ones_like(s)).bfloat16().float()
-        q = (groups / s[..., None] + z[..., None]).round().clamp(0, last)
-        error = ((s[..., None] * (q - z[..., None]) - groups).square() * each).sum(-1)
+        error = groups.div(s[..., None]).add_(z[..., None]).round_().clamp_(0, last)
+        error = error.sub_(z[..., None]).mul_(s[..., None]).sub_(groups).square_().mul_(each).sum(-1)
         better = error < best
         best, scales, zeros = (torch.where(better, new, old) for new, old in ((error, best), (s, scales), (z, zeros)))
-    return scales.bfloat16(), zeros.to(torch.uint8)
+    return scales, zeros
 
 
 def feedback(
@@ -125,25 +132,19 @@ def feedback(
     (arXiv:2210.17323) in the form of LDLQ (arXiv:2307.13304). Columns go in the order of their second moments, largest
     first, so that most can still make up for the dearest errors; groups of a grid stay neighbours. With G = V C Vᵀ in
     the same way, the term of entry (a, b) is V₁..ₐ,ₐᵀ E U₁..ᵦ,ᵦ, and rows take feedback of the rows before them, too
-    (YAQA, arXiv:2505.22988): here in steps of ROWS rows, which take none of each other's.
+    (YAQA, arXiv:2505.22988): here in steps of ROWS rows, which take none of each other's. Blocks that need nothing of
+    each other are rounded at once.
 
     Raises:
         NotFiniteError: the weight, H or G holds NaN or infinity.
     """
     order = _order(H)
-    W = weight.float()[:, order]
     U, _ = unit_upper(H[order][:, order], DAMPING)
-    V = None if G is None else unit_upper(G, GRADIENT_DAMPING)[0]
+    V = None if G is None else unit_upper(G, GRADIENT_DAMPING, torch.float32)[0]
     scales, zeros = grid_of(weight, grid, H.diagonal())
-    s, z = (each[:, order] for each in _spread(scales, zeros, grid.group, W.shape[1]))
-    codes = torch.empty_like(W)
-    E, moved = torch.zeros_like(W), torch.zeros_like(W)  # E; E U, row by row
-    for first in range(0, len(W), len(W) if V is None else ROWS):
-        rows = slice(first, first + (len(W) if V is None else ROWS))
-        target = W[rows] if V is None or not first else W[rows] - V[:first, rows].T @ moved[:first]
-        codes[rows], rounded = _rows(target, s[rows], z[rows], U, grid.levels, W[rows])
-        E[rows] = rounded - W[rows]
-        moved[rows] = E[rows] @ U
+    order = order.flip(0)  # the first column stands last
+    s, z = (each[:, order] for each in _spread(scales, zeros, grid.group, weight.shape[1]))
+    codes = _wavefront(weight.float()[:, order], s, z, U.flip(0, 1), V, grid.levels)
     return Rounded(codes[:, order.argsort()].to(torch.uint8), scales, zeros, grid.group)
 
 
@@ -213,37 +214,73 @@ def _order(H: Float[Tensor, "in in"]) -> Int64[Tensor, " in"]:
     return H.diagonal().argsort(descending=True, stable=True)
 
 
-def unit_upper(covariance: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
-    """U (float32, unit upper triangular) and the diagonal of D (float64) with covariance = U D Uᵀ, after ``damping``.
+def unit_upper(
+    covariance: Float[Tensor, "d d"], damping: float, dtype: torch.dtype = torch.float64
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
+    """U (float32, unit upper triangular) and the diagonal of D (``dtype``) with covariance = U D Uᵀ, after ``damping``.
+
+    Args:
+        dtype: of the factorisation; float32 takes a third of the time, and is for a strong damping.
 
     Raises:
         NotFiniteError: the covariance holds NaN or infinity.
     """
-    M = damped(finite(covariance, "covariance"), damping)
-    M.diagonal().add_(torch.finfo(torch.float64).tiny)  # inputs that are all zero
+    M = damped(finite(covariance, "covariance"), damping).to(dtype)
+    M.diagonal().add_(torch.finfo(dtype).tiny)  # inputs that are all zero
     upper = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # upper @ upper.T = M
     return (upper / upper.diagonal()).float(), upper.diagonal().square()
 
 
-def _rows(target: Tensor, s: Tensor, z: Tensor, U: Tensor, levels: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and numbers of rows that take feedback along their columns alone, from ``target``.
+def _wavefront(W: Tensor, s: Tensor, z: Tensor, L: Tensor, V: Tensor | None, levels: int) -> Tensor:
+    """Codes (out, in) with feedback from the last column to the first, by L unit lower triangular, and down the rows.
 
-    E = Ŵ - W counts from the weight itself; ``target`` has what other rows ask for. Transposed inside: columns that lie
-    in one piece take half the time.
+    Blocks of ROWS x COLUMNS on a diagonal need nothing of each other, only what lies above or to the right of them. So
+    a diagonal is rounded at once, the one in the upper right corner first. With the errors E and M = E L, numbers are
+    rounded from W - E L - VᵀM, in which a block's own errors count in E L alone, column by column.
     """
-    n_in = target.shape[1]
-    left, s, z, weight = (tensor.T.contiguous() for tensor in (target, s, z, weight))
-    codes, rounded = torch.empty_like(left), torch.empty_like(left)
-    for first in range(0, n_in, COLUMNS):
-        last = min(first + COLUMNS, n_in)
-        E = torch.zeros(last - first, len(target))
-        for j in range(first, last):
-            wanted = torch.addmv(left[j], E[: j - first].T, U[first:j, j], alpha=-1) if j > first else left[j]
-            torch.div(wanted, s[j], out=codes[j]).add_(z[j]).round_().clamp_(0, levels - 1)
-            torch.sub(codes[j], z[j], out=rounded[j]).mul_(s[j])
-            torch.sub(rounded[j], weight[j], out=E[j - first])
-        left[last:].addmm_(U[first:last, last:].T, E, alpha=-1)
-    return codes.T, rounded.T
+    n_out, n_in = W.shape
+    rows, cols = n_out if V is None else min(ROWS, n_out), min(COLUMNS, n_in)
+    down, across = -n_out % rows, -n_in % cols  # padding, which is rounded to itself
+    W, s, z = (_blocks(F.pad(x, (0, across, 0, down), value=v), rows, cols) for x, v in ((W, 0.0), (s, 1.0), (z, 0.0)))
+    n_down, n_across = W.shape[:2]
+    L = F.pad(L, (0, across, 0, across)).view(-1, n_across, cols).transpose(0, 1).contiguous()
+    own = L.unflatten(1, (n_across, cols)).diagonal(0, 0, 1).permute(2, 0, 1).contiguous()
+    E, codes = torch.zeros(n_down, rows, n_across, cols), torch.empty_like(W)
+    M = torch.zeros(n_across, n_down, rows, cols)
+    V = None if V is None else F.pad(V, (0, down, 0, down)).view(-1, n_down, rows).permute(1, 2, 0).contiguous()
+    for offset in range(n_across - 1, -n_down, -1):
+        top, left = max(0, -offset), max(0, offset)
+        n = min(n_down - top, n_across - left)
+        here, there = slice(top, top + n), slice(left, left + n)
+        right, above = (left + 1) * cols, (top + n - 1) * rows
+        moved = E[here].flatten(2)[..., right:] @ L[there, right:]
+        gone = moved if V is None else moved + V[here, :, :above] @ M[there].flatten(1, 2)[:, :above]
+        weight, scale, zero = (x.diagonal(offset).permute(1, 2, 0).contiguous() for x in (W, s, z))
+        q, e = _columns(weight, weight - gone.permute(2, 0, 1), scale, zero, own[there], levels)
+        codes.diagonal(offset).copy_(q.permute(2, 0, 1))
+        E.transpose(1, 2).diagonal(offset).copy_(e.permute(2, 0, 1))
+        if V is not None:
+            M.transpose(0, 1).diagonal(offset).copy_((moved + e.permute(1, 2, 0) @ own[there]).permute(1, 2, 0))
+    return codes.transpose(1, 2).flatten(2).flatten(0, 1)[:n_out, :n_in]
+
+
+def _columns(W: Tensor, wanted: Tensor, s: Tensor, z: Tensor, L: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes and errors (columns, blocks, rows) of blocks, the last column first; L is (blocks, columns, columns).
+
+    Few operations on tensors per column, since each takes longer to begin than to do.
+    """
+    codes, E, known = torch.empty_like(W), torch.empty_like(W), torch.addcmul(W, s, z).neg_()
+    feedback_of, wanted = L.permute(1, 2, 0)[..., None].contiguous(), wanted.contiguous()
+    for j, (q, e, w, scale) in reversed(list(enumerate(zip(codes, E, wanted, s, strict=True)))):
+        torch.div(w, scale, out=q).add_(z[j]).round_().clamp_(0, levels - 1)
+        torch.addcmul(known[j], scale, q, out=e)
+        wanted[:j].addcmul_(feedback_of[j, :j], e, value=-1)
+    return codes, E
+
+
+def _blocks(matrix: Tensor, rows: int, cols: int) -> Tensor:
+    """(blocks down, blocks across, rows, columns)."""
+    return matrix.view(matrix.shape[0] // rows, rows, -1, cols).transpose(1, 2)
 
 
 def _spread(scales: Tensor, zeros: Tensor, group: int, n_in: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ features are numbered as it computes them, and it has no `places`.
 
 With `bits`, 2 to 8, each matrix of the module is rounded, dense ones too, and stored as packing.py says; `group` is the
 number of neighbours in a row that share a scale and a zero point. Form `embedding` is the input embedding, that of
-`out_features` tokens in `in_features` numbers of 8 bits, with one scale per token and no `group`; an output head that
-is tied to it has no spec and follows.
+`out_features` tokens in `in_features` numbers of 8 bits, with one scale per token and no `group`, or an output head of
+that shape; a head that is tied to the embedding has no spec and follows.
 """
 
 import reprlib

@@ -266,8 +266,7 @@ class RoundedEmbedding(nn.Embedding):
     ) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's, which would make the dense weight
         self.num_embeddings, self.embedding_dim, self.padding_idx = out_features, in_features, None
-        for name, shape in embedding_shapes(out_features, in_features).items():
-            self.register_parameter(name, _constant(shape, torch.int8 if name == "weight" else dtype, device))
+        _register_embedding(self, out_features, in_features, device, dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight[ids, :, 0] * self.weight_scales[ids]
@@ -280,27 +279,34 @@ class RoundedEmbedding(nn.Embedding):
 
 
 class RoundedHead(nn.Linear):
-    """The output head of a model whose embeddings are a :class:`RoundedEmbedding`, with the same tensors."""
+    """An output head in 8 bits, with the tensors of a :class:`RoundedEmbedding`: that one's own where it is tied."""
 
     weight: Any
     weight_scales: Any
 
-    def __init__(self, embedding: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.weight, self.weight_scales = embedding.weight, embedding.weight_scales
+        self.in_features, self.out_features = in_features, out_features
+        _register_embedding(self, out_features, in_features, device, dtype)
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, scales = x.reshape(-1, x.shape[-1]), self.weight_scales[:, 0].to(x.dtype)
         if x.is_cpu and len(tokens) <= FEW and not torch.is_grad_enabled():
             y = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), self.weight[..., 0], scales)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight[..., 0].to(x.dtype)).mul_(scales)
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight[..., 0].to(x.dtype)).mul_(scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight[..., 0] * self.weight_scales
 
 
 def embedding_shapes(n_tokens: int, width: int) -> Shapes:
-    """Name and shape of the stored tensors of a :class:`RoundedEmbedding`."""
+    """Name and shape of the stored tensors of a :class:`RoundedEmbedding` or :class:`RoundedHead`."""
     return {"weight": (n_tokens, width, 1), f"weight{SCALES}": (n_tokens, 1)}
 
 
@@ -318,6 +324,11 @@ def _register(
         return
     for own, size in packed_shapes(name, shape, grid).items():
         module.register_parameter(own, _constant(size, dtype if own.endswith(SCALES) else torch.uint8, device))
+
+
+def _register_embedding(module: Any, n_tokens: int, width: int, device: Any, dtype: torch.dtype | None) -> None:
+    for name, shape in embedding_shapes(n_tokens, width).items():
+        module.register_parameter(name, _constant(shape, torch.int8 if name == "weight" else dtype, device))
 
 
 def _constant(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> nn.Parameter:

@@ -128,7 +128,7 @@ class DrankQuantizer(HfQuantizer):
         """
         with torch.device("meta"):
             original = type(model)(copy.deepcopy(model.config))
-        names = [_name_in(model, name) for name in self.quantization_config.specs]
+        names = list(_names_in(model, self.quantization_config.specs).values())
         bases = {key for name in names for key in _basis_keys(model, name)}
         for name in names:
             module, head = model.get_submodule(name), _tied_head(model, name)
@@ -167,18 +167,16 @@ class DrankQuantizer(HfQuantizer):
 
 def _swap(model: nn.Module, specs: Mapping[str, Spec]) -> list[str]:
     """Put the modules of the specs in place, uninitialised, and return their names in this model."""
-    names: dict[str, str] = {}
-    for name, spec in specs.items():
-        if (inside := _name_in(model, name)) in names.values():
-            raise FormatError(f"{name}: another key of quantization_config.modules is also {inside}; remove one")
-        names[name] = inside
-        _check_fit(model, inside, spec)
+    names = _names_in(model, specs)
+    for name, inside in names.items():
+        _check_fit(model, inside, specs[name])
     ties: dict[str, str] = {}
-    for name, spec in specs.items():
-        inside, head = names[name], _tied_head(model, names[name]) if spec.form == "embedding" else None
-        model.set_submodule(inside, _replacement(model.get_submodule(inside), spec))
+    for name, inside in names.items():
+        head = _tied_head(model, inside) if specs[name].form == "embedding" else None
+        model.set_submodule(inside, _replacement(model.get_submodule(inside), specs[name]))
         if head:
-            model.set_submodule(head, RoundedHead(model.get_submodule(inside)))
+            model.set_submodule(head, _replacement(model.get_submodule(head), specs[name]))
+            model.get_submodule(head).weight = model.get_submodule(inside).weight  # a tie that transformers knows of
             ties[f"{head}.weight_scales"] = f"{inside}.weight_scales"
     for name, spec in specs.items():
         if spec.basis is not None and spec.basis != name:
@@ -186,6 +184,22 @@ def _swap(model: nn.Module, specs: Mapping[str, Spec]) -> list[str]:
             ties |= dict(zip(own, shared, strict=True))
     _share(model, ties)
     return list(names.values())
+
+
+def _names_in(model: Any, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Names of the modules in this model; of an output head none, in a bare decoder."""
+    names: dict[str, str] = {}
+    for name, spec in specs.items():
+        try:
+            inside = _name_in(model, name)
+        except FormatError:
+            if spec.form == "embedding" and model.get_output_embeddings() is None and len(specs) > 1:
+                continue
+            raise
+        if inside in names.values():
+            raise FormatError(f"{name}: another key of quantization_config.modules is also {inside}; remove one")
+        names[name] = inside
+    return names
 
 
 def _name_in(model: nn.Module, name: str) -> str:
@@ -220,9 +234,12 @@ def _check_fit(model: nn.Module, name: str, spec: Spec) -> None:
 
 
 def _check_embedding(model: Any, name: str, spec: Spec) -> None:
-    module = model.get_submodule(name)
-    if module is not model.get_input_embeddings() or type(module) is not nn.Embedding:
-        raise FormatError(f"{name} is {type(module).__name__}; form 'embedding' is for a model's plain input embedding")
+    module: Any = model.get_submodule(name)
+    tables: dict[type, Any] = {nn.Embedding: model.get_input_embeddings(), nn.Linear: model.get_output_embeddings()}
+    if type(module) not in tables or module is not tables[type(module)]:
+        raise FormatError(
+            f"{name} is {type(module).__name__}; form 'embedding' is for a model's plain input embedding or output head"
+        )
     if tuple(module.weight.shape) != (spec.out_features, spec.in_features):
         raise FormatError(
             f"{name}: {spec.out_features} x {spec.in_features} (tokens x width), but the architecture has "
@@ -267,7 +284,10 @@ def _replacement(old: Any, spec: Spec) -> nn.Module:
     place: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
     sizes, grid = (spec.in_features, spec.out_features), grid_of(spec)
     if spec.form == "embedding":
-        return RoundedEmbedding(*sizes, **place)
+        table: Any = (RoundedHead if isinstance(old, nn.Linear) else RoundedEmbedding)(*sizes, **place)
+        if isinstance(old, nn.Linear):
+            table.bias = old.bias
+        return table
     if spec.form == "dense" and grid is None and (spec.out_features, spec.in_features) == _sizes(old):
         return old
     bias = old.bias is not None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drank.method.precisions import GROUP, Grid
 from drank.method.rounding import Rounded, feedback, nearest, refit
+from drank.method.threads import side_by_side
 from drank.model.folding import Origin, Stored, Tensors
 from drank.model.format import SCALES, ZEROS
 from drank.model.layers import FORMS
@@ -104,14 +105,14 @@ def _origin(module: Stored) -> Origin:
 def _inputs(module: Stored, rounding: Rounding) -> Tensor:
     assert rounding.inputs is not None, "feedback goes by the inputs"
     features = _origin(module).inputs
-    return rounding.inputs(module.name)[features][:, features]
+    return rounding.inputs(module.name)[features[:, None], features]
 
 
 def _gradients(module: Stored, rounding: Rounding) -> Tensor | None:
     if rounding.gradients is None:
         return None
     features = _origin(module).outputs
-    return rounding.gradients(module.name)[features][:, features]
+    return rounding.gradients(module.name)[features[:, None], features]
 
 
 def _order(module: Stored) -> Tensor:
@@ -120,12 +121,17 @@ def _order(module: Stored) -> Tensor:
     return torch.arange(len(_origin(module).weight)) if places is None else places.long().argsort()
 
 
-def rounded_embedding(model: Any) -> Stored:
-    """The input embedding in 8 bits, and with it the head that is tied to it."""
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    weight, grid = embedding.weight.detach(), Grid(8, embedding.weight.shape[1], symmetric=True)
-    parts = [nearest(rows, grid) for rows in weight.split(ROWS_AT_ONCE)]
+def rounded_embeddings(model: Any) -> list[Stored]:
+    """The input embedding in 8 bits, and the output head: with it where it is tied, else as a matrix of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    of_its_own = [] if head is None or head.weight is embedding.weight else [head]
+    names = {module: name for name, module in model.named_modules()}
+    return [_rounded_embedding(names[table], table.weight.detach()) for table in (embedding, *of_its_own)]
+
+
+def _rounded_embedding(name: str, weight: Tensor) -> Stored:
+    grid = Grid(8, weight.shape[1], symmetric=True)
+    parts = list(side_by_side(lambda rows: nearest(rows, grid), weight.split(ROWS_AT_ONCE), weight.shape[1]))
     codes = torch.cat([part.codes for part in parts]) ^ 128  # the middle of the grid is 0
     spec = {"form": "embedding", "out_features": len(weight), "in_features": weight.shape[1], "bits": 8}
     scales = torch.cat([part.scales for part in parts])

@@ -362,8 +362,7 @@ class Preset(Section):
     group_size: Count | None = None
     """Neighbours in a row that share a scale and a zero point, 64 where left out."""
     embedding_bits: Annotated[EmbeddingBits | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
-    """Bits of the input embeddings, and of an output head that is tied to them: 16, as where left out, or 8 with a
-    scale per token."""
+    """Bits of the input embeddings and of the output head: 16, as where left out, or 8 with a scale per token."""
 
     rules = {
         "A parameter is read by the allocation; one that it needs is there.": _has_readers("presets"),

@@ -16,7 +16,7 @@ from drank.model.folding import Origin, Stored, Tensors, fold_channel_order
 from drank.model.layers import places
 from drank.model.linears import is_conv1d
 from drank.model.quantizer import attach
-from drank.model.rounded import Rounding, rounded, rounded_embedding
+from drank.model.rounded import Rounding, rounded, rounded_embeddings
 
 # Coefficients of the pivot form are stored in bfloat16; pivoting keeps them below 10. One of this size
 # would mean rows that nearly repeat each other, whose rounding errors it multiplies.
@@ -52,7 +52,7 @@ def compress(
             where numbers are rounded.
         provenance: goes to config.json under ``quantization_config.provenance``.
         rounding: how numbers are rounded.
-        embedding_bits: 8 or 16, of the input embedding and a head that is tied to it.
+        embedding_bits: 8 or 16, of the input embedding and the output head.
 
     A model with nothing to replace (the dense variant) is returned as it is, a plain one.
 
@@ -67,7 +67,7 @@ def compress(
     groups = [list(group) for _, group in groupby(stored, lambda module: module.spec.get("basis", module.name))]
     of_groups = side_by_side(lambda group: rounded(group, rounding), groups, width)
     stored = [module for modules in of_groups for module in modules]
-    stored += [rounded_embedding(model)] if embedding_bits < FULL else []
+    stored += rounded_embeddings(model) if embedding_bits < FULL else []
     if not stored:
         return model
     attach(model, {module.name: module.spec for module in stored}, provenance)
