@@ -343,7 +343,7 @@ def test_the_hash_of_a_folder_is_that_of_its_list(dvc):
     assert out["md5"] == dvc_md5(dvc / "out")
 
 
-@canary("dvc", "project/dvc.py (cache_folder, entry, read_listing)")
+@canary("dvc", "project/dvc.py (cache_folder, entry, members)")
 def test_the_cache_has_an_entry_for_every_hash(dvc):
     """the layout of the cache: an entry lies under files/md5, two letters of its hash and the rest; of a folder,
     its list."""
