@@ -232,7 +232,7 @@ def test_the_lock_has_paths_and_hashes_of_every_stage(dvc):
     assert [(out["path"], out["hash"], out["md5"]) for out in stage["outs"]] == [("out", "md5", dvc_md5(dvc / "out"))]
 
 
-@canary("dvc", "project/dvc.py (cache_folder, entry, read_listing)")
+@canary("dvc", "project/dvc.py (cache_folder, entry, members)")
 def test_the_cache_has_an_entry_for_every_hash(dvc):
     """the layout of the cache: an entry lies under files/md5, two letters of its hash and the rest; of a folder,
     its list."""

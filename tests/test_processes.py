@@ -21,7 +21,7 @@ from drank.project.files import read_json, read_tensors, write_tensors
 from drank.project.processes import Group, must_launch
 from tests import conftest, tiny
 from tests.conftest import REPOSITORY
-from tests.faults.kill import alive, ranks_of
+from tests.faults.kill import alive, stages_of
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_killed_process_ends_the_stage_and_the_others(project, victim):
     while not any((project / "data/covariance/.0.partial").glob(".*-1")):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.01)
-    processes = ranks_of(psutil.Process(launcher.pid).children())
+    processes = {one.environ()["RANK"]: one for one in stages_of(psutil.Process(launcher.pid).children())}
     assert sorted(processes) == ["0", "1"]
     processes.get(victim, launcher).kill()
     _, errors = launcher.communicate(timeout=60)  # processes hold its standard error, so this waits for them too

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 
 import psutil
@@ -73,6 +74,16 @@ class Campaign:
             self.asked.project = self.scratch / "project"
             reproduce(self.asked.project, sources)
         return self.asked.project
+
+    def try_each(self, cases: Mapping[str, Callable[[], Iterable[str]]]) -> None:
+        """One case after the other, around and around, as often as asked: each names the columns that it counts in."""
+        for name, case in islice(cycle(cases.items()), self.asked.n):
+            self.counts.rows[name]["tried"] += 1
+            try:
+                self.counts.rows[name].update(case())
+            except Lost as error:
+                self.counts.rows[name]["lost"] += 1
+                self.counts.lost(name, error)
 
 
 @contextmanager

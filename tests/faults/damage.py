@@ -8,6 +8,7 @@
     next use    the next stage, or ``from_pretrained``, or for an entry of the cache ``drank check``: ``named`` is an
                 error of drank that names the file, ``raised`` any other, ``same`` a result of the same bytes,
                 ``changed`` another result
+    lost        another result, and seen by nobody
 
 The faults of the next use are at rest: it is a stage that stands for itself, whatever DVC has seen.
 """
@@ -17,9 +18,9 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from dvc.repo import Repo
@@ -30,24 +31,20 @@ from drank.audit import audit
 from drank.project.damage import find_damage
 from drank.project.files import file_sha256
 from drank.project.state import read_state
-from tests.faults.campaign import campaign
+from tests.faults.campaign import campaign, check
 from tests.test_sources import TEXTS, fetch_text, write_wheel
 
 VARIANT = "kfac-80"
 MODEL = f"data/models/{VARIANT}"
+ASKED = ("DVC", "audit", "use")
 
 
-class Kept:
-    """Files of one kind, and what uses them next.
+class Kept(NamedTuple):
+    """Files by a pattern of paths, what uses them next, and the paths that this use writes."""
 
-    Attributes:
-        pattern: of paths in the project.
-        use: reads them; returns what it makes of them, or writes it to ``results``.
-        results: paths that ``use`` writes.
-    """
-
-    def __init__(self, pattern: str, use: Callable[[Path], object], *results: str) -> None:
-        self.pattern, self.use, self.results = pattern, use, results
+    pattern: str
+    use: Callable[[Path], object]
+    results: tuple[str, ...] = ()
 
 
 def loaded(root: Path) -> object:
@@ -80,20 +77,20 @@ def fetched(root: Path) -> None:
     fetch_text("pypi:some-texts==1.0", root / "data/text.jsonl", folder, sha256=sha256, member="texts/plain.txt")
 
 
-COVARIANCE, SPECTRUM, SLICED = "data/covariance/0", "data/spectrum/kfac", f"data/compression/{VARIANT}"
+COVARIANCE, SPECTRUM, SLICED = ("data/covariance/0",), ("data/spectrum/kfac",), (f"data/compression/{VARIANT}",)
 ALLOCATED = (f"data/allocation/{VARIANT}.json", f"data/allocation/{VARIANT}.csv")
 KEPT = {
-    "wheels": Kept("data/downloads/*.whl", fetched, "data/text.jsonl"),
+    "wheels": Kept("data/downloads/*.whl", fetched, ("data/text.jsonl",)),
     "model": Kept("data/raw/model/*.safetensors", partial(covariance.main, "0"), COVARIANCE),
-    "texts": Kept("data/raw/text/*.jsonl", sampling.main, "data/sampling"),
+    "texts": Kept("data/raw/text/*.jsonl", sampling.main, ("data/sampling",)),
     "windows": Kept("data/sampling/calibration/*.safetensors", partial(covariance.main, "0"), COVARIANCE),
-    "covariances": Kept(f"{COVARIANCE}/**/*.*", partial(spectrum.main, "kfac"), SPECTRUM),
-    "singular values": Kept(f"{SPECTRUM}/s*.*", partial(allocation.main, VARIANT), *ALLOCATED),
-    "factors": Kept(f"{SPECTRUM}/factors/*", partial(compression.main, VARIANT), SLICED),
+    "covariances": Kept(f"{COVARIANCE[0]}/**/*.*", partial(spectrum.main, "kfac"), SPECTRUM),
+    "singular values": Kept(f"{SPECTRUM[0]}/s*.*", partial(allocation.main, VARIANT), ALLOCATED),
+    "factors": Kept(f"{SPECTRUM[0]}/factors/*", partial(compression.main, VARIANT), SLICED),
     "allocation": Kept(ALLOCATED[0], partial(compression.main, VARIANT), SLICED),
     "figures": Kept(f"results/{VARIANT}.json", projected),
-    "evaluation": Kept(f"data/evaluation/{VARIANT}.json", report.main, "results/summary.csv", "results/report.html"),
-    "compressed": Kept(f"{SLICED}/*", partial(release.main, VARIANT), MODEL),
+    "evaluation": Kept(f"data/evaluation/{VARIANT}.json", report.main, ("results/summary.csv", "results/report.html")),
+    "compressed": Kept(f"{SLICED[0]}/*", partial(release.main, VARIANT), (MODEL,)),
     "cache": Kept(".dvc/cache/files/md5/*/*", checked),
     "weights": Kept(f"{MODEL}/*.safetensors", loaded),
     "config": Kept(f"{MODEL}/config.json", loaded),
@@ -102,26 +99,14 @@ KEPT = {
 }
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One fault and who noticed it."""
-
-    kind: str
-    file: str
-    fault: str
-    dvc: bool
-    audit: bool
-    use: str
-
-
-def damaged(content: bytes, draw: random.Random) -> tuple[str, bytes]:
+def damaged(content: bytes, draw: random.Random) -> bytes:
     """The bytes with one bit flipped, or cut short somewhere."""
     position = draw.randrange(len(content))
     if draw.random() < 0.25:
-        return "cut", content[:position]
+        return content[:position]
     flipped = bytearray(content)
     flipped[position] ^= 1 << draw.randrange(8)
-    return "bit", bytes(flipped)
+    return bytes(flipped)
 
 
 @contextlib.contextmanager
@@ -146,29 +131,6 @@ def dvc_names(root: Path, file: str) -> bool:
         return file == "dvc.lock" or Path(file).name in str(error)
 
 
-def audit_names(root: Path) -> bool:
-    return bool(audit(root / MODEL, root).broken)
-
-
-def use(root: Path, kept: Kept, file: str, expected: object) -> str:
-    """Outcome of the next use alone, of the file as it lies there; its results are put back."""
-    before = contents(root, kept.results)
-    try:
-        found = kept.use(root)
-        return "same" if found == expected and contents(root, kept.results) == before else "changed"
-    except Exception as error:
-        # A lock's error names the file that it no longer fits; a wheel's, which is fetched again, its source.
-        told = file == "dvc.lock" or any(name in str(error) for name in (Path(file).name, "pypi:some-texts==1.0"))
-        named = type(error).__module__.startswith("drank.") and told
-        return "named" if named else "raised"
-    finally:
-        for path in kept.results:
-            shutil.rmtree(root / path, ignore_errors=True)
-        for path, content in before.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-
 def contents(root: Path, paths: tuple[str, ...]) -> dict[Path, bytes]:
     files = [file for path in paths for file in (root / path, *(root / path).rglob("*")) if file.is_file()]
     return {file: file.read_bytes() for file in files}
@@ -187,37 +149,54 @@ class Damager:
         self.draw = random.Random(seed)
         self.expected: dict[str, object] = {}
 
-    def fault(
-        self, kind: str, at_rest: bool, ask_dvc: bool = True, ask_audit: bool = True, use_it: bool = True
-    ) -> Seen:
-        """Damage a file of this kind, ask who is to be asked, and put it back."""
-        kept = KEPT[kind]
-        file = self.draw.choice(sorted(file for file in self.watched.glob(kept.pattern) if file.is_file()))
+    def fault(self, kind: str, at_rest: bool, asked: tuple[str, ...] = ASKED) -> set[str]:
+        """Damage a file of this kind, ask who is to be asked, and put it back; the columns that are true of it."""
+        file = self.draw.choice(sorted(file for file in self.watched.glob(KEPT[kind].pattern) if file.is_file()))
         name = file.relative_to(self.watched).as_posix()
-        how, content = damaged(file.read_bytes(), self.draw)
+        content = damaged(file.read_bytes(), self.draw)
+        seen = set()
         with holding(file, content, at_rest):
-            by_dvc = ask_dvc and dvc_names(self.watched, name)
-            by_audit = ask_audit and audit_names(self.watched)
-        return Seen(kind, name, how, by_dvc, by_audit, self._use(kind, name, content) if use_it else "not tried")
+            if "DVC" in asked and dvc_names(self.watched, name):
+                seen.add("DVC")
+            if "audit" in asked and audit(self.watched / MODEL, self.watched).broken:
+                seen.add("audit")
+        if "use" in asked:
+            seen.add(self._use(kind, name, content))
+        check(seen != {"changed"}, f"{name}: seen by nobody")
+        return seen
 
     def _use(self, kind: str, name: str, content: bytes) -> str:
-        kept = KEPT[kind]
+        """Outcome of the next use alone, of the file with these bytes; its results are put back."""
+        kept, root = KEPT[kind], self.used
         if kind not in self.expected:
-            self.expected[kind] = kept.use(self.used)
-        with holding(self.used / name, content, at_rest=True):
-            return use(self.used, kept, name, self.expected[kind])
+            self.expected[kind] = kept.use(root)
+        before = contents(root, kept.results)
+        try:
+            with holding(root / name, content, at_rest=True):
+                found = kept.use(root)
+            return "same" if found == self.expected[kind] and contents(root, kept.results) == before else "changed"
+        except Exception as error:
+            # A lock's error names the file that it no longer fits; a wheel's, which is fetched again, its source.
+            told = name == "dvc.lock" or any(word in str(error) for word in (Path(name).name, "pypi:some-texts==1.0"))
+            return "named" if type(error).__module__.startswith("drank.") and told else "raised"
+        finally:
+            for path in kept.results:
+                shutil.rmtree(root / path, ignore_errors=True)
+            for path, old in before.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(old)
 
 
 def main() -> None:
-    with campaign(__doc__, 1000, ("tried", "DVC", "audit", "named", "raised", "same", "changed")) as work:
+    with campaign(__doc__, 1000, ("tried", "DVC", "audit", "named", "raised", "same", "changed", "lost")) as work:
         damager = Damager(work.project(), work.scratch, work.asked.seed)
-        for i in range(work.asked.n):
-            kind, at_rest = list(KEPT)[i % len(KEPT)], i // len(KEPT) % 2 == 1
-            seen = damager.fault(kind, at_rest)
-            row = work.counts.rows[f"{kind}, {'at rest' if at_rest else 'written'}"]
-            row.update(tried=1, DVC=seen.dvc, audit=seen.audit, **{seen.use: 1})
-            if not seen.dvc and not seen.audit and seen.use == "changed":
-                work.counts.lost("seen by nobody", seen)
+        work.try_each(
+            {
+                f"{kind}, {how}": partial(damager.fault, kind, how == "at rest")
+                for how in ("written", "at rest")
+                for kind in KEPT
+            }
+        )
 
 
 if __name__ == "__main__":

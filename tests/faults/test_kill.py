@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.faults.campaign import Counts, contents
-from tests.faults.kill import Repro, Track, fetching
+from tests.faults.kill import Repro, Track
 
 pytestmark = [
     pytest.mark.pipeline,
@@ -57,12 +57,3 @@ def test_a_killed_track_leaves_one_whole_run_a_variant(copy, tmp_path, counts):
     track.clone(n_kills=1)
     assert counts.told == []
     assert track.n_kills == 1
-
-
-def test_a_killed_download_is_taken_up_again(tmp_path, counts):
-    with fetching("tiny", tmp_path, counts) as fetch:
-        fetch.clone(n_kills=0)
-        fetch.seconds = 1.0
-        fetch.clone(n_kills=1)
-    assert counts.told == []
-    assert fetch.n_kills == 1

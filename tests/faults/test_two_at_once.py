@@ -11,8 +11,7 @@ import pytest
 
 from drank.project.files import FileError, replacing_folder, scratch_folder, write_text
 from drank.project.turns import turn
-from tests.faults.campaign import DVC, contents
-from tests.faults.two_at_once import CASES, VARIANT, Projects, met
+from tests.faults.two_at_once import Projects, tried
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +22,7 @@ def projects(reproduced, tmp_path_factory):
 @pytest.mark.pipeline
 @pytest.mark.parametrize("case", ["one stage twice by hand", "drank track of two clones"])
 def test_nothing_is_lost(projects, case):
-    assert CASES[case](projects) in ("both", "refused")
-
-
-@pytest.mark.pipeline
-def test_two_dvc_on_one_stage_leave_what_one_leaves(projects):
-    root = projects.copy()
-    before = contents(root)
-    command = (*DVC, "repro", "--force", "--single-item", f"allocation@{VARIANT}")
-    met(projects.start(root, *command), projects.start(root, *command))
-    assert contents(root) == before
+    assert tried(projects, case) in (("both",), ("refused",))
 
 
 def filled_by_another(enter, entered, leave):
@@ -54,13 +44,6 @@ def another_in(block):
     process.join()
 
 
-@pytest.fixture
-def another(tmp_path):
-    """A process that is filling ``tmp_path / "folder"``, until it is killed."""
-    with another_in(lambda: replacing_folder(tmp_path / "folder")) as process:
-        yield process
-
-
 def test_a_turn_waits_until_the_process_that_has_it_is_killed(tmp_path, caplog):
     caplog.set_level("INFO")
     with another_in(lambda: turn(str(tmp_path), "another")) as process:
@@ -71,13 +54,12 @@ def test_a_turn_waits_until_the_process_that_has_it_is_killed(tmp_path, caplog):
         assert len(caplog.messages) == 1
 
 
-def test_a_folder_that_another_process_fills_is_refused_until_that_is_killed(another, tmp_path):
+def test_a_folder_that_another_process_fills_is_refused_until_that_is_killed(tmp_path):
     destination = tmp_path / "folder"
-    with pytest.raises(FileError, match=r"folder.*another process is writing this"), replacing_folder(destination):
-        pass
-    assert names(tmp_path) == [".folder.partial"]
-    another.kill()
-    another.join()
+    with another_in(lambda: replacing_folder(destination)):
+        with pytest.raises(FileError, match=r"folder.*another process is writing this"), replacing_folder(destination):
+            pass
+        assert names(tmp_path) == [".folder.partial"]
     with replacing_folder(destination) as folder:
         write_text(folder / "a", "1")
     assert names(tmp_path) == ["folder"]

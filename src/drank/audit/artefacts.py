@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drank.audit.ledger import BrokenLinkError, UncheckableError
-from drank.project.dvc import cache_folder, cached, dvc_md5, entry, files_of
+from drank.project.dvc import cache_folder, compared, dvc_md5, entry, files_of, members
 from drank.project.git import file_at
 
 
@@ -76,11 +76,11 @@ class Store:
         cache = cache_folder(self.root)
         if cache is None or not entry(cache, md5).is_file():
             return {}
-        if (members := cached(cache, md5)) is None:
+        if (listed := members(cache, md5)) is None:
             raise BrokenLinkError(f"{path}: damaged in DVC's cache: {entry(cache, md5)}; delete it and `dvc repro`")
-        if not all(file.is_file() for file, _ in members.values()):
+        files = {name: entry(cache, one) for name, one in listed.items()}
+        if not all(file.is_file() for file in files.values()):
             return {}
-        for file, one in members.values():
-            if dvc_md5(file) != one:
-                raise BrokenLinkError(f"{path}: damaged in DVC's cache: {file}; delete it and `dvc repro`")
-        return {name: file for name, (file, _) in members.items()}
+        if damages := compared({files[name]: one for name, one in listed.items()}, files.values(), ""):
+            raise BrokenLinkError(f"{path}: damaged in DVC's cache: {damages[0].path}; delete it and `dvc repro`")
+        return files

@@ -98,7 +98,7 @@ def end_without(ancestors: Sequence[psutil.Process]) -> None:
     """
 
     def watch() -> None:
-        while all(map(_runs, ancestors)):
+        while all(map(runs, ancestors)):
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)  # a launcher ends its processes with it
         time.sleep(30)
@@ -107,7 +107,8 @@ def end_without(ancestors: Sequence[psutil.Process]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """True unless a process has ended, also where nobody has asked for its status yet."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -1,6 +1,5 @@
 """Reads every byte that dvc.lock speaks of again, in the workspace and in DVC's cache, and tells what is damaged."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from drank.project import dvc
 from drank.project.dvc import Damage, LockError
+from drank.project.files import FileError, read_json
 
 
 @dataclass
@@ -44,26 +44,21 @@ def find_damage(root: Path, bar: Callable[[Iterable[str]], Iterable[str]] = iter
         here, written = root / path, outs[path].items()
         ways = [dvc.differing(here, md5, cache, stage) for md5, stage in written] if here.exists() else []
         wrong = ways[-1] if ways and all(ways) else []
-        damages |= {damage.path: damage for damage in wrong if damage.found}
-        copied = False
+        whole, copied = bool(ways) and all(damage.found for damage in wrong), False
         for md5, stage in written:
-            broken, copied = _copy(cache, md5, stage) if cache else ([], False)
-            damages |= {damage.path: damage for damage in broken}
+            if cache is None:
+                break
+            listed = dvc.members(cache, md5)
+            entries = {dvc.entry(cache, one): one.removesuffix(".dir") for one in (md5, *(listed or {}).values())}
+            copies = dvc.compared(entries, filter(Path.is_file, entries), stage)
+            copied = listed is not None and all(damage.found for damage in copies)
+            wrong = wrong + copies
+        damages |= {damage.path: damage for damage in wrong if damage.found}
+        (found.whole if whole or copied else found.absent).append(path)
         if not copied:
             found.uncached.append(path)
-        lacking = not copied and (not ways or any(damage.found is None for damage in wrong))
-        (found.absent if lacking else found.whole).append(path)
     found.damages = list(damages.values())
     return found
-
-
-def _copy(cache: Path, md5: str, stage: str) -> tuple[list[Damage], bool]:
-    """Differing entries of DVC's cache, the list of a folder among them, and True if it has an entry for every file."""
-    members = dvc.cached(cache, md5)
-    entries = {dvc.entry(cache, md5): md5.removesuffix(".dir")} | dict((members or {}).values())
-    there = {file: (one, dvc.dvc_md5(file)) for file, one in entries.items() if file.is_file()}
-    damages = [Damage(file, stage, one, now) for file, (one, now) in sorted(there.items()) if one != now]
-    return damages, members is not None and len(there) == len(entries)
 
 
 def find_torn(root: Path) -> dict[Path, str]:
@@ -72,17 +67,12 @@ def find_torn(root: Path) -> dict[Path, str]:
     Without its lock file, ``dvc repro`` takes what it finds in its cache of runs, and writes the lock anew.
     """
     torn = {}
-    lock, rwlock = root / "dvc.lock", root / ".dvc/tmp/rwlock"
-    if lock.is_file():
-        try:
-            dvc.read_lock(lock)
-        except LockError as error:
-            torn[lock] = str(error)
-    if rwlock.is_file():
-        try:
-            json.loads(rwlock.read_text(encoding="utf-8"))
-        except ValueError as error:
-            torn[rwlock] = f"{rwlock}: not JSON: {error}"
+    for path, read in ((root / "dvc.lock", dvc.read_lock), (root / ".dvc/tmp/rwlock", read_json)):
+        if path.is_file():
+            try:
+                read(path)
+            except (LockError, FileError) as error:
+                torn[path] = str(error)
     return torn
 
 

@@ -7,6 +7,7 @@ import configparser
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -55,11 +56,10 @@ class Damage:
 class Inputs:
     """A project's files as a stage reads them: ``inputs / "data/sampling/test.safetensors"`` is a path, checked.
 
-    DVC knows a file by its size and time of change, and an entry of its cache by being read-only. A bit that flips on
-    the disk changes neither, and the stage that reads it would make a wrong result under the name of the right one.
-    So the bytes are compared with the md5 in dvc.lock. Paths that the lock lacks are not compared: a stage that is run
-    by hand needs no DVC. Stages that would spend more than a twentieth of their time on it, spectrum and compression,
-    read without it; `drank check` and `drank audit` read covariances and spectra again.
+    DVC knows a file by its size and time of change, which a bit that flips on the disk leaves as they are. So the bytes
+    are compared with the md5 in dvc.lock. Paths that the lock lacks are not compared: a stage that is run by hand needs
+    no DVC. Spectrum and compression, which would spend more than a twentieth of their time on it, read without it;
+    `drank check` and `drank audit` read covariances and spectra again.
 
     Raises:
         LockError: dvc.lock is not one.
@@ -73,20 +73,18 @@ class Inputs:
     def __truediv__(self, name: str) -> Path:
         path = self.root / name
         within = [out for out in self._outs if PurePosixPath(name).is_relative_to(out)]
-        if within and path.exists():
-            self._check(path, max(within, key=len))
-        return path
-
-    def _check(self, path: Path, out: str) -> None:
-        folder, written = self.root / out, self._outs[out]
-        found = [differing(folder, md5, self._cache, stage, path) for md5, stage in written.items()]
-        if all(found):
-            first = found[0][0]
+        if not within or not path.exists():
+            return path
+        out = max(within, key=len)
+        ways = [differing(self.root / out, md5, self._cache, stage, path) for md5, stage in self._outs[out].items()]
+        if all(ways):
+            first = ways[0][0]
             raise DamageError(
                 f"{first.path}: damaged, or changed since {first.stage} wrote it: its md5 is {first.found or 'gone'}, "
                 f"expected {first.recorded or 'no such file'}. `drank check --mend` takes away what is damaged, "
                 f"DVC's cached copy too; `dvc repro` then makes it again"
             )
+        return path
 
 
 def _within(path: str) -> str:
@@ -122,15 +120,13 @@ def read_lock(path: Path) -> Stages:
         LockError: no lock, or not one.
     """
     try:
-        return parse_lock(path.read_text(encoding="utf-8"), str(path))
+        return parse_lock(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise LockError(f"{path}: not found; run `dvc repro`, which writes it") from None
-    except UnicodeDecodeError as error:
-        raise LockError(f"{path}: damaged, {error}; `git checkout {path.name}` or `dvc repro` mends it") from None
 
 
-def parse_lock(text: str, where: str) -> Stages:
-    """The stages of a dvc.lock, given as text; ``where`` names it in errors.
+def parse_lock(text: str | bytes, where: str) -> Stages:
+    """The stages of the text of a dvc.lock; ``where`` names it in errors.
 
     Raises:
         LockError: not a dvc.lock, or one without stages.
@@ -178,15 +174,18 @@ def differing(path: Path, md5: str, cache: Path | None, stage: str, within: Path
         stage: what wrote it, for the report.
         within: the part of a folder that is compared, where the folder has a list.
     """
-    listed = read_listing(cache, md5) if path.is_dir() else None
+    part, listed = within or path, members(cache, md5)
     if listed is None:
-        now, then = {path: dvc_md5(path)}, {path: md5}
-    else:
-        part = within or path
-        now = {file: dvc_md5(file) for file in ([part] if part.is_file() else files_of(part))}
-        then = {path / name: one for name, one in listed.items() if (path / name).is_relative_to(part)}
-    names = sorted({file for file, _ in now.items() ^ then.items()})
-    return [Damage(file, stage, then.get(file), now.get(file)) for file in names]
+        return compared({path: md5}, [path], stage)
+    recorded = {path / name: one for name, one in listed.items() if (path / name).is_relative_to(part)}
+    return compared(recorded, [part] if part.is_file() else files_of(part), stage)
+
+
+def compared(recorded: Mapping[Path, str], there: Iterable[Path], stage: str) -> list[Damage]:
+    """The paths that are not there, not recorded, or there with another md5."""
+    now = {path: dvc_md5(path) for path in there}
+    names = sorted({path for path, _ in now.items() ^ recorded.items()})
+    return [Damage(path, stage, recorded.get(path), now.get(path)) for path in names]
 
 
 def dvc_md5(path: Path) -> str:
@@ -243,20 +242,16 @@ def entry(cache: Path, md5: str) -> Path:
     return cache / md5[:2] / md5[2:]
 
 
-def read_listing(cache: Path | None, md5: str) -> dict[str, str] | None:
-    """Every file's md5 by its path, for a folder with this one; None for a file, or if the cache has no whole list."""
-    if cache is None or not md5.endswith(".dir") or not entry(cache, md5).is_file():
+def members(cache: Path | None, md5: str) -> dict[str, str] | None:
+    """The md5 of each file of a folder with this one, by its path; of a file its own, by the empty name.
+
+    None for a folder without a whole list in the cache.
+    """
+    if not md5.endswith(".dir"):
+        return {"": md5}
+    if cache is None or not entry(cache, md5).is_file():
         return None
     content = entry(cache, md5).read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
         return None
     return {file["relpath"]: file["md5"] for file in json.loads(content)}
-
-
-def cached(cache: Path, md5: str) -> dict[str, tuple[Path, str]] | None:
-    """Places in the cache for this md5, each with its own md5: a file's by the empty name, a folder's files by theirs.
-
-    None for a folder without a whole list there.
-    """
-    listed = read_listing(cache, md5) if md5.endswith(".dir") else {"": md5}
-    return None if listed is None else {name: (entry(cache, one), one) for name, one in listed.items()}

