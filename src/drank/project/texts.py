@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from itertools import accumulate, groupby, islice
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 from drank.project.files import FileError, reading, replacing_file, scratch_folder
 from drank.project.params import TextSource
@@ -27,6 +27,7 @@ from drank.project.sources import COMMIT, SourceError, advise_pin, file_of, hub_
 log = logging.getLogger(__name__)
 
 BOMB = 200  # times its packed size: texts unpack to 3 to 20 times, zeros to 1032 times in gzip and without end in bzip2
+GAP = re.compile(r"[\s,]*")  # between the elements of an array
 SMALL = 2**26  # bytes that anything may unpack to
 
 
@@ -221,16 +222,32 @@ def _json(path: Path, column: str) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as stream:
         while (first := stream.read(1)).isspace():
             pass
-        stream.seek(0)
         if first == "[":
-            yield from json.load(stream)
+            yield from _elements(stream)
             return
+        stream.seek(0)
         for number, line in enumerate(stream, start=1):
             try:
                 if line.strip():
                     yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}; a file has one object per line, or is one array") from None
+
+
+def _elements(stream: TextIO) -> Iterator[Any]:
+    """The elements of a JSON array, behind its bracket, each as soon as it is read."""
+    held, decode = "", json.JSONDecoder().raw_decode
+    while piece := stream.read(max(2**20, len(held))):
+        held, at = held + piece, 0
+        while True:
+            try:
+                element, at = decode(held, GAP.match(held, at).end())  # type: ignore[union-attr]
+            except json.JSONDecodeError:
+                break  # the next piece has the rest
+            yield element
+        held = held[at:]
+    if held.strip() != "]":
+        raise ValueError(f"the array has no end: {held[:50]!r}")
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
