@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from drank.planning.estimate import Cost, costs, read_model, read_test_windows
 from drank.project.dvc import LockError, read_lock
-from drank.project.params import Params
+from drank.project.params import Params, read_params
 
 Level = Literal["error", "warning", "cannot say", "remark"]
 
@@ -29,10 +29,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """The project as checks see it: the project's parameters and, as far as they are at hand, its model's files."""
+    """The project as checks see it: its parameters and, as far as they are at hand, its model's files."""
 
     root: Path
-    params: Params
+
+    @cached_property
+    def params(self) -> Params:
+        return read_params(self.root / "params.yaml")
 
     @cached_property
     def fetched(self) -> dict[str, str]:

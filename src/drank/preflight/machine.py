@@ -1,8 +1,12 @@
-"""Disk and memory of this machine against what the stages will take."""
+"""This machine against what the stages will take: disk, memory, a GPU."""
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -82,6 +86,20 @@ def memory(facts: Facts) -> Iterator[Finding]:
                 "error" if held[name] > 1.5 * total else "warning",
                 f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {fix}",
             )
+
+
+def devices(facts: Facts) -> Iterator[Finding]:
+    """A GPU that is asked for, where there is none, or none for the torch that is installed."""
+    params = facts.params
+    sections: dict[str, Any] = {"covariance": params.covariance, "evaluation": params.evaluation}
+    sections |= {f"variants.{name}.healing": variant.healing for name, variant in params.variants.items()}
+    asked = [f"{name}.device" for name, section in sections.items() if section and section.device == "cuda"]
+    torch = find_spec("torch")
+    told = Path(torch.origin).with_name("version.py").read_text() if torch and torch.origin else ""
+    if asked and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
+        yield Finding("error", f"{', '.join(asked)} = cuda, and there is no GPU here (no /dev/nvidiactl); give cpu")
+    elif asked and not re.search(r"^(cuda|hip)\b[^=]*= *['\"]", told, re.MULTILINE):
+        yield Finding("error", f"{', '.join(asked)} = cuda, and torch is a build for CPUs: install one for your GPU")
 
 
 def memory_limit() -> float:
