@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drank.planning.facts import Facts
 from drank.preflight import preflight
-from drank.preflight.facts import Facts
 from tests import tiny
 from tests.conftest import run
 
@@ -195,7 +195,7 @@ def test_what_was_fetched_is_looked_at(project):
     shutil.copytree(project / "source/model", project / "data/raw/model")
     facts = Facts(project)
     assert facts.folder == project / "data/raw/model"
-    assert "raw" not in facts.costs  # it is there
+    assert "raw" not in facts.left  # it is there
     shutil.rmtree(project / "source")
     assert found(project) == []  # nothing is fetched
     change(project, model={"source": "hub:some/other"})

@@ -6,8 +6,10 @@ check imports torch, transformers, mlflow or lm-eval, so that all of them togeth
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
-from drank.preflight.facts import Facts, Finding
+from drank.planning.facts import Facts
+from drank.preflight.finding import Finding, Level
 from drank.preflight.machine import devices, disk, memory
 from drank.preflight.model import rolling, sizes, sources, windows
 from drank.preflight.project import git, places
@@ -18,12 +20,12 @@ from drank.project.redaction import redact
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     sources, tasks, rolling, windows, devices, sizes, disk, memory, git, places,
 )  # fmt: skip
-LEVELS = ("error", "warning", "cannot say", "remark")
 
 
 def preflight(root: Path) -> list[Finding]:
     """All findings, errors first."""
-    facts, found = Facts(root), []
+    facts = Facts(root)
+    found: list[Finding] = []
     for check in CHECKS:
         try:
             found += check(facts)
@@ -32,4 +34,4 @@ def preflight(root: Path) -> list[Finding]:
         except Exception as error:  # of files that are not what they should be: whatever reads them next says more
             found.append(Finding("cannot say", f"{check.__name__}: not checked: {type(error).__name__}: {error}"))
     said = dict.fromkeys(Finding(finding.level, redact(finding.text)) for finding in found)
-    return sorted(said, key=lambda finding: LEVELS.index(finding.level))
+    return sorted(said, key=lambda finding: get_args(Level).index(finding.level))

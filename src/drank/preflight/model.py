@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drank.planning.estimate import read_model
-from drank.preflight.facts import Facts, Finding, cached_snapshot, offline
+from drank.planning.facts import Facts, cached_snapshot, offline
+from drank.preflight.finding import Finding
 from drank.project.files import FileError
 from drank.project.models import check_folder
 from drank.project.refusals import check_access
@@ -58,7 +59,7 @@ def sizes(facts: Facts) -> Iterator[Finding]:
 def rolling(facts: Facts) -> Iterator[Finding]:
     """Tasks that need a begin or end token: named in the tokenizer's files, or by default of its class."""
     tasks = [task for task in facts.params.evaluation.tasks if task.endswith("_rolling") or task == "wikitext"]
-    tokenizer = facts.tokenizer
+    tokenizer = facts.document("special_tokens_map.json") | facts.document("tokenizer_config.json")
     plain = tokenizer.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend")
     ends = any(tokenizer.get(key, None if plain else "default") for key in ("bos_token", "eos_token"))
     if tasks and not ends and facts.folder and (facts.folder / "tokenizer_config.json").is_file():

@@ -5,7 +5,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from drank.preflight.facts import Facts, Finding
+from drank.planning.facts import Facts
+from drank.preflight.finding import Finding
 from drank.project.dvc import cache_folder
 from drank.project.git import GitError, head, run
 from drank.project.refusals import ACCESS
@@ -29,15 +30,11 @@ def git(facts: Facts) -> Iterator[Finding]:
     try:
         run(root, "var", "GIT_COMMITTER_IDENT")
     except GitError:
-        yield Finding(
-            "warning", "git does not know who commits: `git config user.name ...`, `git config user.email ...`"
-        )
+        yield Finding("warning", "git does not know who commits: set `git config user.name` and `user.email`")
     # Not by drank.project.git, whose pathspecs this command refuses.
     ignored = subprocess.run(["git", "check-ignore", *KEPT], cwd=root, capture_output=True, text=True).stdout.split()
     if ignored:
-        yield Finding(
-            "warning", f"git ignores {', '.join(ignored)} (.gitignore), so no commit can say what made a model"
-        )
+        yield Finding("warning", f"git ignores {', '.join(ignored)}, so no commit can say what made a model")
 
 
 def places(facts: Facts) -> Iterator[Finding]:
