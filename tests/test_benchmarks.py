@@ -7,7 +7,6 @@ import pytest
 import torch
 from benchmarks import yardstick
 from benchmarks.covariance_overhead import collect, covariance_flops, pass_flops
-from benchmarks.measure import interleaved, ratios
 
 from drank.method.spectrum import factors, whitened_spectrum
 from drank.model.linears import find_linears, shared_inputs
@@ -52,13 +51,6 @@ def test_flops_of_passes_by_hand():
     one = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
     assert pass_flops(model, find_linears(model, ["re:.*"]), "none") == 2 * one
     assert pass_flops(model, find_linears(model, ["re:.*"]), "gaussian") == 2 * (2 * one + 2 * 320 * 32)
-
-
-def test_alternatives_take_turns():
-    order = []
-    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
-    assert order == ["a", "b"] * 3
-    assert len(ratios(times, "a", "b")) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from mlflow.projects.utils import load_project
 from rich.console import Console
 
 from drank.cli.pipeline import table_of_variants
@@ -110,16 +109,6 @@ def test_the_table_is_that_of_the_report(tmp_path, rows, shown, hidden):
     text = " ".join(capture.get().split())
     assert all(words in text for words in shown)
     assert hidden is None or hidden not in text
-
-
-def test_mlproject_offers_the_pipeline_and_a_variant_at_another_ratio():
-    project = load_project(str(REPOSITORY))
-    assert (project.name, set(project._entry_points)) == ("drank", {"main", "ratio"})
-    assert project.get_entry_point("main").compute_command({}, None) == "drank run"
-    ratio = project.get_entry_point("ratio")
-    expected = "dvc exp run -S variants.d-rank-80.size_ratio=0.7 && drank track"
-    assert ratio.compute_command({}, None) == expected
-    assert (REPOSITORY / project.env_config_path).is_file()
 
 
 def test_mlflow_run_changes_a_ratio_and_logs_the_new_state(project):

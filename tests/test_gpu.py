@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks import gpu
-from benchmarks.pivot_layer import MULTIPLE, factor_rank, pivot_rank
 from torch.utils.flop_counter import FlopCounterMode
 
 from drank.method import pivot
 from drank.method.covariance import SecondMoment
-from drank.method.spectrum import factors, square_root, whitened_spectrum
+from drank.method.spectrum import factors, whitened_spectrum
 
 SCRIPT = Path(gpu.__file__)
 SHAPE = gpu.TINY[1]  # grouped heads
@@ -48,31 +47,6 @@ def test_whole_script_alone_with_plain_torch(tmp_path, monkeypatch, capsys):
     assert {line.count("|") for line in printed} == {9}
 
 
-def test_one_run_that_fails_leaves_the_others(asked, capsys):
-    table = gpu.Table(asked)
-
-    def full():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
-
-    runs = {"a": list, "full": full, "never": "no room"}
-    times = gpu.interleaved(runs, 3, table)
-    assert times["a"] > 0
-    assert (times["full"], times["never"], table.failed) == ("out of memory", "no room", False)
-    assert table.attempt(lambda: [][0]).startswith("failed: IndexError")
-    assert table.failed
-    assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("out", "n"), [(640, 640), (1120, 640), (640, 1120)])
-@pytest.mark.parametrize("size", [0.8, 0.5])
-def test_ranks_are_those_of_the_other_benchmark_rounded_down(out, n, size):
-    for form, exact in (("factors", factor_rank), ("gather", pivot_rank)):
-        assert gpu.rank(form, out, n, size, MULTIPLE) == exact(n, out, size)
-        rounded = gpu.rank(form, out, n, size, 2 * MULTIPLE)
-        assert rounded % (2 * MULTIPLE) == 0
-        assert exact(n, out, size) - rounded in (0, MULTIPLE)
-
-
 @pytest.mark.parametrize("form", ["index_copy", "gather"])
 @pytest.mark.parametrize("leading", [(1,), (5,), (2, 3)])
 def test_pivot_forms_are_their_matrix(form, leading, asked):
@@ -84,12 +58,6 @@ def test_pivot_forms_are_their_matrix(form, leading, asked):
     y = gpu.FORMS[form](x.double(), K, C, order, order.argsort())
     torch.testing.assert_close(y, x.double() @ W.T)
     gpu.check(form, x.bfloat16(), given)
-
-
-def test_a_form_that_is_wrong_is_not_timed(asked):
-    K, C, order, inverse = gpu.tensors("gather", 96, 64, 0.5, asked)
-    with pytest.raises(RuntimeError, match="differs from the plain product"):
-        gpu.check("gather", torch.randn(3, 64).bfloat16(), (K, C, order, inverse.roll(1)))
 
 
 def llama_layer(shape):
@@ -197,18 +165,6 @@ def test_spectrum_is_that_of_drank(out, n, kfac, monkeypatch):
         torch.testing.assert_close((left[:k].T @ right[:k]).float(), our_left @ our_right, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(gpu, "EIGH", 0)
     assert gpu.spectrum_flops(out, n, kfac) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("kfac", [False, True])
-def test_excess_loss_of_a_perturbed_factor_by_the_metrics(kfac):
-    W, (H, G) = torch.randn(9, 12).double(), metrics(9, 12, kfac)
-    parts = gpu.spectrum(W, H, G)
-    assert abs(gpu.excess_loss(W, H, G, parts, 4)) < 1e-6
-    worse = (parts[0], parts[1] * 1.1, parts[2])
-    root = torch.eye(9).double() if G is None else square_root(G)
-    D = W - worse[1][:4].T @ worse[2][:4]
-    expected = float((root @ D @ square_root(H)).square().sum() / parts[0][4:].sum()) - 1
-    assert gpu.excess_loss(W, H, G, worse, 4) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("out", "r", "n"), [(9, 4, 6), (5, 5, 7), (40, 16, 12)])

@@ -109,7 +109,7 @@ def test_a_preset_fits_its_budget_and_its_folder_holds_what_was_allocated_and_pa
 @pytest.mark.parametrize(
     ("link", "file", "keys", "value", "told"),
     [
-        ("ranks", "allocation.json", "units.0.bits", 3, "stored as (32, 16, 1), dense of rank 32 has (32, 12, 1)"),
+        ("ranks", "allocation.json", "units.0.bits", 3, "but dense of rank 32 in 3 bits has 512"),
         ("ranks", "allocation.json", "units.0.bytes", more, "bytes of model.layers.0"),
         ("ranks", "allocation.json", "group_size", 32, ""),
         ("sizes", "allocation.json", "bytes", more, "bytes of allocation.json"),

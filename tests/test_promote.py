@@ -129,26 +129,19 @@ BAD = {
     "unknown variant": ("d-rank", lambda root: None, ParamsError, "no variant 'd-rank' in params.yaml; it has: dense"),
     "no lock": ("dense", lambda root: (root / "dvc.lock").unlink(), LockError, r"dvc\.lock: not found; run `dvc repro"),
     "not committed": (
-        "d-rank-80",
-        shrink,
-        UncommittedError,
-        r"params\.yaml, dvc\.lock, data/allocation/d-rank-80\.json, results/d-rank-80\.json: not committed as they "
-        r"are, so no commit would say what made d-rank-80; `git add .* && git commit` first",
+        "d-rank-80", shrink, UncommittedError,
+        r"params\.yaml, dvc\.lock, data/allocation/.*, results/.*: not committed as they are, .* && git commit` first",
     ),
     "no weights": (
-        "dense",
-        lambda root: shutil.rmtree(root / "data/models/dense"),
-        PromotionError,
+        "dense", lambda root: shutil.rmtree(root / "data/models/dense"), PromotionError,
         "data/models/dense: not found; fetch it with `dvc checkout`",
     ),
     "edited weights": (
-        "dense",
-        lambda root: (root / "data/models/dense/more.txt").write_text("x"),
-        PromotionError,
+        "dense", lambda root: (root / "data/models/dense/more.txt").write_text("x"), PromotionError,
         r"data/models/dense: edited or stale: its md5 is \w+\.dir, but dvc\.lock has \w+\.dir; run `dvc checkout",
     ),
     "no user": ("dense", without_user, GitError, "`git var` says: "),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -114,9 +114,7 @@ def _mlflow(folder: Folder, root: Path, runs: "list[VariantRun]") -> str:
     sha256 = folder.digests["allocation.json"]
     for run in found:
         if run.allocation_sha256 != sha256:
-            raise BrokenLinkError(
-                f"run {run.run_id} has an allocation of sha256 {run.allocation_sha256}, the folder has {sha256}"
-            )
+            raise BrokenLinkError(f"run {run.run_id} has an allocation of sha256 {run.allocation_sha256}, not {sha256}")
     newest = found[0]
     version = "" if newest.version is None else f", version {newest.version} of the registered model"
     return f"run {newest.name} {newest.run_id}{version}{', which is champion' if newest.champion else ''}"

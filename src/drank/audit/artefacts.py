@@ -33,54 +33,42 @@ class Artefact:
         return self.files[""].read_bytes() if self.files else self.content
 
 
-@dataclass(frozen=True)
-class Store:
-    """Where the bytes of a repository's artefacts may be.
+def locate(root: Path, path: str, md5: str, present: Mapping[str, str], commit: str | None) -> Artefact:
+    """The bytes of an artefact that have this hash, compared with it.
 
-    Attributes:
+    Args:
         present: DVC's hash of each path as the workspace's dvc.lock has it. Whatever lies there must have it.
         commit: the commit that git is asked for files that DVC does not cache; None outside git.
+
+    Raises:
+        UncheckableError: neither the workspace nor the cache nor git has them.
+        BrokenLinkError: they are there and damaged.
     """
+    here = root / path
+    if here.exists():
+        if (found := dvc_md5(here)) == md5:
+            files = {file.relative_to(here).as_posix(): file for file in files_of(here)}
+            return Artefact("workspace", files or {"": here})
+        if present.get(path) == md5:
+            raise BrokenLinkError(f"{path}: edited or damaged: its md5 is {found}, dvc.lock has {md5}; `dvc checkout`")
+    if files := _cached(root, path, md5):
+        return Artefact("cache", files)
+    committed = file_at(root, commit, path) if commit else None
+    if committed is not None and hashlib.md5(committed, usedforsecurity=False).hexdigest() == md5:
+        return Artefact("git", {}, committed)
+    raise UncheckableError(f"{path} of md5 {md5} is not here, nor in DVC's cache; `dvc pull` or `dvc repro`")
 
-    root: Path
-    present: Mapping[str, str]
-    commit: str | None
 
-    def locate(self, path: str, md5: str) -> Artefact:
-        """The bytes of this hash, compared with it.
-
-        Raises:
-            UncheckableError: neither the workspace nor the cache nor git has them.
-            BrokenLinkError: they are there and damaged.
-        """
-        here = self.root / path
-        if here.exists():
-            if (found := dvc_md5(here)) == md5:
-                files = {file.relative_to(here).as_posix(): file for file in files_of(here)}
-                return Artefact("workspace", files or {"": here})
-            if self.present.get(path) == md5:
-                raise BrokenLinkError(
-                    f"{path}: edited or damaged: its md5 is {found}, dvc.lock has {md5}; `dvc checkout`"
-                )
-        if files := self._cached(path, md5):
-            return Artefact("cache", files)
-        committed = file_at(self.root, self.commit, path) if self.commit else None
-        if committed is not None and hashlib.md5(committed, usedforsecurity=False).hexdigest() == md5:
-            return Artefact("git", {}, committed)
-        raise UncheckableError(
-            f"{path} of md5 {md5} is neither in the workspace nor in DVC's cache; `dvc pull` or `dvc repro`"
-        )
-
-    def _cached(self, path: str, md5: str) -> dict[str, Path]:
-        """The cache's files, each compared with its md5; empty unless all are there."""
-        cache = cache_folder(self.root)
-        if cache is None or not entry(cache, md5).is_file():
-            return {}
-        if (listed := members(cache, md5)) is None:
-            raise BrokenLinkError(f"{path}: damaged in DVC's cache: {entry(cache, md5)}; delete it and `dvc repro`")
-        files = {name: entry(cache, one) for name, one in listed.items()}
-        if not all(file.is_file() for file in files.values()):
-            return {}
-        if damages := compared({files[name]: one for name, one in listed.items()}, files.values(), ""):
-            raise BrokenLinkError(f"{path}: damaged in DVC's cache: {damages[0].path}; delete it and `dvc repro`")
-        return files
+def _cached(root: Path, path: str, md5: str) -> dict[str, Path]:
+    """The cache's files, each compared with its md5; empty unless all are there."""
+    cache = cache_folder(root)
+    if cache is None or not entry(cache, md5).is_file():
+        return {}
+    if (listed := members(cache, md5)) is None:
+        raise BrokenLinkError(f"{path}: damaged in DVC's cache: {entry(cache, md5)}; delete it and `dvc repro`")
+    files = {name: entry(cache, one) for name, one in listed.items()}
+    if not all(file.is_file() for file in files.values()):
+        return {}
+    if damages := compared({files[name]: one for name, one in listed.items()}, files.values(), ""):
+        raise BrokenLinkError(f"{path}: damaged in DVC's cache: {damages[0].path}; delete it and `dvc repro`")
+    return files

@@ -1,15 +1,14 @@
 """A model folder by itself: does it hold together? Needs nothing but the folder."""
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from drank import __version__
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
-from drank.model.format import SCALES, Spec
+from drank.model.format import SCALES
 from drank.project.documents import (
     AllocationDocument,
     Config,
@@ -22,8 +21,6 @@ from drank.project.dvc import dvc_md5
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
 from drank.project.state import flat
 from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,28 +55,12 @@ class Folder:
         return read_document(self.path / "config.json", Config).quantization_config
 
     @cached_property
-    def tensors(self) -> tuple[Shapes, int]:
-        """Shapes of the stored tensors, and how many numbers they hold: floating-point ones that are no scales, and
-        those stored as integers.
+    def stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of every stored tensor, and its type by safetensors' name for it.
 
         Raises:
             FileError: a weight file is damaged.
         """
-        from drank.model.forms import numbers_in_integers
-
-        n_numbers = numbers_in_integers(self.quantization.modules) if self.quantization else 0
-        scales = {name + SCALES for name in self._stored}
-        for name, (shape, kind) in self._stored.items():
-            n_numbers += math.prod(shape) if "F" in kind and name not in scales else 0
-        return {name: shape for name, (shape, _) in self._stored.items()}, n_numbers
-
-    @property
-    def types(self) -> dict[str, str]:
-        """The type of every stored tensor, by safetensors' name for it."""
-        return {name: kind for name, (_, kind) in self._stored.items()}
-
-    @cached_property
-    def _stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
         from safetensors import SafetensorError, safe_open
 
         found: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -93,25 +74,27 @@ class Folder:
                 raise FileError(f"{path.name}: damaged, not safetensors: {error}; or is `dvc repro` at work?") from None
         return found
 
+    @property
+    def n_numbers(self) -> int:
+        """Numbers of the model: floating-point ones that are no scales, and those stored as integers."""
+        from drank.model.forms import numbers_in_integers
+
+        scales = {name + SCALES for name in self.stored}
+        plain = (math.prod(shape) for name, (shape, kind) in self.stored.items() if "F" in kind and name not in scales)
+        return sum(plain) + (numbers_in_integers(self.quantization.modules) if self.quantization else 0)
+
 
 def check_folder(ledger: Ledger, folder: Folder) -> None:
     """Every link that the folder alone can show."""
-    ledger.check("files", lambda: _files(folder))
-    ledger.check("statement", lambda: _statement(folder), needs=("files",))
-    ledger.check("allocation", lambda: _allocation(folder), needs=("files", "statement"))
-    ledger.check("parameters", lambda: _parameters(folder), needs=("allocation",))
-    ledger.check("ranks", lambda: _ranks(folder), needs=("allocation",))
-    ledger.check("sizes", lambda: _sizes(folder), needs=("allocation",))
-    ledger.check("model card", lambda: _card(folder), needs=("allocation",), source="card")
+    for name, (check, *needs) in CHECKS.items():
+        ledger.check(name, partial(check, folder), tuple(needs), "card" if check is _card else "folder")
 
 
 def _files(folder: Folder) -> str:
     try:
         listed = (folder.path / CHECKSUMS).read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise BrokenLinkError(
-            f"{CHECKSUMS} is missing: the folder is incomplete, or the stage release did not write it"
-        ) from None
+        raise BrokenLinkError(f"{CHECKSUMS} is missing, or the stage release did not write it") from None
     if listed == checksums(folder.digests).encode():
         return f"{len(folder.digests)} files, all as {CHECKSUMS} lists them"
     lines = [line.partition("  ") for line in listed.decode(errors="replace").splitlines()]
@@ -119,9 +102,7 @@ def _files(folder: Folder) -> str:
     changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     found = {"missing": before.keys() - now.keys(), "not listed": now.keys() - before.keys(), "changed": changed}
     told = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in found.items() if names)
-    raise BrokenLinkError(
-        f"{CHECKSUMS} and the files disagree: {told or 'its lines are not sorted lines of sha256sum'}"
-    )
+    raise BrokenLinkError(f"{CHECKSUMS} and the files disagree: {told or 'its lines are not those of sha256sum'}")
 
 
 def _statement(folder: Folder) -> str:
@@ -163,25 +144,18 @@ def _parameters(folder: Folder) -> str:
 
 
 def _ranks(folder: Folder) -> str:
-    allocation, (shapes, _) = folder.allocation, folder.tensors
+    """Every unit by itself, then config.json, then the tensors that config.json asks for."""
+    from drank.model.forms import stored_shapes
+
+    allocation = folder.allocation
     modules = dict(folder.quantization.modules) if folder.quantization else {}
-    if allocation.embedding_bits:
-        _embedding(modules, allocation.embedding_bits, folder)
+    embeddings = {name for name, spec in modules.items() if spec.form == "embedding"}
+    _same("embeddings in config.json", bool(embeddings), "allocation.json", allocation.embedding_bits is not None)
+    for name in embeddings:
+        _same(f"bits of {name}", modules[name].bits, "embedding_bits of allocation.json", allocation.embedding_bits)
+    plain: dict[str, tuple[int, ...]] = {}
     for unit in allocation.units:
-        _same(f"full_rank of {unit.name}", unit.full_rank, "its shape", min(unit.out_features, unit.in_features))
-        _same(f"price of {unit.name}", unit.price, f"{unit.form} of rank {unit.rank}", unit.price_of_form)
-        if unit.form == "dense":
-            _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
-        for tensor, shape in _expected(unit, modules):
-            stored = shapes.get(tensor)
-            transposed = unit.form == "dense" and not unit.is_rounded  # Conv1D's
-            if stored not in (shape, shape[::-1] if transposed else shape):
-                raise BrokenLinkError(f"{tensor}: stored as {stored}, {unit.form} of rank {unit.rank} has {shape}")
-            if unit.is_rounded:
-                _same(f"type of {tensor}", folder.types[tensor], f"{unit.bits} bits", _type(tensor))
-        if unit.is_rounded or unit.bytes is not None:
-            size = unit.bytes_of_form(allocation.group_size)
-            _same(f"bytes of {unit.name}", unit.bytes, f"{unit.form} of rank {unit.rank} in {unit.bits} bits", size)
+        _check_unit(unit, allocation.group_size)
         rank = None if unit.form == "dense" else unit.rank
         grid = (unit.bits, allocation.group_size) if unit.is_rounded else (None, None)
         asked = (unit.form, rank, unit.out_features // len(unit.members), unit.in_features, *grid)
@@ -190,80 +164,73 @@ def _ranks(folder: Folder) -> str:
             told = spec and (spec.form, spec.rank, spec.out_features, spec.in_features, spec.bits, spec.group)
             if spec or unit.form != "dense" or unit.is_rounded:
                 _same(f"form, rank, out, in, bits, group of {member} in config.json", told, "allocation.json", asked)
-    if unknown := modules.keys() - {member for unit in allocation.units for member in unit.members}:
+            else:
+                plain[f"{member}.weight"] = asked[2:4]
+    if unknown := modules.keys() - embeddings - {member for unit in allocation.units for member in unit.members}:
         raise BrokenLinkError(f"{min(unknown)}: in config.json, not in allocation.json")
+    for tensor, shape in (plain | stored_shapes(modules)).items():
+        stored, kind = folder.stored.get(tensor, (None, ""))
+        if stored != shape and not (tensor in plain and stored == shape[::-1]):  # Conv1D's
+            raise BrokenLinkError(f"{tensor}: stored as {stored}, its form and rank have {shape}")
+        spec = modules.get(tensor.rpartition(".")[0])
+        if spec and spec.bits:
+            whole = "I8" if spec.form == "embedding" else "I32" if tensor.endswith(".places") else "U8"
+            _same(f"type of {tensor}", kind, f"{spec.bits} bits", "BF16" if tensor.endswith(SCALES) else whole)
     return f"{len(allocation.units)} units: shapes of the weights, config.json and allocation.json agree"
 
 
-def _embedding(modules: dict[str, Spec], bits: int, folder: Folder) -> None:
-    """Check the input embedding, and a head of its own, and take them off the other modules."""
-    from drank.model.forms import stored_shapes
-
-    found = [name for name, spec in modules.items() if spec.form == "embedding"]
-    _same("embeddings in config.json", bool(found), "embedding_bits of allocation.json", True)
-    specs = {name: modules.pop(name) for name in found}
-    for name, spec in specs.items():
-        _same(f"bits of {name}", spec.bits, "embedding_bits of allocation.json", bits)
-    for tensor, shape in stored_shapes(specs).items():
-        _same(f"shape of {tensor}", folder.tensors[0].get(tensor), "config.json", shape)
-        _same(f"type of {tensor}", folder.types[tensor], f"{bits} bits", "BF16" if tensor.endswith(SCALES) else "I8")
-
-
-def _type(tensor: str) -> str:
-    """The type of a rounded unit's tensor, by safetensors' name for it."""
-    if tensor.endswith(".places"):
-        return "I32"
-    return "BF16" if tensor.endswith(SCALES) else "U8"
-
-
-def _expected(unit: UnitRow, modules: Mapping[str, Spec]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor that a unit is stored in."""
-    from drank.model.forms import stored_shapes
-
-    told = {"form": unit.form, "rank": unit.rank, "in_features": unit.in_features}
-    told["out_features"] = unit.out_features // len(unit.members)
-    unknown = Spec.model_construct()  # of a module that config.json lacks; a rank of 0 is a finding, no fault of ours
-    told |= {"bits": unit.bits} if unit.is_rounded else {}
-    specs = {member: modules.get(member, unknown).model_copy(update=told) for member in unit.members}
-    yield from stored_shapes(specs).items()
+def _check_unit(unit: UnitRow, group_size: int | None) -> None:
+    """A unit's figures against what follows from its form, rank, shape and bits."""
+    form = f"{unit.form} of rank {unit.rank}"
+    _same(f"full_rank of {unit.name}", unit.full_rank, "its shape", min(unit.out_features, unit.in_features))
+    _same(f"price of {unit.name}", unit.price, form, unit.price_of_form)
+    if unit.form == "dense":
+        _same(f"rank of {unit.name}, which is dense,", unit.rank, "full_rank", unit.full_rank)
+    if unit.is_rounded or unit.bytes is not None:
+        size = unit.bytes_of_form(group_size)
+        _same(f"bytes of {unit.name}", unit.bytes, f"{form} in {unit.bits} bits", size)
 
 
 def _sizes(folder: Folder) -> str:
-    allocation, results, (_, n_numbers) = folder.allocation, folder.statement.results, folder.tensors
+    allocation, results, n_numbers = folder.allocation, folder.statement.results, folder.n_numbers
     price = sum(unit.price for unit in allocation.units)
-    stored = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
+    n_bytes = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
     kept = price / allocation.targeted_parameters
     _same("price of allocation.json", allocation.price, "sum over its units", price)
     _same("budget of allocation.json", allocation.budget, "price + slack", price + allocation.slack)
     _same("kept_ratio of allocation.json", allocation.kept_ratio, "price / parameters", kept)
     _same("kept_ratio of the results", results.get("kept_ratio"), "allocation.json", kept)
-    if allocation.bytes is not None:
-        _same(
-            "bytes of allocation.json",
-            allocation.bytes,
-            "sum over its units",
-            sum(u.bytes or 0 for u in allocation.units),
-        )
-    if allocation.bytes_budget is not None:
-        if (allocation.bytes or 0) > allocation.bytes_budget:
-            raise BrokenLinkError(f"bytes of allocation.json are {allocation.bytes}, above {allocation.bytes_budget}")
-        if allocation.bytes_ratio is not None:
-            may = int(allocation.bytes_ratio * (2 * allocation.targeted_parameters) + 1e-6)  # of bfloat16
-            _same("bytes_budget of allocation.json", allocation.bytes_budget, "bytes_ratio of the linears", may)
     _same("parameters of the results", results.get("parameters"), "numbers in the weights", n_numbers)
-    _same("bytes of the results", results.get("bytes"), "size of the weight files", stored)
+    _same("bytes of the results", results.get("bytes"), "size of the weight files", n_bytes)
+    _check_bytes(allocation, n_bytes)
+    _check_objective(allocation)
+    return f"{kept:.4f} of the targeted parameters kept, {n_numbers:,} parameters, {n_bytes:,} bytes"
+
+
+def _check_bytes(allocation: AllocationDocument, n_bytes: int) -> None:
+    """Bytes of the linears against their budget, and those of the weight files against the megabytes asked."""
+    if allocation.bytes is not None:
+        total = sum(unit.bytes or 0 for unit in allocation.units)
+        _same("bytes of allocation.json", allocation.bytes, "sum over its units", total)
+    if allocation.bytes_budget is not None and (allocation.bytes or 0) > allocation.bytes_budget:
+        raise BrokenLinkError(f"bytes of allocation.json are {allocation.bytes}, above {allocation.bytes_budget}")
+    if allocation.bytes_ratio is not None:
+        may = int(allocation.bytes_ratio * (2 * allocation.targeted_parameters) + 1e-6)  # of bfloat16
+        _same("bytes_budget of allocation.json", allocation.bytes_budget, "bytes_ratio of the linears", may)
+    if allocation.megabytes is not None and n_bytes > allocation.megabytes * 1e6:
+        raise BrokenLinkError(f"weight files have {n_bytes:,} bytes, above the budget, {allocation.megabytes} MB")
+
+
+def _check_objective(allocation: AllocationDocument) -> None:
+    """ASVD's search compresses by scores up to its objective; that of every other rule is a sum."""
     shares, objective = [unit.objective_share for unit in allocation.units], allocation.objective.value
-    # ASVD's search compresses by scores up to its objective; that of every other rule is a sum.
     if allocation.allocation == "sensitivity":
         within = all(unit.form == "dense" or unit.objective_share <= objective for unit in allocation.units)
     else:
         within = math.isclose(math.fsum(shares), objective, rel_tol=1e-9, abs_tol=1e-12)
     if not within:
-        raise BrokenLinkError(
-            f"objective of allocation.json is {objective}, its units' shares sum to {math.fsum(shares)}, "
-            f"the largest is {max(shares)}"
-        )
-    return f"{kept:.4f} of the targeted parameters kept, {n_numbers:,} parameters, {stored:,} bytes"
+        told = f"shares of its units sum to {math.fsum(shares)}, the largest is {max(shares)}"
+        raise BrokenLinkError(f"objective of allocation.json is {objective}, {told}")
 
 
 def _card(folder: Folder) -> str:
@@ -282,3 +249,15 @@ def _card(folder: Folder) -> str:
 def _same(what: str, value: Any, where: str, expected: Any) -> None:
     if value != expected or value is None:
         raise BrokenLinkError(f"{what} is {value}, but {where} has {expected}")
+
+
+# By name of the link: its check, and the links that have to hold before.
+CHECKS: dict[str, tuple[Any, ...]] = {
+    "files": (_files,),
+    "statement": (_statement, "files"),
+    "allocation": (_allocation, "files", "statement"),
+    "parameters": (_parameters, "allocation"),
+    "ranks": (_ranks, "allocation"),
+    "sizes": (_sizes, "allocation"),
+    "model card": (_card, "allocation"),
+}

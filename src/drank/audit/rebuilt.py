@@ -44,9 +44,7 @@ def check_rebuilt(folder: Folder, other: Folder, test_windows: Path | None) -> s
     divergences = _divergences(folder, other, test_windows)
     told += [f"divergence on {text} {value:.2g} nats per token" for text, value in divergences.items()]
     if max(divergences.values()) > TOLERANCE:
-        raise BrokenLinkError(
-            f"{'; '.join(told)}; more than the {TOLERANCE} that another processor's rounding explains"
-        )
+        raise BrokenLinkError(f"{'; '.join(told)}: more than {TOLERANCE}, which rounding would explain")
     return f"{'; '.join(told)}: within {TOLERANCE}, which rounding on another processor explains"
 
 

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drank.audit.artefacts import Artefact, Store
+from drank.audit.artefacts import Artefact, locate
 from drank.audit.folder import Folder
 from drank.audit.ledger import BrokenLinkError, Ledger, UncheckableError
 from drank.project.documents import AllocationDocument, SpectrumSummary, read_document
@@ -47,11 +47,12 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
     record = found[0]
     ledger.check("chain", lambda: _chain(record), (), "git")
     ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), ("parameters",), "git")
-    store = Store(root, outs_of(present), record.commit.sha if record.commit else None)
     located: dict[str, Artefact] = {}
+    commit = record.commit.sha if record.commit else None
+    find = partial(locate, root, present=outs_of(present), commit=commit)
     for path, md5 in progress(outs_of(record.stages).items(), desc="artefacts", unit="outs", leave=False):
         if path != record.path:
-            check = partial(_artefact, folder, store, located, path, md5)
+            check = partial(_artefact, folder, find, located, path, md5)
             ledger.check(path, check, (), "artefacts")
     ledger.check("loss", lambda: _loss(folder.allocation, located), ("ranks",), "artefacts")
     ledger.check("results", lambda: _results(folder, located), ("allocation",), "artefacts")
@@ -71,15 +72,10 @@ def _find(md5: str, root: Path, present: Stages, found: list[Record]) -> str:
         if is_here:
             raise BrokenLinkError("dvc.lock of the working tree has it, and no commit does: commit dvc.lock first")
     if is_here:
-        raise UncheckableError(
-            "dvc.lock of the workspace has it, but no git history here says which commit; audit in a clone"
-        )
+        raise UncheckableError("dvc.lock has it, but no git history here says which commit; audit in a clone")
     if not present and not in_git:
         raise UncheckableError("neither a git history nor a dvc.lock here; audit in a clone")
-    raise BrokenLinkError(
-        f"no dvc.lock in the history has a folder of md5 {md5}: edited since, or made elsewhere; a commit that was not "
-        f"fetched?"
-    )
+    raise BrokenLinkError(f"no dvc.lock in the history has a folder of md5 {md5}: edited since, or made elsewhere")
 
 
 def _stages_at(root: Path, commit: str) -> Stages:
@@ -123,9 +119,11 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     return f"{len(told)} values: {where}, dvc.lock and {STATEMENT} agree"
 
 
-def _artefact(folder: Folder, store: Store, located: dict[str, Artefact], path: str, md5: str) -> str:
+def _artefact(
+    folder: Folder, find: Callable[[str, str], Artefact], located: dict[str, Artefact], path: str, md5: str
+) -> str:
     """An artefact's bytes against DVC's hash of them, and against what the folder's statement has of its files."""
-    artefact = located[path] = store.locate(path, md5)
+    artefact = located[path] = find(path, md5)
     told = {name.removeprefix(path).removeprefix("/"): d for name, d in folder.statement.digests.items()}
     compared = [name for name in told if name in artefact.files]
     for name in compared:

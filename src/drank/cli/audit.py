@@ -122,10 +122,8 @@ def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
             digest = f", sha256 {material['digest']['sha256']}" if "digest" in material else ""
             yield label, f"{material['uri']}{digest}"
     if "commit" in chain:
-        known = (
-            "{sha} of {date}, “{subject}”".format_map(chain["commit"]) if chain["commit"] else "none that is known here"
-        )
-        yield "commit", known
+        commit = chain["commit"]
+        yield "commit", "{sha} of {date}, “{subject}”".format(**commit) if commit else "none that is known here"
     yield "results", _listed({k: v for k, v in results.items() if k.startswith(("token_perplexity/", "acc/"))})
     if types := dict(chain["computed_in"]):
         measured = types.pop("evaluation", "an unknown type")

@@ -100,10 +100,8 @@ def find_models(root: Path, names: Sequence[str]) -> tuple[dict[str, Path], str]
             folders[name] = root / "data/models" / name
             dense += [name] * (read_params(root / "params.yaml").variant(name)[1].allocation == "dense")
         if not ((folders[name] / "config.json").is_file() and weights_bytes(folders[name])):
-            raise BenchError(
-                f"{folders[name]}: not the folder of a model: it has no config.json, or no *.safetensors; fetch a "
-                "variant with `dvc checkout`, `dvc pull` or `dvc repro`"
-            )
+            told = "not the folder of a model: it has no config.json, or no *.safetensors"
+            raise BenchError(f"{folders[name]}: {told}; fetch a variant with `dvc checkout` or `dvc repro`")
     return folders, (dense or list(folders))[0]
 
 

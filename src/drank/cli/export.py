@@ -60,21 +60,15 @@ def check(model: Path, destination: Path, dense: bool) -> "Provenance":
         raise ExportError(f"{model}: no config.json, so not the folder of a model")
     if folder.quantization is None:
         raise ExportError(f"{model}: not compressed, so plain already: copy it as it is")
+    if not folder.stored:
+        raise ExportError(f"{model}: no weights (*.safetensors); copy it again")
     if not dense:
         raise ExportError(
             f"{model}: loads with plain from_pretrained after `import drank`, so copy it as it is (docs/loading.md); "
             f"for tools that know no factors --dense writes a plain model, as large as the base model"
         )
-    if destination.resolve().is_relative_to(model.resolve()):
-        raise ExportError(
-            f"{destination}: inside the folder that is exported, which would be another then: name another"
-        )
-    if destination.exists():
-        raise ExportError(
-            f"{destination}: exists already, and would be replaced as a whole: remove it, or name another"
-        )
-    if not folder.tensors[0]:
-        raise ExportError(f"{model}: no weights (*.safetensors); copy it again")
+    if destination.exists() or destination.resolve().is_relative_to(model.resolve()):
+        raise ExportError(f"{destination}: exists already, or is inside the folder that is exported; name another")
     return folder.quantization.provenance
 
 

@@ -78,10 +78,8 @@ def check_committed(root: Path, variant: str) -> None:
     """Refuse a variant of which some file that git keeps is not in HEAD as it is."""
     kept = ["dvc.yaml", "params.yaml", "dvc.lock", f"data/allocation/{variant}.json", f"results/{variant}.json"]
     if changed := [path for path in kept if file_at(root, "HEAD", path) != (root / path).read_bytes()]:
-        raise UncommittedError(
-            f"{', '.join(changed)}: not committed as they are, so no commit would say what made {variant}; "
-            f"`git add {' '.join(changed)} && git commit` first"
-        )
+        told = f"not committed as they are, so no commit would say what made {variant}"
+        raise UncommittedError(f"{', '.join(changed)}: {told}; `git add {' '.join(changed)} && git commit` first")
 
 
 def check_tag(root: Path) -> None:

@@ -98,18 +98,12 @@ def costs(params: Params, model: Model, n_test_windows: int = 0) -> dict[str, Co
 
 def _covariance(params: Params, model: Model, weights: float) -> Cost:
     """Passes, of which some windows are sent back, and sums."""
-    on, setting, shape = params.covariance, _setting(params), model.shape
+    on, setting, shape, scale = params.covariance, _setting(params), model.shape, model.parameters
     kfac = on.fisher != "none"
-    flops = footprint.covariance_flops(shape, setting, False, on.offload)
-    if kfac:
-        n_windows = min(on.fisher_windows or setting.n_windows, setting.n_windows)
-        back = Setting(n_windows, setting.window_length, setting.batch_windows, ())
-        forth, both = (footprint.covariance_flops(shape, back, gradients, on.offload) for gradients in (False, True))
-        flops += both - forth
     held = sum(footprint.memory(shape, setting, kfac, on.offload).values())
     written = footprint.covariance_files(shape, kfac) + footprint.hidden_states(shape, setting, kfac) * on.offload
-    scale = model.parameters
-    return Cost(on, held * scale, written * scale, weights, flops * scale)
+    passes = footprint.covariance_flops(shape, setting, kfac, on.offload)
+    return Cost(on, held * scale, written * scale, weights, passes * scale)
 
 
 def _spectrum(params: Params, model: Model, asked: Spectrum, weights: float) -> Cost:
@@ -141,9 +135,8 @@ def _healed(made: Cost, asked: Healing, model: Model, ratio: float) -> Cost:
 
 
 def _setting(params: Params, spectrum: Spectrum | None = None) -> Setting:
-    sampling = params.sampling
-    cuts = spectrum.cuts if spectrum else ()
-    return Setting(sampling.n_windows, sampling.window_length, params.covariance.batch_windows, cuts)
+    sampling, on, cuts = params.sampling, params.covariance, spectrum.cuts if spectrum else ()
+    return Setting(sampling.n_windows, sampling.window_length, on.batch_windows, cuts, on.fisher_windows)
 
 
 def seconds(costs: dict[str, Cost], speed: Callable[[int, str], Speed]) -> dict[str, float]:

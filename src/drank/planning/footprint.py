@@ -27,8 +27,6 @@ class Shape:
     vocabulary: int
     gated: bool = True
     tied: bool = False
-    biases: bool = False
-    positions: int = 0
 
     @property
     def head_size(self) -> int:
@@ -43,22 +41,28 @@ class Shape:
 
     @property
     def n_parameters(self) -> int:
-        """Weights of a block's linears, without biases."""
+        """Weights of a block's linears."""
         return sum(out * n for out, n in self.linears.values())
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Calibration as in params.yaml; the literature's windows."""
+    """Calibration as in params.yaml; the literature's windows. ``back_windows`` are sent back, all without it."""
 
     n_windows: int = 256
     window_length: int = 2048
     batch_windows: int = 4
     cuts: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625)
+    back_windows: int | None = None
 
     @property
     def tokens(self) -> int:
         return self.n_windows * self.window_length
+
+    @property
+    def back(self) -> int:
+        """Tokens that are sent back."""
+        return (self.back_windows or self.n_windows) * self.window_length
 
     @property
     def batch(self) -> int:
@@ -70,14 +74,13 @@ class Setting:
 
 
 def block_parameters(shape: Shape) -> int:
-    """Linears and two norms; biases of both, where there are any."""
-    return shape.n_parameters + 2 * shape.hidden + shape.biases * (sum(output_sides(shape)) + 2 * shape.hidden)
+    """Linears and two norms."""
+    return shape.n_parameters + 2 * shape.hidden
 
 
 def end_parameters(shape: Shape) -> int:
-    """Embeddings of words and learned positions, last norm, and a head unless it is tied."""
-    words = (1 if shape.tied else 2) * shape.vocabulary
-    return (words + shape.positions + 1 + shape.biases) * shape.hidden
+    """Embeddings, last norm, and a head unless it is tied."""
+    return ((1 if shape.tied else 2) * shape.vocabulary + 1) * shape.hidden
 
 
 def model_parameters(shape: Shape) -> int:
@@ -225,12 +228,11 @@ def covariance_flops(shape: Shape, setting: Setting, kfac: bool, offload: bool) 
     """Passes and sums. Causal attention takes 2 · hidden · length per token, 2.5 times as much backward; the linears,
     whose weights need no gradient, as much backward as forward. Offloaded, a backward pass runs its block again."""
     linears, attention = 2 * shape.n_parameters, 2 * shape.hidden * setting.window_length
-    layer = float(linears + attention + sum(map(moment_flops, input_sides(shape))))
-    if not kfac:
-        return setting.tokens * shape.n_layers * layer
-    layer += linears + 2.5 * attention + sum(map(moment_flops, output_sides(shape)))
-    layer += (linears + attention) * offload
-    return setting.tokens * (shape.n_layers * layer + 4 * shape.vocabulary * shape.hidden)
+    forward = float(linears + attention + sum(map(moment_flops, input_sides(shape))))
+    backward = linears + 2.5 * attention + sum(map(moment_flops, output_sides(shape)))
+    backward += (linears + attention) * offload
+    back = shape.n_layers * backward + 4 * shape.vocabulary * shape.hidden
+    return setting.tokens * shape.n_layers * forward + setting.back * back * kfac
 
 
 def channel_flops(shape: Shape, setting: Setting) -> float:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from drank.planning.estimate import costs, read_model, read_test_windows, seconds
+from drank.planning.estimate import seconds
+from drank.planning.facts import Facts
 from drank.planning.machine import Speed
 from drank.project.params import Params, ParamsError, read_params
 
@@ -35,9 +36,9 @@ class Plan:
         self.n_stages = len(self.left)
         with suppress(ParamsError):  # a stage will say what is wrong
             if self.left:
-                self.params = read_params(root / "params.yaml")
-                self.speeds = speeds(self.params)  # now, for a model to come: beside a stage half of it is measured
-                self._estimate(fetched="raw" not in self.left)
+                self.params = read_params(root / "params.yaml")  # kept: somebody may edit the file meanwhile
+                self.speeds = speeds(self.params)  # now: beside a stage half of it is measured
+                self._estimate()
         if names is not None:
             self.say(self.table())
 
@@ -58,7 +59,7 @@ class Plan:
         if not found or found["name"] not in self.left:
             return
         name = found["name"]
-        if found["running"] and None in self.left.values() and "raw" not in self.left and self._estimate(fetched=True):
+        if found["running"] and None in self.left.values() and "raw" not in self.left and self._estimate():
             self.say(self.table())
         position = f"[{self.n_stages - len(self.left) + 1} of {self.n_stages}] {name}"
         left, taken = self._sum(), self.left.pop(name)
@@ -69,20 +70,13 @@ class Plan:
     def _sum(self) -> float:
         return sum(seconds or 0.0 for seconds in self.left.values())
 
-    def _estimate(self, fetched: bool) -> bool:
-        """Give every stage its time, if the model is at hand: in data/raw/model once that was ``fetched``, or where it
-        will come from."""
-        if not self.speeds:
-            return False
-        scheme, _, name = self.params.model.source.partition(":")
-        folder = self.root / "data/raw/model" if fetched else self.root / Path(name).expanduser()
-        at_hand = (fetched or scheme == "local") and (folder / "config.json").is_file()
-        model = read_model(folder) if at_hand else None
-        if model:
-            taken = costs(self.params, model, read_test_windows(self.params, self.root))
+    def _estimate(self) -> bool:
+        """Give every stage its time, if the model is at hand: fetched, or where it will come from."""
+        taken = Facts(self.root, self.params).costs if self.speeds else {}
+        if taken:
             times = seconds(taken, lambda *place: self.speeds[place])
             self.left = {name: times.get(name, 0.0) for name in self.left}
-        return model is not None
+        return bool(taken)
 
 
 def duration(seconds: float) -> str:

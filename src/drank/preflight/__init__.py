@@ -1,42 +1,37 @@
 """Mistakes that can be known before anything computes, and would otherwise be found out after hours.
 
-A check is a function from the facts, or from the project's folder, to findings; ``CHECKS`` and ``AROUND`` are the
-tables of all. All findings are said at once. No check imports torch, transformers, mlflow or lm-eval, so that all of
-them together take about a second.
+A check is a function from the facts to findings, and ``CHECKS`` is the table of all. All findings are said at once. No
+check imports torch, transformers, mlflow or lm-eval, so that all of them together take about a second.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import get_args
 
-from drank.preflight.around import git, places, sources, store
-from drank.preflight.facts import Facts, Finding
-from drank.preflight.machine import disk, memory
-from drank.preflight.model import lengths, packages, positions, sizes, tokens
+from drank.planning.facts import Facts
+from drank.preflight.finding import Finding, Level
+from drank.preflight.machine import devices, disk, memory
+from drank.preflight.model import rolling, sizes, sources, windows
+from drank.preflight.project import git, places
 from drank.preflight.tasks import tasks
-from drank.project.params import ParamsError, read_params
+from drank.project.params import ParamsError
 from drank.project.redaction import redact
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    sources, tasks, tokens, positions, lengths, packages, sizes, disk, memory,
+    sources, tasks, rolling, windows, devices, sizes, disk, memory, git, places,
 )  # fmt: skip
-AROUND: tuple[Callable[[Path], Iterator[Finding]], ...] = (git, places, store)
-LEVELS = ("error", "warning", "cannot say", "remark")
 
 
 def preflight(root: Path) -> list[Finding]:
     """All findings, errors first."""
+    facts = Facts(root)
     found: list[Finding] = []
-    checks = {check.__name__: partial(check, root) for check in AROUND}
-    try:
-        facts = Facts(root, read_params(root / "params.yaml"))
-        checks |= {check.__name__: partial(check, facts) for check in CHECKS}
-    except ParamsError as error:
-        found.append(Finding("error", str(error)))
-    for name, check in checks.items():
+    for check in CHECKS:
         try:
-            found += check()
+            found += check(facts)
+        except ParamsError as error:  # the same for every check that asks for them
+            found.append(Finding("error", str(error)))
         except Exception as error:  # of files that are not what they should be: whatever reads them next says more
-            found.append(Finding("cannot say", f"{name}: not checked: {type(error).__name__}: {error}"))
-    said = (Finding(finding.level, redact(finding.text)) for finding in found)
-    return sorted(said, key=lambda finding: LEVELS.index(finding.level))
+            found.append(Finding("cannot say", f"{check.__name__}: not checked: {type(error).__name__}: {error}"))
+    said = dict.fromkeys(Finding(finding.level, redact(finding.text)) for finding in found)
+    return sorted(said, key=lambda finding: get_args(Level).index(finding.level))

@@ -1,12 +1,17 @@
-"""Disk and memory of this machine against what the stages will take."""
+"""This machine against what the stages will take: disk, memory, a GPU."""
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from drank.preflight.facts import Facts, Finding
+from drank.planning.facts import Facts
+from drank.preflight.finding import Finding
 from drank.project.dvc import cache_folder, dvc_folder, setting
 
 PROCESS = 1e9  # bytes of a process beside what is counted, about as measured of the default model (docs/performance.md)
@@ -28,12 +33,14 @@ FIXES = {
 def disk(facts: Facts) -> Iterator[Finding]:
     """Outputs of stages against the free disk: once where they are links to DVC's cache, twice where they are copies;
     where the cache has a disk of its own, once on each."""
-    linked = has_links(facts.root)
+    dvc = dvc_folder(facts.root)
+    found = setting(dvc, "type") if dvc else None
+    linked = found is not None and ("hardlink" in found[1] or "symlink" in found[1])
     places = {existing(facts.root / "data"): 1, existing(cache_folder(facts.root) or facts.root / ".dvc"): 1}
     if len({device_of(place) for place in places}) == 1:
         places = {next(iter(places)): 1 if linked else 2}
     for place, copies in places.items():
-        needed = {name: cost.disk * copies for name, cost in facts.costs.items()}
+        needed = {name: cost.disk * copies for name, cost in facts.left.items()}
         if linked:  # a release is a link to what compression wrote
             needed = {name: n for name, n in needed.items() if not name.startswith("release@")}
         free = float(shutil.disk_usage(place).free)
@@ -57,21 +64,14 @@ def device_of(place: Path) -> object:
     return place.stat().st_dev
 
 
-def has_links(root: Path) -> bool:
-    """True if DVC's outputs are links to its cache, by its configuration."""
-    dvc = dvc_folder(root)
-    found = setting(dvc, "type") if dvc else None
-    return found is not None and ("hardlink" in found[1] or "symlink" in found[1])
-
-
 def memory(facts: Facts) -> Iterator[Finding]:
     """Memory of the largest stage of each kind against this machine's."""
     total = min(float(psutil.virtual_memory().total), memory_limit())
     held = {
         name: (getattr(cost.on, "processes", 1) if name.startswith(SHARED) else 1) * (cost.memory + PROCESS)
-        for name, cost in facts.costs.items()
+        for name, cost in facts.left.items()
     }
-    on_gpu = {name for name, cost in facts.costs.items() if cost.on.device == "cuda" and not name.startswith("raw")}
+    on_gpu = {name for name, cost in facts.left.items() if cost.on.device == "cuda" and not name.startswith("raw")}
     if on_gpu:
         yield Finding("cannot say", "memory of the GPU: compare it with `nvidia-smi`")
     for step, (_, fix) in FIXES.items():
@@ -82,6 +82,20 @@ def memory(facts: Facts) -> Iterator[Finding]:
                 "error" if held[name] > 1.5 * total else "warning",
                 f"memory: {name} holds about {gb(held[name])}, and there are {gb(total)} here: {fix}",
             )
+
+
+def devices(facts: Facts) -> Iterator[Finding]:
+    """A GPU that is asked for, where there is none, or none for the torch that is installed."""
+    params = facts.params
+    sections: dict[str, Any] = {"covariance": params.covariance, "evaluation": params.evaluation}
+    sections |= {f"variants.{name}.healing": variant.healing for name, variant in params.variants.items()}
+    asked = [f"{name}.device" for name, section in sections.items() if section and section.device == "cuda"]
+    torch = find_spec("torch")
+    told = Path(torch.origin).with_name("version.py").read_text() if torch and torch.origin else ""
+    if asked and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
+        yield Finding("error", f"{', '.join(asked)} = cuda, and there is no GPU here (no /dev/nvidiactl); give cpu")
+    elif asked and not re.search(r"^(cuda|hip)\b[^=]*= *['\"]", told, re.MULTILINE):
+        yield Finding("error", f"{', '.join(asked)} = cuda, and torch is a build for CPUs: install one for your GPU")
 
 
 def memory_limit() -> float:

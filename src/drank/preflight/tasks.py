@@ -4,16 +4,16 @@ import ast
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from drank.preflight.facts import Facts, Finding, cached_snapshot, offline
+from drank.planning.facts import Facts, cached_snapshot, offline
+from drank.preflight.finding import Finding
 
 SAMPLED = ("last_word", "next_sentence")
-HUB = "https://huggingface.co"
 PATIENCE = 1.0  # seconds
 
 
@@ -45,15 +45,11 @@ def tasks(facts: Facts) -> Iterator[Finding]:
             yield Finding("warning", f"evaluation.tasks: {task} imports {', '.join(missing)}: `pip install` them first")
     if found:
         named = f"evaluation.tasks: {', '.join(found)}: lm-eval fetches their data from the hub"
-        missing = [task for task in found if not has_data(known[task], known)]
+        missing = [task for task in found if not has_data(known[task])]
         if missing and offline():
-            yield Finding(
-                "error", f"{named}; {', '.join(missing)} is not in the cache, and HF_HUB_OFFLINE is set: unset it once"
-            )
-        elif missing and not reachable(os.environ.get("HF_ENDPOINT", HUB)):
-            yield Finding(
-                "error", f"{named}, which cannot be reached; take {', '.join(missing)} out, or run where it can"
-            )
+            yield Finding("error", f"{named}; {', '.join(missing)} is not in the cache, and HF_HUB_OFFLINE is set")
+        elif missing and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+            yield Finding("error", f"{named}, which cannot be reached; take {', '.join(missing)} out")
 
 
 def lm_eval_names(folder: Path) -> dict[str, Path]:
@@ -76,19 +72,17 @@ def lm_eval_names(folder: Path) -> dict[str, Path]:
 NAMED = re.compile(r"^( *(?:- )?)['\"]?(task|group|tag)['\"]?: *([^\n#]*)((?:\n *- +[^\s:]+ *$)*)", re.MULTILINE)
 ITEM = re.compile(r"^ *- +(?:task: *)?([^\s:]+) *$", re.MULTILINE)
 DATA = re.compile(r"^['\"]?dataset_path['\"]?: *['\"]?([^\s'\"#]+)", re.MULTILINE)
-INCLUDED = re.compile(r"^['\"]?include['\"]?: *['\"]?([^\s'\"#]+)", re.MULTILINE)
 
 
-def has_data(file: Path, known: Mapping[str, Path], seen: frozenset[Path] = frozenset()) -> bool:
-    """True if the hub's cache has the data sets of a task, or of all of a group's, as far as files name them."""
-    if file in seen or not file.is_file():
-        return True
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if named := DATA.findall(text):
-        return all(cached_snapshot("datasets", name) is not None for name in named)
-    others = [file.parent / name for name in INCLUDED.findall(text)]
-    others += [known[name] for name in ITEM.findall(text) if name in known]
-    return all(has_data(other, known, seen | {file}) for other in others)
+def has_data(file: Path) -> bool:
+    """True if the hub's cache has the data sets that a task names, or else one that another task of its folder does."""
+
+    def cached(other: Path) -> list[bool]:
+        names = DATA.findall(other.read_text(encoding="utf-8", errors="replace"))
+        return [cached_snapshot("datasets", name) is not None for name in names]
+
+    around = [found for other in file.parent.glob("*yaml") for found in cached(other)]
+    return all(own) if (own := cached(file)) else any(around) or not around
 
 
 def missing_packages(folder: Path) -> list[str]:

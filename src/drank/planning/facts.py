@@ -1,4 +1,4 @@
-"""Facts that checks look at, and their findings."""
+"""A project as plans and checks see it: its parameters, its model's files, the cost of its stages."""
 
 import json
 import os
@@ -6,33 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from drank.planning.estimate import Cost, costs, read_model, read_test_windows
 from drank.project.dvc import LockError, read_lock
-from drank.project.params import Params
-
-Level = Literal["error", "warning", "cannot say", "remark"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was found, in one sentence: the key of params.yaml or the place, its value, the rule, the fix.
-
-    Attributes:
-        level: an ``error`` ends `drank run` before it begins; what a check ``cannot say`` is counted beside the others.
-    """
-
-    level: Level
-    text: str
+from drank.project.params import Params, read_params
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The project as checks see it: the project's parameters and, as far as they are at hand, its model's files."""
+    """A project: its parameters and, as far as they are at hand, its model's files."""
 
     root: Path
-    params: Params
+    given: Params | None = None
+
+    @cached_property
+    def params(self) -> Params:
+        """Those that are given, or else of params.yaml."""
+        return self.given or read_params(self.root / "params.yaml")
 
     @cached_property
     def fetched(self) -> dict[str, str]:
@@ -40,17 +31,14 @@ class Facts:
         if not (self.root / "data/raw/model").is_dir():
             return {}
         try:
-            sections = read_lock(self.root / "dvc.lock")["raw"]["params"]["params.yaml"]
-            texts = {f"text.{name}": text["source"] for name, text in sections["text"].items()}
-            return {"model": sections["model"]["source"]} | texts
+            return sources_of(read_lock(self.root / "dvc.lock")["raw"]["params"]["params.yaml"])
         except (LockError, KeyError, TypeError, AttributeError):
             return {}
 
     @property
     def sources(self) -> dict[str, str]:
         """The same of params.yaml."""
-        texts = {f"text.{name}": text.source for name, text in self.params.text.items()}
-        return {"model": self.params.model.source} | texts
+        return sources_of(self.params.model_dump())
 
     @cached_property
     def folder(self) -> Path | None:
@@ -73,17 +61,15 @@ class Facts:
         return inner if isinstance(inner, dict) else config
 
     @cached_property
-    def tokenizer(self) -> Mapping[str, Any]:
-        return self.document("special_tokens_map.json") | self.document("tokenizer_config.json")
-
-    @cached_property
     def costs(self) -> dict[str, Cost]:
-        """By stage, without those whose output is there; empty where the model's sizes are not known."""
+        """By stage; empty where the model's sizes are not known."""
         model = read_model(self.folder) if self.folder else None
-        if model is None:
-            return {}
-        found = costs(self.params, model, read_test_windows(self.params, self.root))
-        return {name: cost for name, cost in found.items() if not (self.root / out_of(name)).exists()}
+        return costs(self.params, model, read_test_windows(self.params, self.root)) if model else {}
+
+    @property
+    def left(self) -> dict[str, Cost]:
+        """Those of stages whose output is not there."""
+        return {name: cost for name, cost in self.costs.items() if not (self.root / out_of(name)).exists()}
 
     def document(self, name: str) -> dict[str, Any]:
         """A JSON file of the model's folder; empty where there is none."""
@@ -92,6 +78,10 @@ class Facts:
         except (OSError, ValueError):
             return {}
         return document if isinstance(document, dict) else {}
+
+
+def sources_of(document: Mapping[str, Any]) -> dict[str, str]:
+    return {"model": document["model"]["source"]} | {f"text.{k}": v["source"] for k, v in document["text"].items()}
 
 
 def out_of(stage: str) -> str:
