@@ -6,26 +6,23 @@ from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
 from drank.project.params import read_params
-from drank.steps import release as step
+from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums, inputs_of, statement
 
 
 def main(variant: str, root: Path = Path()) -> None:
-    params, inputs = read_params(root / "params.yaml"), Inputs(root)
-    parameters, source = params.parameters_of(variant), root / "data/compression" / variant
+    parameters, inputs = read_params(root / "params.yaml").parameters_of(variant), Inputs(root)
+    source, raw = inputs / f"data/compression/{variant}", (root / "data/raw/model").glob("*.safetensors")
+    there = [file.relative_to(root).as_posix() for file in (*raw, *(root / "data/sampling/tasks").glob("*.jsonl"))]
+    files = {file: file_sha256(inputs / file) for file in inputs_of(parameters, there)}
     results, allocation = (read_json(inputs / f"{place}/{variant}.json") for place in ("results", "data/allocation"))
-    config = read_json(source / "config.json")
-    weights = [file.name for file in (root / "data/raw/model").glob("*.safetensors")]
-    tasks = [file.stem for file in (root / "data/sampling/tasks").glob("*.jsonl")]
-    files = {file: file_sha256(inputs / file) for file in step.inputs_of(params, variant, weights, tasks)}
-    digests = {file.name: file_sha256(file) for file in (inputs / f"data/compression/{variant}").iterdir()}
+    digests = {file.name: file_sha256(file) for file in source.iterdir()}
     with replacing_folder(root / "data/models" / variant) as folder:
         copy_files(source, folder)
-        write_text(folder / step.CARD, step.card(parameters, allocation, results))
-        digests[step.CARD] = file_sha256(folder / step.CARD)
-        made_of, types = step.made(params, variant, files, allocation, config, results)
-        write_json(folder / step.STATEMENT, step.statement(digests, parameters, made_of, results, types))
-        digests[step.STATEMENT] = file_sha256(folder / step.STATEMENT)
-        write_text(folder / step.CHECKSUMS, step.checksums(digests))
+        write_text(folder / CARD, card(parameters, allocation, results))
+        digests[CARD] = file_sha256(folder / CARD)
+        made = statement(parameters, digests, files, allocation, results, read_json(source / "config.json"))
+        write_json(folder / STATEMENT, made)
+        write_text(folder / CHECKSUMS, checksums(digests | {STATEMENT: file_sha256(folder / STATEMENT)}))
 
 
 if __name__ == "__main__":

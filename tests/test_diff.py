@@ -96,15 +96,12 @@ def test_ranks_forms_and_channels_that_differ_are_summed_up_by_kind():
     assert list(found["kinds"]["q_proj"]) == keys
 
 
-def test_a_side_without_blocks_keeps_every_channel():
+def test_a_side_without_blocks_keeps_every_channel_and_groups_are_compared_member_by_member():
     a, b = [unit(0, "up_proj", 2), unit(1, "up_proj", 2)], [unit(0, "up_proj", 2, full=3), unit(1, "up_proj", 2)]
     units = compare(side(units=a), side(units=b, blocks=[block(0, 3), block(1, 6)]))["units"]
     mlps = [units[f"model.layers.{n}.mlp"] for n in (0, 1)]
     assert [(row["a"], row["b"]) for row in mlps] == [(6, 3), (6, 6)]
     assert units["model.layers.0.mlp.up_proj"]["share"] == pytest.approx(2 / 3 - 2 / 4)  # of what 3 channels leave
-
-
-def test_groups_are_compared_member_by_member():
     members = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     pair = unit(0, "q_proj", 3, full=6, members=members)
     units = compare(side(units=[pair]), side(units=[unit(0, "q_proj", 2), unit(1, "q_proj", 4)]))["units"]
@@ -296,22 +293,17 @@ def write_model(folder, source):
     shutil.copy(source, folder / "allocation.json")
 
 
-def test_the_folder_of_a_model_anywhere_knows_its_ranks(project, tmp_path, monkeypatch):
+def test_the_folder_of_a_model_anywhere_knows_its_ranks_and_with_provenance_parameters_and_results(project, tmp_path):
     write_model(tmp_path / "far/away", project / f"data/allocation/{SMALL}.json")
-    monkeypatch.chdir(tmp_path)
-    assert compared(Path(), "far/away", "far/away")["empty"]
-    found = compared(project, "far/away", "first")
+    found = compared(project, tmp_path / "far/away", "first")
     assert ranks(found) == [(1, 3), (2, 2)]
-    assert [remark.partition(" there")[0] for remark in found["remarks"]] == [
-        "far/away: no parameters (of this version)", "far/away: no metrics",
-    ]  # fmt: skip
-
-
-def test_a_folder_with_provenance_has_every_parameter_and_its_results(project, tmp_path):
+    unknown = ("no parameters (of this version)", "no metrics")
+    assert found["remarks"] == [f"{tmp_path}/far/away: {part} there, so none compared" for part in unknown]
     parameters = read_params(project / "params.yaml").parameters_of(SMALL)
     parameters["sampling"]["seed"] = 7
     results = {"token_perplexity/news": 33.0, "bytes": 1000}
-    statement = release.statement({}, parameters, [], results, {})
+    made = allocation([], computed_in={})
+    statement = release.statement(parameters, {}, {}, made, results | {"protocol": {"dtype": "float32"}}, {})
     write_model(tmp_path / "model", project / f"data/allocation/{SMALL}.json")
     write_json(tmp_path / "model/provenance.json", statement)
     found = compared(project, tmp_path / "model", "HEAD")

@@ -1,23 +1,17 @@
-"""Token perplexity and lm-eval's figures, each against a direct computation, and the stage that writes them."""
+"""Token perplexity and lm-eval's figures, each against a direct computation."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from stages.evaluation import main as stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drank.model.perplexity import NotFiniteLossError
-from drank.project.files import JsonLinesFolder, write_json, write_tensors
-from drank.steps.evaluation import count_parameters, load_tasks, run_tasks
+from drank.steps.evaluation import count_parameters, load_tasks, origin, run_tasks
 from tests.tiny import token_perplexity
 
-PARAMS = Path(__file__).parents[1] / "params.yaml"
 LAST_WORD = [
     {"context": "the cat sat on the", "target": "mat"},
     {"context": "a dog ran to its", "target": "door"},
@@ -67,27 +61,16 @@ class Unigram(torch.nn.Module):
         return type("Output", (), {"logits": self.logits.expand(*ids.shape, -1)})
 
 
-def write_tasks(folder: Path, **tasks: list[dict]) -> JsonLinesFolder:
-    written = JsonLinesFolder(folder)
-    written.update(tasks)
-    return written
-
-
-def test_perplexity_of_a_unigram_model_by_hand():
-    perplexity, nats = token_perplexity(Unigram(3 / 4, 1 / 4), torch.tensor([[0, 0, 1], [1, 0, 0]]), 2)
-    assert nats == pytest.approx([math.log(4 / 3) + math.log(4), 2 * math.log(4 / 3)])
-    assert perplexity == pytest.approx((256 / 27) ** 0.25)
-
-
 def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary():
     model = tiny_llama()
     torch.nn.init.zeros_(model.lm_head.weight)
     assert token_perplexity(model, torch.randint(258, (3, 9)), 2)[0] == pytest.approx(258)
 
 
-def test_a_short_last_window_counts_as_much_as_a_long_one_by_hand():
-    windows, last = torch.tensor([[0, 0, 1], [1, 0, 0]]), torch.tensor([0, 1])
-    perplexity, nats = token_perplexity(Unigram(3 / 4, 1 / 4), windows, 2, last=last)
+def test_perplexity_by_hand_where_a_short_last_window_counts_as_much_as_a_long_one():
+    model, windows, last = Unigram(3 / 4, 1 / 4), torch.tensor([[0, 0, 1], [1, 0, 0]]), torch.tensor([0, 1])
+    assert token_perplexity(model, windows, 2)[0] == pytest.approx((256 / 27) ** 0.25)
+    perplexity, nats = token_perplexity(model, windows, 2, last=last)
     means = [(math.log(4 / 3) + math.log(4)) / 2, math.log(4 / 3), math.log(4)]
     assert perplexity == pytest.approx(math.exp(sum(means) / 3))
     assert nats == pytest.approx([2 * means[0], 2 * means[1], means[2]])
@@ -119,19 +102,14 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_window():
         token_perplexity(model, windows, 3)
 
 
-def test_buffers_of_floating_point_count_where_they_are_stored():
-    model = torch.nn.Linear(3, 2)
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_count_once_and_buffers_of_floating_point_where_they_are_stored(tied):
+    model = tiny_llama(tie_word_embeddings=tied)
     model.register_buffer("correction", torch.zeros(5))
     model.register_buffer("positions", torch.zeros(7, dtype=torch.int32))
     model.register_buffer("made_anew", torch.zeros(11), persistent=False)
-    assert count_parameters(model) == 3 * 2 + 2 + 5
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_tied_embeddings_count_once(tied):
-    model = tiny_llama(tie_word_embeddings=tied)
     attention, mlp, norms = 16 * 16 * 2 + 16 * 8 * 2, 3 * 16 * 24, 2 * 16
-    assert count_parameters(model) == 2 * (attention + mlp + norms) + 16 + 258 * 16 * (1 if tied else 2)
+    assert count_parameters(model) == 2 * (attention + mlp + norms) + 16 + 258 * 16 * (1 if tied else 2) + 5
 
 
 def rolling_nats(model, tokenizer, text: str) -> float:
@@ -150,14 +128,13 @@ NATURAL = ["Once upon a time, there was a village by the sea.", "Short."]
 
 
 @pytest.mark.parametrize(("texts", "batch_size"), [(REPETITIVE, 1), (REPETITIVE, 4), (NATURAL, 8)])
-def test_rolling_perplexity_is_that_of_a_direct_computation(tmp_path, tokenizer, texts, batch_size):
-    model = tiny_llama()
-    folder = write_tasks(tmp_path, tale_rolling=[{"text": text} for text in texts])
+def test_rolling_perplexity_is_that_of_a_direct_computation(tokenizer, texts, batch_size):
+    model, items = tiny_llama(), {"tale_rolling": [{"text": text} for text in texts]}
     with torch.inference_mode():
         nats = sum(rolling_nats(model, tokenizer, text) for text in texts)
     rows, shown = [], []
     model.register_forward_hook(lambda _model, _args, output: rows.extend(output.logits))
-    figures = run_tasks(model, tokenizer, load_tasks(folder, ["tale_rolling"], tokenizer), batch_size, counting(shown))
+    figures = run_tasks(model, tokenizer, load_tasks(items, ["tale_rolling"], tokenizer), batch_size, counting(shown))
     assert shown == list(range(len(rows)))
     assert set(figures) == {"bits_per_byte/tale", "word_perplexity/tale"}
     n_bytes, n_words = sum(map(len, texts)), sum(len(text.split(" ")) for text in texts)
@@ -176,9 +153,8 @@ def continuation_nats(model, tokenizer, context: str, continuation: str) -> tupl
     return F.cross_entropy(logits, targets, reduction="sum").item(), bool((logits.argmax(-1) == targets).all())
 
 
-def test_choices_and_last_words_are_scored_as_by_hand(tmp_path, tokenizer):
-    model = tiny_llama(max_position_embeddings=64)
-    folder = write_tasks(tmp_path, last_word=LAST_WORD, next_sentence=NEXT_SENTENCE)
+def test_choices_and_last_words_are_scored_as_by_hand(tokenizer):
+    model, items = tiny_llama(max_position_embeddings=64), {"last_word": LAST_WORD, "next_sentence": NEXT_SENTENCE}
     with torch.inference_mode():
         words = [continuation_nats(model, tokenizer, row["context"], f" {row['target']}") for row in LAST_WORD]
         right, right_by_length = [], []
@@ -188,8 +164,7 @@ def test_choices_and_last_words_are_scored_as_by_hand(tmp_path, tokenizer):
             right.append(nats.index(min(nats)) == row["label"])
             right_by_length.append(per_letter.index(min(per_letter)) == row["label"])
     shown = []
-    tasks = load_tasks(folder, ["last_word", "next_sentence"], tokenizer)
-    figures = run_tasks(model, tokenizer, tasks, 2, counting(shown))
+    figures = run_tasks(model, tokenizer, load_tasks(items, list(items), tokenizer), 2, counting(shown))
     assert shown == list(range(len(LAST_WORD) + 4 * len(NEXT_SENTENCE)))
     p, q, greedy = sum(right) / 4, sum(right_by_length) / 4, sum(hit for _, hit in words) / 3
     assert figures == pytest.approx(
@@ -208,36 +183,10 @@ def test_choices_and_last_words_are_scored_as_by_hand(tmp_path, tokenizer):
     assert all(type(value) is float for value in figures.values())
 
 
-def test_a_figure_that_is_no_number_is_told_and_the_others_are_read(tmp_path, tokenizer):
-    model = tiny_llama()
-    torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    tasks = load_tasks({"tale_rolling": [{"text": "Once upon a time."}]}, ["tale_rolling"], tokenizer)
-    assert run_tasks(model, tokenizer, tasks, 2) == {}
-    assert tasks.missing == {"bits_per_byte/tale": "lm-eval gives nan", "word_perplexity/tale": "lm-eval gives nan"}
-    assert run_tasks(model, tokenizer, load_tasks({}, [], tokenizer), 2) == {}
-
-
-def test_the_stage_writes_one_flat_record_and_the_same_bytes_again(tmp_path, tokenizer):
-    params = yaml.safe_load(PARAMS.read_text())
-    params["evaluation"]["tasks"] = ["news_rolling", "last_word"]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    tiny_llama().bfloat16().save_pretrained(tmp_path / "data/compression/dense")
-    tokenizer.save_pretrained(tmp_path / "data/compression/dense")
-    allocation = {"variant": "dense", "preset": "dense", "size_ratio": 1.0, "kept_ratio": 1.0, "units": []}
-    write_json(tmp_path / "data/allocation/dense.json", allocation | {"targeted_parameters": 3840})
-    tests = {name: torch.randint(258, (2, 8)) for name in ("news", "commons")}
-    write_tensors(tmp_path / "data/sampling/test.safetensors", tests)
-    (tmp_path / "data/sampling/tasks").mkdir()
-    write_tasks(tmp_path / "data/sampling/tasks", news_rolling=[{"text": NATURAL[0]}], last_word=LAST_WORD)
-
-    stage("dense", tmp_path)
-    content = (tmp_path / "results/dense.json").read_bytes()
-    results = json.loads(content)
-    assert results["variant"] == results["preset"] == "dense"
-    assert results["size_ratio"] == results["kept_ratio"] == 1.0
-    assert results["parameters"] == count_parameters(tiny_llama())
-    assert results["bytes"] > 2 * results["parameters"]
-    assert results["protocol"]["test_windows"] == {"commons": [2, 8], "news": [2, 8]}
-    assert {"token_perplexity/news", "token_perplexity/commons", "bits_per_byte/news", "acc/last_word"} < set(results)
-    stage("dense", tmp_path)
-    assert (tmp_path / "results/dense.json").read_bytes() == content
+@pytest.mark.parametrize(
+    ("bits", "found"), [([], {}), ([4, 4], {"bits": 4}), ([4, 8], {"bits": "mixed"}), ([4, 16], {"bits": "mixed"})]
+)
+def test_results_tell_what_was_measured_and_bits_below_16(bits, found):
+    named = {"variant": "v", "preset": "p", "bytes_ratio": 0.3, "kept_ratio": 0.7, "targeted_parameters": 9}
+    units = [{"bits": number} for number in bits] or [{}]
+    assert origin(named | {"units": units, "price": 5}) == named | found

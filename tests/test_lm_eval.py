@@ -10,6 +10,7 @@ import torch
 import yaml
 from tokenizers.processors import TemplateProcessing
 
+from drank.model.saved import Saved
 from drank.project.params import Evaluation
 from drank.project.processes import Group
 from drank.steps.evaluation import EvaluationError, evaluate, load_tasks, run_tasks
@@ -117,6 +118,7 @@ def test_metrics_of_any_shape_are_read_or_told(folder, tokenizer, value, figures
         folder, "own", NEXT_SENTENCE, **CHOICE | {"metric_list": [metric], "process_results": "!function own.results"}
     )
     assert measured(tiny_llama(max_position_embeddings=64), tokenizer, ["own"]) == (figures, missing)
+    assert measured(tiny_llama(), tokenizer, []) == ({}, {})
 
 
 def test_the_perplexity_of_a_word_may_be_beyond_all_numbers(tokenizer):
@@ -135,9 +137,9 @@ def test_without_begin_and_end_tokens_all_is_measured_that_needs_none(folder, to
     items = {"last_word": LAST_WORD, "next_sentence": NEXT_SENTENCE, "news_rolling": [{"text": "Once upon a time."}]}
     write(folder, "first_word", [{"context": "", "target": "once"}], **WORD)
     model = tiny_llama(max_position_embeddings=64)
-    arguments = (WINDOWS, {}, items, asked(*items, "first_word"), Group())
-    with_tokens, _ = evaluate(model, tokenizer, *arguments)
-    figures, nats = evaluate(model, byte_tokenizer(), *arguments)
+    arguments = ({"test": WINDOWS}, items, asked(*items, "first_word"), Group())
+    with_tokens, _ = evaluate(Saved(model, tokenizer), *arguments)
+    figures, details = evaluate(Saved(model, byte_tokenizer()), *arguments)
     assert "not_measured" not in with_tokens.pop("protocol")
     left_out = figures.pop("protocol")["not_measured"]
     assert set(left_out) == {"news_rolling", "first_word"}
@@ -145,7 +147,7 @@ def test_without_begin_and_end_tokens_all_is_measured_that_needs_none(folder, to
     assert "not measured: news_rolling" in caplog.text
     assert {"token_perplexity/news", "acc/last_word", "acc_norm/next_sentence"} < set(figures)
     assert figures == {name: with_tokens[name] for name in figures}
-    assert len(nats["news"]) == 2
+    assert len(details["nats_by_window"]["news"]) == 2
 
 
 def test_a_task_that_generates_needs_an_end_token(folder):
@@ -195,4 +197,4 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_computed(folder, to
     model = tiny_llama()
     model.register_forward_hook(lambda *_: pytest.fail("computed before the tasks were looked at"))
     with pytest.raises(EvaluationError, match=message):
-        evaluate(model, tokenizer, WINDOWS, {}, {}, asked("own"), Group(0, 2))
+        evaluate(Saved(model, tokenizer), {"test": WINDOWS}, {}, asked("own"), Group(0, 2))

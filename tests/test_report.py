@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,18 +15,9 @@ from drank.project.files import read_json
 from drank.project.tolerance import DTYPE_TOLERANCE
 from drank.steps.allocation import describe
 from drank.views.matrices import matrices
-from drank.views.page import Picture, lead, page, pictures, readable, summary
+from drank.views.page import Picture, lead, page, pictures, readable, report, summary
 from drank.views.pareto import frontier, nats_by_bytes, perplexity_by_size
-from drank.views.pictures import (
-    FEW,
-    Spectrum,
-    budget,
-    loss_heat_map,
-    losses,
-    png,
-    rank_heat_map,
-    spectrum_curves,
-)
+from drank.views.pictures import FEW, Spectrum, budget, loss_heat_map, losses, png, rank_heat_map, spectrum_curves
 
 REPOSITORY = Path(__file__).parent.parent
 COMMITTED = sorted(REPOSITORY.glob("data/allocation/*.json")) + sorted(
@@ -74,18 +66,14 @@ SPECTRUM = Spectrum(
 )
 
 
-def test_the_table_has_dense_first_sizes_first_and_no_nested_values():
+def test_the_table_has_dense_first_sizes_first_no_nested_values_and_as_text_ratios_and_standard_errors():
     table = summary(ROWS)
-    assert list(table["variant"]) == ["dense", "b"]
     sizes = ["variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes", "dtype"]
     figures = ["acc/last_word", "acc_stderr/last_word", "targeted_parameters", "token_perplexity/news"]
     assert list(table.columns) == sizes + figures
     assert np.isnan(table["acc/last_word"].iloc[1])
     assert list(table["dtype"]) == ["bfloat16", "bfloat16"]
-
-
-def test_the_readable_table_has_ratios_to_dense_and_standard_errors():
-    assert readable(summary(ROWS)).to_dict("list") == {
+    assert readable(table).to_dict("list") == {
         "variant": ["dense", "b"],
         "preset": ["dense", "x"],
         "kept": ["1.000", "0.490"],
@@ -102,10 +90,8 @@ def test_the_readable_table_has_ratios_to_dense_and_standard_errors():
 SMALL = [0.0, 1.0, 2.0, 3.0, 4.0]  # few, so that ties are common
 
 
-def test_the_frontier_by_hand():
-    assert frontier([], []) == []
-    assert frontier([3.0, 1.0, 2.0, 2.0, 1.0], [1.0, 5.0, 5.0, 2.0, 5.0]) == [1, 3, 0]
-    assert frontier([1.0, 2.0], [float("nan"), 7.0]) == [1]
+def best(points):
+    return frontier(*pd.DataFrame(points, columns=["size", "value"], dtype=float).to_dict("series").values()).tolist()
 
 
 @given(st.lists(st.tuples(st.sampled_from(SMALL), st.sampled_from(SMALL)), max_size=12))
@@ -113,9 +99,10 @@ def test_the_frontier_is_what_nothing_beats(points):
     def beaten(p):
         return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
 
-    best = frontier([size for size, _ in points], [value for _, value in points])
-    assert [points[i] for i in best] == sorted({p for p in points if not beaten(p)})
-    assert all(points.index(points[i]) == i for i in best)
+    assert best([(1, np.nan), (2, 7)]) == [1]
+    found = best(points)
+    assert [points[i] for i in found] == sorted({p for p in points if not beaten(p)})
+    assert all(points.index(points[i]) == i for i in found)
 
 
 def test_perplexity_is_drawn_over_the_dense_one_and_few_variants_are_named():
@@ -157,12 +144,8 @@ def test_with_precisions_below_16_nats_are_drawn_against_all_bytes():
     shown = pictures(table, [ALLOCATION], {"s": SPECTRUM}, ("m.gguf", 80_000_000))
     assert list(shown)[:2] == ["perplexity", "precision"]
     assert "The star is m.gguf" in shown["precision"].caption
-    assert png(shown["precision"].figure).startswith(b"\x89PNG")
     assert readable(table)["bits"].tolist() == ["16", "16", "4", "4", "8", "mixed"]
-
-
-def test_nats_need_a_dense_model_and_a_precision_below_16():
-    for rows in (ROWS, [row for row in ROUNDED if row["preset"] != "dense"]):
+    for rows in (ROWS, [row for row in ROUNDED if row["preset"] != "dense"]):  # no bits; no dense one
         assert "precision" not in pictures(summary(rows), [ALLOCATION], {"s": SPECTRUM})
 
 
@@ -207,13 +190,6 @@ def test_the_budget_draws_what_was_kept_by_kind_and_by_layer():
     assert image(right) == [pytest.approx([(8 + 32) / (32 + 32), (8 + 30 + 24) / (32 + 32 + 32)])]
 
 
-def test_losses_by_hand():
-    table = losses(ALLOCATION, SPECTRUM)
-    assert list(table.columns) == ["q_proj", "up_proj", "down_proj", "channels"]
-    # queries: a quarter of 8, in equal parts; down: half of 3 + 3 is its base loss, all of it the channels' doing
-    assert table.fillna(-1).to_numpy().tolist() == [[1.0, 0.0, -1, -1], [1.0, 2.0, 0.0, 3.0]]
-
-
 @given(st.integers(0, 10_000), st.floats(0.3, 0.95), st.sampled_from(["factors", "pivot"]))
 def test_losses_sum_to_the_objective_of_the_allocation(seed, size_ratio, storage):
     draw = np.random.default_rng(seed)
@@ -225,14 +201,9 @@ def test_losses_sum_to_the_objective_of_the_allocation(seed, size_ratio, storage
     units = []
     for layer in range(2):
         units.append(matrix(f"l.{layer}.attn.q", "query", layer, (12, 12)))
-        cuts = [
-            (
-                matrix(f"l.{layer}.mlp.up", "up", layer, (n, 12)),
-                matrix(f"l.{layer}.mlp.down", "down", layer, (12, n), base_loss=0.4 * (20 - n)),
-            )
-            for n in (20, 15, 10)
-        ]
-        units.append(Block(f"l.{layer}.mlp", tuple(cuts)))
+        ups = [matrix(f"l.{layer}.mlp.up", "up", layer, (n, 12)) for n in (20, 15, 10)]
+        downs = [matrix(f"l.{layer}.mlp.down", "down", layer, (12, n), 0.4 * (20 - n)) for n in (20, 15, 10)]
+        units.append(Block(f"l.{layer}.mlp", tuple(zip(ups, downs, strict=True))))
     allocation = least_loss(units, size_ratio, Menu(storage))
     chosen = allocation.matrices(units)
     rows = [
@@ -241,14 +212,16 @@ def test_losses_sum_to_the_objective_of_the_allocation(seed, size_ratio, storage
         for u in chosen
     ]  # fmt: skip
     described = {"variant": "v"} | describe(units, allocation, {"units": rows, "blocks": []})
-    spectrum = Spectrum("kfac", {u.name: u.energies for u in chosen}, {})
-    assert losses(described, spectrum).sum().sum() == pytest.approx(allocation.objective)
+    assert losses(described, Spectrum("kfac", {u.name: u.energies for u in chosen}, {})).sum().sum() == pytest.approx(
+        allocation.objective
+    )
     assert matrices(described)["size"].sum() == allocation.targeted_parameters
 
 
 def test_the_loss_picture_has_shares_in_the_unit_of_the_metric_and_white_where_nothing_is_lost():
     axes = loss_heat_map([ALLOCATION], {"s": SPECTRUM}).axes[0]
     nan = pytest.approx(np.nan, nan_ok=True)
+    # queries: a quarter of 8, in equal parts; down: half of 3 + 3 is its base loss, all of it the channels' doing
     assert image(axes) == [[1 / 7, nan, nan, nan], [1 / 7, 2 / 7, nan, 3 / 7]]
     assert axes.get_title() == "b\nkfac: 3.5 nats a token"
     plain = Spectrum("input", SPECTRUM.energies, SPECTRUM.matrices)
@@ -264,15 +237,14 @@ def test_spectra_draw_the_energy_beyond_each_rank():
 
 
 def test_dense_variants_alone_make_a_page():
-    dense = ALLOCATION | {
-        "allocation": "dense",
-        "blocks": [],
-        "units": [unit("l.0.q_proj", 0, 4, "dense", relative_loss=0.0)],
-    }
-    spectrum = Spectrum("none", {"l.0.q_proj": np.zeros(4)}, {"l.0.q_proj": ("q_proj", 0)})
-    shown = pictures(summary(ROWS[1:]), [dense], {"s": spectrum})
+    units = [unit("l.0.q_proj", 0, 4, "dense", relative_loss=0.0)]
+    described = {"metric": "none", "units": [{"factors": "f", "kind": "q_proj", "layer": 0}], "blocks": []}
+    dense = ALLOCATION | {"allocation": "dense", "blocks": [], "units": [units[0] | {"factors": "f"}]}
+    table, shown, html = report(ROWS[1:], [dense], {"s": described}, {"s": {"f": np.zeros(4)}})
+    assert table.startswith("variant,preset,size_ratio,kept_ratio,parameters,bytes,dtype,")
     assert list(shown) == ["perplexity", "ranks", "budget", "losses", "spectra-s"]
-    assert all(png(picture.figure).startswith(b"\x89PNG") for picture in shown.values())
+    assert all(picture.png.startswith(b"\x89PNG") for picture in shown.values())
+    assert html.count("<img ") == 5
 
 
 def test_the_lead_says_what_is_compared_and_by_which_protocol():
@@ -297,8 +269,7 @@ def test_the_same_figure_is_the_same_bytes_and_the_page_fetches_nothing():
     name = "<script src='https://example.org/x.js'></script>" + "x" * 60
     protocol = PROTOCOL | {"test_windows": {"<i>": [1, 2]}}
     rows = [*ROWS, ROWS[0] | {"variant": name, "token_perplexity/<i>": 3.0, "protocol": protocol}]
-    figure = rank_heat_map([ALLOCATION])
-    shown = {"ranks": (Picture("<Ranks>", "read & see", figure), png(figure))}
+    shown = {"ranks": Picture("<Ranks>", "read & see", rank_heat_map([ALLOCATION]))}
     html = page(rows, shown)
     assert html == page(rows, shown)
     assert "<td>dense</td>" in html

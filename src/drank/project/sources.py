@@ -82,6 +82,14 @@ def file_of(asked: ModelSource | TextSource, downloads: Path, root: Path) -> Ite
         yield path
 
 
+def single_file(asked: ModelSource, downloads: Path, root: Path) -> tuple[str, int] | None:
+    """Name and bytes of the model's file where the source is a single one, such as GGUF; of a folder, None."""
+    if scheme_of(asked) == "hub":
+        return None
+    with file_of(asked, downloads, root) as path:
+        return (path.name, path.stat().st_size) if path.is_file() else None
+
+
 @contextmanager
 def told(what: str) -> Iterator[None]:
     """Errors in the block become a SourceError; the exceptions of parsers for damaged files have no common class.

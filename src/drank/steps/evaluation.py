@@ -19,6 +19,7 @@ from drank.model.format import SCALES
 from drank.model.forms import numbers_in_integers
 from drank.model.perplexity import perplexity, window_nats
 from drank.model.precision import name_of
+from drank.model.saved import Saved
 from drank.model.vocabulary import check_windows, n_positions
 from drank.project.params import Evaluation
 from drank.project.processes import Group
@@ -29,27 +30,26 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 log = logging.getLogger("drank.evaluation")
 MAX_LENGTH = 2048  # tokens in a window of lm-eval, fewer if the model has fewer positions
 FEWSHOT_SEED = 1234  # lm-eval's own, of tasks that show examples
+OF_ALLOCATION = ("variant", "preset", "size_ratio", "bytes_ratio", "megabytes", "kept_ratio", "targeted_parameters")
 
 
-def _metrics(**aggregations: str) -> list[dict[str, Any]]:
-    return [
+def _kind(output_type: str, doc_to_text: str, doc_to_target: str, **aggregations: str) -> dict[str, Any]:
+    """lm-eval's description of a kind of task, with its metrics."""
+    metrics = [
         {"metric": name, "aggregation": aggregation, "higher_is_better": aggregation == "mean"}
         for name, aggregation in aggregations.items()
     ]
+    texts = {"doc_to_text": doc_to_text, "doc_to_target": doc_to_target}
+    return {"output_type": output_type, **texts, "metric_list": metrics}
 
 
-ROLLING: dict[str, Any] = {
-    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-    "metric_list": _metrics(bits_per_byte="bits_per_byte", word_perplexity="weighted_perplexity"),
-}  # fmt: skip
-LAST_WORD: dict[str, Any] = {
-    "output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": "{{' ' + target}}",
-    "metric_list": _metrics(acc="mean", perplexity="perplexity"),
-}  # fmt: skip
-NEXT_SENTENCE: dict[str, Any] = {
-    "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "choices",
-    "doc_to_target": "label", "metric_list": _metrics(acc="mean", acc_norm="mean"),
-}  # fmt: skip
+ROLLING = _kind(
+    "loglikelihood_rolling", "", "{{text}}", bits_per_byte="bits_per_byte", word_perplexity="weighted_perplexity"
+)
+LAST_WORD = _kind("loglikelihood", "{{context}}", "{{' ' + target}}", acc="mean", perplexity="perplexity")
+NEXT_SENTENCE = _kind("multiple_choice", "{{context}}", "label", acc="mean", acc_norm="mean") | {
+    "doc_to_choice": "choices"
+}
 
 
 class EvaluationError(ValueError):
@@ -67,33 +67,38 @@ def count_parameters(model: nn.Module) -> int:
     return numbers + (numbers_in_integers(config.specs) if config else 0)
 
 
+def origin(allocation: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the results that tells what was measured: names, sizes, and bits where weights have less than 16."""
+    bits = {unit["bits"] for unit in allocation["units"] if "bits" in unit}
+    rounded = {"bits": bits.pop() if len(bits) == 1 else "mixed"} if bits else {}
+    return {key: allocation[key] for key in OF_ALLOCATION if key in allocation} | rounded
+
+
 def evaluate(
-    model: Any,
-    tokenizer: Any,
-    tests: Mapping[str, Tensor],
-    last: Mapping[str, Tensor],
-    items: Items,
-    asked: Evaluation,
-    group: Group,
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """All figures by name with ``parameters`` and ``protocol``, and the nats of every test window by text.
+    saved: Saved, drawn: Mapping[str, Mapping[str, Tensor]], items: Items, asked: Evaluation, group: Group
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All figures by name with ``parameters``, ``bytes`` and ``protocol``; and, as details, the nats of every test
+    window by text and the loss curve of healing.
 
     Processes share out windows, and the items of tasks; lm-eval's figures are those of the first process. The log and
     ``protocol.not_measured`` tell which tasks and figures are missing, and why.
 
     Args:
-        tests: (n, length) windows by text; ``last`` has the shorter window at the end of a text, if that counts.
+        drawn: ``test`` has (n, length) windows by text; ``last``, if it is there, the shorter window at the end of
+            each text.
         items: of the tasks that sampling wrote, by task.
 
     Raises:
         EvaluationError: see :func:`load_tasks`; nothing was computed.
         NotFiniteLossError: a window's loss is not finite.
     """
-    tasks = load_tasks(items, asked.tasks, tokenizer, group.size)
-    for file, texts in (("test", tests), ("last", last)):
+    model, tasks = saved.model, load_tasks(items, asked.tasks, saved.tokenizer, group.size)
+    measured = {file: drawn[file] for file in ("test", "last") if file in drawn}
+    for file, texts in measured.items():
         for name, windows in texts.items():
             check_windows(model, windows.view(-1, windows.shape[-1]), f"data/sampling/{file}.safetensors, {name}")
-    figures: dict[str, Any] = {"parameters": count_parameters(model)}
+    tests, last = measured["test"], measured.get("last", {})
+    figures: dict[str, Any] = {"parameters": count_parameters(model), "bytes": saved.n_bytes}
     nats: dict[str, list[float]] = {}
     for name, windows in sorted(tests.items()):
         mine, bar = windows[group.share], partial(group.progress, desc=name, unit="batches")
@@ -105,7 +110,7 @@ def evaluate(
         figures[f"token_perplexity/{name}"] = perplexity(nats[name], windows.shape[1], ends)
         log.info("token perplexity of %s: %.4f", name, figures[f"token_perplexity/{name}"])
     bar = partial(group.progress, desc="lm-eval", unit="requests")
-    figures |= run_tasks(model, tokenizer, tasks, asked.batch_windows, bar)
+    figures |= run_tasks(model, saved.tokenizer, tasks, asked.batch_windows, bar)
     for name, reason in tasks.missing.items():
         log.warning("not measured: %s: %s", name, reason)
     figures["protocol"] = {
@@ -116,21 +121,21 @@ def evaluate(
         **({"last_windows": {name: len(window) for name, window in last.items()}} if last else {}),
         **({"not_measured": tasks.missing} if tasks.missing else {}),
     }
-    return figures, nats
+    return figures, {"nats_by_window": nats} | ({"loss_curve": saved.loss_curve} if saved.loss_curve else {})
 
 
 @dataclass
 class Tasks:
-    """lm-eval's tasks and groups, loaded.
+    """lm-eval's tasks and groups.
 
     Attributes:
         ours: names of the tasks that sampling wrote.
+        loaded: lm-eval's ``tasks`` and ``groups``, by name.
         missing: the reason by the name of a task or figure that cannot be measured.
     """
 
-    ours: frozenset[str] = frozenset()
-    loaded: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
+    ours: frozenset[str]
+    loaded: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tasks": {}, "groups": {}})
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -165,25 +170,28 @@ def load_tasks(items: Items, names: Sequence[str], tokenizer: Any, n_processes: 
                 f"from the hub, and some need packages of their own"
             ) from error
         for key, task in loaded["tasks"].items():
-            if (n_items := len(task.eval_docs)) < n_processes:
-                raise EvaluationError(
-                    f"evaluation.processes = {n_processes}, but task {key} has {n_items} items, and each process "
-                    f"needs one"
-                )
-            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                raise EvaluationError(
-                    f"evaluation.tasks: {key} runs code that a model writes, or reads images; leave it out"
-                )
-            if task.get_config("num_fewshot") is None:  # as simple_evaluate does, which also asks pip for every package
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            aggregation = task.aggregation()
-            aggregation.update({metric: _bounded(function) for metric, function in aggregation.items()})
+            _prepare(key, task, n_processes)
         found.missing |= missing
         if not missing:
-            found.loaded |= loaded["tasks"]
-            found.groups |= loaded["groups"]
+            for kind, rows in found.loaded.items():
+                rows.update(loaded[kind])
     return found
+
+
+def _prepare(name: str, task: Any, n_processes: int) -> None:
+    """Refuse a task that cannot be run, and set what lm-eval's simple_evaluate sets, which also asks pip for every
+    package."""
+    if (n_items := len(task.eval_docs)) < n_processes:
+        raise EvaluationError(
+            f"evaluation.processes = {n_processes}, but task {name} has {n_items} items, and each process needs one"
+        )
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise EvaluationError(f"evaluation.tasks: {name} runs code that a model writes, or reads images; leave it out")
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    aggregation = task.aggregation()
+    aggregation.update({metric: _bounded(function) for metric, function in aggregation.items()})
 
 
 def _lacks(task: Any, tokenizer: Any) -> str:
@@ -193,9 +201,8 @@ def _lacks(task: Any, tokenizer: Any) -> str:
         return "text is generated up to an end token, and the tokenizer has none"
     if task.OUTPUT_TYPE == "generate_until" and _adds_end(tokenizer):
         return "the tokenizer ends every text with an end token, so a model has nothing to add"
-    if begin is not None or end is not None:
-        return ""
-    if task.OUTPUT_TYPE == "loglikelihood_rolling" or any(task.doc_to_text(doc) == "" for doc in task.eval_docs):
+    is_first = task.OUTPUT_TYPE == "loglikelihood_rolling" or any(task.doc_to_text(doc) == "" for doc in task.eval_docs)
+    if is_first and begin is None and end is None:
         return "a text's first token is predicted from a begin or end token, and the tokenizer has neither"
     return ""
 
@@ -237,7 +244,7 @@ def run_tasks(
     Args:
         progress: wraps the numbers of the requests of one kind, or of the windows of texts that are read as a whole.
     """
-    if not tasks.loaded:
+    if not tasks.loaded["tasks"]:
         return {}
     import lm_eval
     from accelerate import Accelerator
@@ -254,8 +261,7 @@ def run_tasks(
         # HFLM takes its share of the requests only of models that it loads by itself.
         lm._rank, lm._world_size = distributed.get_rank(), distributed.get_world_size()
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
-    loaded = {"tasks": tasks.loaded, "groups": tasks.groups}
-    results = lm_eval.evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=False)
+    results = lm_eval.evaluate(lm=lm, task_dict=tasks.loaded, bootstrap_iters=0, log_samples=False)
     if not results:
         return {}
     figures, unread = _flat(results["results"], results["n-samples"], tasks.ours)
@@ -269,10 +275,7 @@ def _counting(progress: Progress) -> Any:
 
     class Counting(HFLM):
         _ticks: Iterator[int] = iter(())
-
-        @cached_property
-        def _adds_end(self) -> bool:
-            return _adds_end(self.tokenizer)
+        _adds_end = cached_property(lambda self: _adds_end(self.tokenizer))
 
         def _counted(self, run: Callable[..., Any], requests: list[Any], total: int) -> Any:
             self._ticks = iter(progress(range(total)))

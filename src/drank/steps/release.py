@@ -4,14 +4,14 @@ Nothing here says when, where or by whom a model was made, so a rebuilt folder i
 it is found from the folder's hash instead (``drank audit``).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from drank import __version__
-from drank.project.params import ModelSource, Params, TextSource, asked
+from drank.project.params import asked
 
 STATEMENT = "provenance.json"
 CHECKSUMS = "SHA256SUMS"
@@ -22,26 +22,63 @@ LIBRARIES = ("datasets", "lm_eval", "numpy", "scipy", "torch", "transformers")  
 Document = Mapping[str, Any]
 
 
+def inputs_of(parameters: Document, there: Collection[str]) -> list[str]:
+    """Paths of the files that a variant was made from and measured on.
+
+    Args:
+        parameters: everything of params.yaml that makes the variant.
+        there: paths of the base model's files of weights, and of the tasks that sampling wrote.
+    """
+    sampling, variant = parameters["sampling"], parameters["variant"]["name"]
+    drawn = [f"calibration/{parameters['spectrum']['calibration_seed']}.safetensors", "test.safetensors"]
+    drawn += ["last.safetensors"] if sampling["n_test_windows"] == "all" else []
+    tasks = [f"data/sampling/tasks/{task}.jsonl" for task in parameters["evaluation"]["tasks"]]
+    return [
+        *sorted(path for path in there if path.startswith("data/raw/model/")),
+        *(f"data/raw/text/{name}.jsonl" for name in parameters["text"]),
+        *(f"data/sampling/{name}" for name in drawn),
+        *(task for task in tasks if task in there),
+        *(["data/sampling/calibration_text.safetensors"] if "healing" in parameters else []),
+        f"data/allocation/{variant}.json",
+    ]
+
+
 def statement(
-    subjects: Mapping[str, str],
     parameters: Document,
-    dependencies: Sequence[Document],
+    subjects: Mapping[str, str],
+    files: Mapping[str, str],
+    allocation: Document,
     results: Document,
-    computed_in: Mapping[str, str],
+    config: Document,
 ) -> dict[str, Any]:
     """An in-toto statement (v1) whose predicate is SLSA provenance (v1).
 
-    Args:
-        subjects: SHA-256 of every file of the folder but this statement and the checksums, by name.
-        parameters: everything of params.yaml that makes the variant; SLSA's ``externalParameters``.
-        dependencies: resource descriptors of :func:`made`; SLSA's ``resolvedDependencies``.
-        results: the document of the evaluation, as the annotations of a by-product.
-        computed_in: the floating-point type of each kind of pass, such as {"covariance": "float32"}; SLSA's
-            ``internalParameters``. ``parameters`` may leave the choice to the processor.
+    Sources, with the hash that was asked for, and files as they were are SLSA's ``resolvedDependencies``; the
+    floating-point type of each kind of pass, which ``parameters`` may leave to the processor, its
+    ``internalParameters``. SLSA's optional invocation id and times are left out: the same inputs give the same bytes.
 
-    SLSA's optional invocation id and times are left out: the same inputs give the same bytes.
+    Args:
+        parameters: everything of params.yaml that makes the variant; SLSA's ``externalParameters``.
+        subjects: SHA-256 of every file of the folder but this statement and the checksums, by name.
+        files: SHA-256 of every file of :func:`inputs_of`, by path.
+        results: the document of the evaluation, as the annotations of a by-product.
+        config: the model's config.json, which has the hash of the weights that were healed.
     """
     variant = parameters["variant"]["name"]
+    provenance = config.get("quantization_config", {}).get("provenance", {})
+    types, digests = dict(allocation["computed_in"]), dict(files)
+    if "healed_in" in provenance:
+        types["healing"] = provenance["healed_in"]
+        digests[f"{variant} before healing"] = provenance["healed_from_sha256"]
+    spectrum = f"data/spectrum/{allocation['spectrum']}"
+    digests |= {f"{spectrum}/{file}": digest for file, digest in sorted(allocation["inputs"].items())}
+    sources = {"model": parameters["model"]} | {f"text.{name}": text for name, text in parameters["text"].items()}
+    dependencies: list[dict[str, Any]] = [
+        {"name": name, "uri": source["source"]}
+        | ({"digest": {"sha256": source["sha256"]}} if "sha256" in source else {})
+        for name, source in sources.items()
+    ]
+    dependencies += [{"name": file, "digest": {"sha256": digest}} for file, digest in digests.items()]
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subjects.items())],
@@ -50,8 +87,8 @@ def statement(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": dict(parameters),
-                "internalParameters": {"computed_in": dict(computed_in)},
-                "resolvedDependencies": [dict(dependency) for dependency in dependencies],
+                "internalParameters": {"computed_in": types | {"evaluation": results["protocol"]["dtype"]}},
+                "resolvedDependencies": dependencies,
             },
             "runDetails": {
                 "builder": {"id": BUILD_TYPE, "version": {"drank": __version__} | {n: version(n) for n in LIBRARIES}},
@@ -61,54 +98,6 @@ def statement(
     }
 
 
-def inputs_of(params: Params, variant: str, weights: Iterable[str], tasks: Iterable[str]) -> list[str]:
-    """Paths of the files that a variant was made from and measured on.
-
-    Args:
-        weights: names of the base model's files of weights.
-        tasks: names of the tasks that sampling wrote.
-    """
-    seed = params.spectrum[params.variant(variant)[0].spectrum].calibration_seed
-    drawn = [f"calibration/{seed}.safetensors", "test.safetensors"]
-    drawn += ["last.safetensors"] if params.sampling.n_test_windows == "all" else []
-    drawn += [f"tasks/{task}.jsonl" for task in params.evaluation.tasks if task in set(tasks)]
-    drawn += ["calibration_text.safetensors"] if params.variants[variant].healing else []
-    return [
-        *(f"data/raw/model/{name}" for name in sorted(weights)),
-        *(f"data/raw/text/{name}.jsonl" for name in params.text),
-        *(f"data/sampling/{name}" for name in drawn),
-        f"data/allocation/{variant}.json",
-    ]
-
-
-def made(
-    params: Params, variant: str, files: Mapping[str, str], allocation: Document, config: Document, results: Document
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Dependencies and ``computed_in`` of the :func:`statement`.
-
-    Dependencies are sources with the hash that was asked for, then files as they were.
-
-    Args:
-        files: SHA-256 of every input by path.
-        config: the model's config.json, which has the hash of the weights that were healed.
-    """
-    provenance = config.get("quantization_config", {}).get("provenance", {})
-    types, digests = dict(allocation["computed_in"]), dict(files)
-    if "healed_in" in provenance:
-        types["healing"] = provenance["healed_in"]
-        digests[f"{variant} before healing"] = provenance["healed_from_sha256"]
-    spectrum = f"data/spectrum/{allocation['spectrum']}"
-    digests |= {f"{spectrum}/{file}": digest for file, digest in sorted(allocation["inputs"].items())}
-    texts = {f"text.{name}": source for name, source in params.text.items()}
-    sources: dict[str, ModelSource | TextSource] = {"model": params.model, **texts}
-    rows: list[dict[str, Any]] = [
-        {"name": name, "uri": source.source} | ({"digest": {"sha256": source.sha256}} if source.sha256 else {})
-        for name, source in sources.items()
-    ]
-    rows += [{"name": file, "digest": {"sha256": digest}} for file, digest in digests.items()]
-    return rows, types | {"evaluation": results["protocol"]["dtype"]}
-
-
 def checksums(digests: Mapping[str, str]) -> str:
     """The lines that ``sha256sum`` prints, sorted by name; ``sha256sum --check`` reads them."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -116,8 +105,10 @@ def checksums(digests: Mapping[str, str]) -> str:
 
 def card(parameters: Document, allocation: Document, results: Document) -> str:
     """A Hugging Face model card: metadata, method, size, results with their protocol, limits, and how to check it."""
-    source = parameters["model"]["source"]
+    source, protocol = parameters["model"]["source"], results["protocol"]
     base = source.removeprefix("hub:").partition("@")[0]
+    split = [(*key.partition("/"), value) for key, value in sorted(results.items()) if "/" in key]
+    figures = [(metric, name, float(value)) for metric, _, name, value in split if not metric.endswith("_stderr")]
     data = ModelCardData(
         base_model=base if source.startswith("hub:") else None,
         library_name="transformers",
@@ -126,13 +117,11 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         model_name=parameters["variant"]["name"],
         eval_results=[
             EvalResult("text-generation", name, name, metric, value, metric_name=f"{metric}/{name}")
-            for metric, name, value in _figures(results)
+            for metric, name, value in figures
         ],
     )
     removed = sum(block["full_channels"] - block["channels"] for block in allocation["blocks"])
-    outside = [
-        name for name in results["protocol"]["test_windows"] if name != parameters["sampling"]["calibration_text"]
-    ]
+    outside = [f"`{name}`" for name in protocol["test_windows"] if name != parameters["sampling"]["calibration_text"]]
     return CARD_TEMPLATE.format(
         parameters=parameters,
         allocation=allocation,
@@ -146,11 +135,11 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         precision=_precision(allocation),
         stored=STORED_ROUNDED if "precision" in allocation else "Weights are stored in bfloat16.",
         megabytes=results["bytes"] / 1e6,
-        rows="".join(_row(results, *figure) for figure in _figures(results)),
-        protocol=_protocol(results["protocol"]),
+        rows="".join(_row(*figure, results.get(f"{figure[0]}_stderr/{figure[1]}")) for figure in figures),
+        protocol=_protocol(protocol),
         training=_training(parameters.get("healing")),
         left=_left(allocation.get("left_dense", [])),
-        outside=", ".join(f"`{name}`" for name in outside) or "none",
+        outside=", ".join(outside) or "none",
     )
 
 
@@ -222,12 +211,6 @@ def _precision(allocation: Document) -> str:
     return f"| precision | {', '.join(told)} |\n" if told else ""
 
 
-def _figures(results: Document) -> list[tuple[str, str, float]]:
-    """(metric, text or task, value) of every figure: keys with a `/`, but for standard errors."""
-    split = [(*key.split("/", 1), value) for key, value in sorted(results.items()) if "/" in key]
-    return [(metric, name, float(value)) for metric, name, value in split if not metric.endswith("_stderr")]
-
-
 def _training(healing: Document | None) -> str:
     if healing is None:
         return "without training"
@@ -248,8 +231,7 @@ def _left(rows: Sequence[Document]) -> str:
     return f"{head}| parameters of | how many | why |\n|---|---|---|\n{''.join(lines)}"
 
 
-def _row(results: Document, metric: str, name: str, value: float) -> str:
-    error = results.get(f"{metric}_stderr/{name}")
+def _row(metric: str, name: str, value: float, error: float | None) -> str:
     return f"| {metric}/{name} | {value:.4f} | {'' if error is None else f'{error:.4f}'} |\n"
 
 

@@ -1,5 +1,6 @@
 """One run per variant, under one run per state of dvc.lock."""
 
+import math
 import shutil
 import tempfile
 import time
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 PACKAGES = ("dvc", "lm-eval", "mlflow", "numpy", "scipy", "torch", "transformers")
 COLUMNS = ("name", "layer", "kind", "form", "rank", "full_rank", "price", "effective_rank", "relative_loss")
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow takes no more; a large model has more matrices
-# Logged of a state beside its variants.
-FIGURES, DOCUMENTS = "results/figures", ("results/summary.csv", "results/report.html", "params.yaml", "dvc.lock")
+# Logged of a state beside its variants; the picture of precisions is there where weights have less than 16 bits.
+FIGURES, PRECISION = "results/figures", "precision.png"
+DOCUMENTS = ("results/summary.csv", "results/report.html", "params.yaml", "dvc.lock")
 READ = ("params.yaml", "dvc.lock", "results", "data/allocation", "data/sampling", "data/evaluation")
 # Parameters that can make two variants differ: by the short names that a variant has them under, and sections that it
 # has as they are. The state has what all of its variants share.
@@ -44,10 +46,8 @@ OPTIONAL = [f"preset.{key}" for key in Preset.model_fields] + [f"spectrum.{key}"
 
 @dataclass(frozen=True)
 class Tracked:
-    """Names of the runs of a state that a call of :func:`track` made, and of those that were there; where they are.
-
-    ``where`` is the command to type, if any, and the page; ``runs`` has the run of each variant.
-    """
+    """Names of a state's runs that were made, and of those that were there; the page, with the command that shows it;
+    and the run of each variant."""
 
     created: tuple[str, ...]
     existing: tuple[str, ...]
@@ -110,7 +110,8 @@ def project(store: Store, state: State, git: Mapping[str, str]) -> Tracked:
     for run, found in there.items():
         _follow_commit(store, found, tags[run])
     metrics = sorted({key for variant in state.variants for key in _figures(state, variant)})
-    for key, value in view.experiment_tags(state.sha256, metrics).items():
+    in_nats = (state.root / FIGURES / PRECISION).is_file()
+    for key, value in view.experiment_tags(state.sha256, metrics, in_nats).items():
         client.set_experiment_tag(store.experiment_id, key, value)
     created = tuple(run for run in tags if run not in there)
     return Tracked(created, tuple(there), store.where_to_look(view.PAGE), _finished(store, pipeline.info.run_id))
@@ -157,16 +158,10 @@ def _log_state(store: Store, run_id: str, state: State) -> None:
 
 
 def _log_variant(store: Store, parent: str, state: State, variant: Variant, tags: Mapping[str, str]) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     from drank.views.pictures import rank_heat_map
 
-    client, allocation = store.client, variant.allocation
-    # MLflow's own colours are hashes, some of them alike.
-    color = to_hex(colormaps["tab20"](state.variants.index(variant) % 20))
-    run_tags = {**tags, "mlflow.parentRunId": parent, "mlflow.runColor": color}
-    run_id = client.create_run(store.experiment_id, tags=run_tags, run_name=variant.name).info.run_id
+    client, allocation, own = store.client, variant.allocation, {**tags, "mlflow.parentRunId": parent}
+    run_id = client.create_run(store.experiment_id, tags=own, run_name=variant.name).info.run_id
     with _finishing(store, run_id):
         _log(store, run_id, _params(variant), _metrics(state, variant))
         client.log_artifact(run_id, str(state.root / _allocation_of(variant)), "allocation")
@@ -180,10 +175,9 @@ def _log(store: Store, run_id: str, params: Mapping[str, str], metrics: Iterable
     """Log parameters and metrics, as many per call as MLflow takes."""
     from mlflow.entities import Param
 
-    rows = [Param(key, value) for key, value in named(params, LONGEST_PARAM).items()]
+    rows, measured = [Param(*row) for row in named(params, LONGEST_PARAM).items()], list(metrics)
     for start in range(0, len(rows), PARAMS_A_CALL):
         store.client.log_batch(run_id, params=rows[start : start + PARAMS_A_CALL])
-    measured = list(metrics)
     for start in range(0, len(measured), METRICS_A_CALL):
         store.client.log_batch(run_id, metrics=measured[start : start + METRICS_A_CALL])
 
@@ -214,18 +208,18 @@ def _figures(state: State, variant: Variant) -> dict[str, float]:
         if key not in ("size_ratio", "bytes_ratio", "megabytes", "targeted_parameters")
         and not key.partition("/")[0].endswith(("_stderr", "word_perplexity"))
     }
+    added = {"allocation/gap": variant.allocation.objective.gap}
     dense = next((other for other in state.variants if other.allocation.allocation == "dense"), None)
-    over_dense = {
-        f"ppl_over_dense/{key.partition('/')[2]}": value / dense.results.figures[key]
-        for key, value in figures.items()
-        if dense and key.startswith("token_perplexity/")
-    }
-    found = figures | over_dense | {"allocation/gap": variant.allocation.objective.gap}
-    return {name_of(key): value for key, value in found.items()}
+    for key, value in figures.items():
+        metric, _, text = key.partition("/")
+        if dense and metric == "token_perplexity":
+            added[f"ppl_over_dense/{text}"] = ratio = value / dense.results.figures[key]
+            added[f"nats_over_dense/{text}"] = math.log(ratio)
+    return {name_of(key): value for key, value in (figures | added).items()}
 
 
 def _metrics(state: State, variant: Variant) -> Iterator["Metric"]:
-    """The figures; the rank of every kind of matrix, whose step is the layer; the loss of healing by its step."""
+    """Figures; ranks, whose step is the layer; the loss of healing by its step."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -242,38 +236,37 @@ def _state_tags(state: State, git: Mapping[str, str]) -> dict[str, str]:
     lines = [f"* {v.name}: kept {v.results.figures['kept_ratio']:.4f}" for v in state.variants]
     note = "\n".join(["Everything that one state of `dvc.lock` holds, a run per variant:", "", *lines, "", _links(git)])
     versions = {f"version.{package}": version(package) for package in PACKAGES}
-    return _tags(state, git, "pipeline", "dvc repro", note, versions)
+    return _tags(state, git, versions | {"drank.run": "pipeline"}, "dvc repro", note)
 
 
 def _variant_tags(state: State, variant: Variant, git: Mapping[str, str]) -> dict[str, str]:
     """The way to the variant, by hash: commit, lock, allocation, model folder, and every out on the way."""
-    outs, stage = outs_of(variant.stages), f"release@{variant.name}"
+    outs, stage = outs_of(variant.stages), f"dvc repro release@{variant.name}"
     sha256, md5 = file_sha256(state.root / _allocation_of(variant)), outs[folder_of(variant)]
     made, figures = variant.allocation, variant.results.figures
     size = asked(made.model_dump()) + ("" if made.size_ratio is None else " of the targeted parameters")
     note = (
         f"Preset **{made.preset}** (allocation `{made.allocation}`, storage `{made.storage}`, factors "
         f"`{made.spectrum}`), {size} asked, {figures['kept_ratio']:.4f} kept: "
-        f"{figures['parameters']:,} parameters, {figures['bytes'] / 1e6:.1f} MB. Rebuild with `dvc repro {stage}`, "
+        f"{figures['parameters']:,} parameters, {figures['bytes'] / 1e6:.1f} MB. Rebuild with `{stage}`, "
         f"verify with `drank audit {folder_of(variant)}`. {_links(git)}\n\n"
         f"* allocation `{_allocation_of(variant)}`: sha256 `{sha256}`\n"
         f"* model `{folder_of(variant)}`: md5 in dvc.lock `{md5}`\n"
         f"* stages of `dvc.lock`: sha256 `{state.sha256}`\n"
     )
     own = {
+        "drank.run": "variant",
         "drank.variant": variant.name,
         "dvc.stages_sha256": sha256_of(variant.stages),
         "allocation.sha256": sha256,
         "model.dvc_md5": md5,
         **{f"dvc.out.{path}": md5 for path, md5 in outs.items()},
     }
-    return _tags(state, git, "variant", f"dvc repro {stage}", note, own)
+    return _tags(state, git, own, stage, note)
 
 
-def _tags(
-    state: State, git: Mapping[str, str], kind: str, source: str, note: str, own: Mapping[str, str]
-) -> dict[str, str]:
-    shared = {"drank.run": kind, "drank.version": __version__, "dvc.lock_sha256": state.sha256}
+def _tags(state: State, git: Mapping[str, str], own: Mapping[str, str], source: str, note: str) -> dict[str, str]:
+    shared = {"drank.version": __version__, "dvc.lock_sha256": state.sha256}
     return named({**shared, "mlflow.source.name": source, "mlflow.note.content": note, **own, **git}, LONGEST_TAG)
 
 
@@ -282,8 +275,7 @@ def _links(git: Mapping[str, str]) -> str:
         return f"The commit is not known: {git['git.unknown']}."
     if "git.commit" not in git:
         return "Made outside git."
-    changed = ", changed and not committed since" if git["git.dirty"] == "true" else ""
-    return f"Commit `{git['git.commit']}`{changed}."
+    return f"Commit `{git['git.commit']}`{', changed and not committed since' * (git['git.dirty'] == 'true')}."
 
 
 def git_tags(root: Path) -> dict[str, str]:

@@ -9,18 +9,23 @@ import json
 KEY = "variants"
 PAGE = f"runs?workflowType=machine_learning&viewStateShareKey={KEY}"
 SECTION = "Size and quality"
-MOST_COLUMNS, MOST_CHARTS = 6, 3  # of perplexities, and of accuracies; of perplexities
+MOST_COLUMNS, MOST_CHARTS = 6, 3  # of perplexities, and of accuracies; of either measure of perplexity
 LONGEST = 5000  # characters that a tag of an experiment holds
 DESCRIPTION = (
     "Variants of one model, a run each, under a run for the state of `dvc.lock` that made them. The view **Variants** "
-    "(menu Views) has a table and charts of those tracked last. The step of `rank/<kind>` is the layer. Registered "
-    "model `drank`: the variants that were promoted; `champion` is the one to ship."
+    "(menu Views) has a table and charts of those tracked last. The step of `rank/<kind>` is the layer. Where weights "
+    "have less than 16 bits, the artifact `figures/precision.png` of the state's run shows what a byte buys; charts "
+    "then have its points, `nats_over_dense/<text>` (nats per token lost) against `bytes` (all weights on disk). "
+    "Registered model `drank`: the variants that were promoted; `champion` is the one to ship."
 )
 
 
-def experiment_tags(lock_sha256: str, metrics: list[str]) -> dict[str, str]:
-    """Tags that describe the experiment, and hold the view of a state, whose variants have these metrics."""
-    views = (_view(lock_sha256, metrics, most) for most in range(MOST_COLUMNS, -1, -1))
+def experiment_tags(lock_sha256: str, metrics: list[str], in_nats: bool) -> dict[str, str]:
+    """Tags that describe the experiment, and hold the view of a state, whose variants have these metrics.
+
+    Charts show perplexities over dense or, ``in_nats``, their logarithms.
+    """
+    views = (_view(lock_sha256, metrics, in_nats, most) for most in range(MOST_COLUMNS, -1, -1))
     return {
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.note.content": DESCRIPTION,
@@ -28,17 +33,16 @@ def experiment_tags(lock_sha256: str, metrics: list[str]) -> dict[str, str]:
     }
 
 
-def _view(lock_sha256: str, metrics: list[str], most: int) -> str:
-    relative = any(metric.startswith("ppl_over_dense/") for metric in metrics)
-    perplexities, accuracies = (
-        [metric for metric in metrics if metric.startswith(kind)][:most]
-        for kind in ("ppl_over_dense/" if relative else "token_perplexity/", "acc/")
-    )
+def _view(lock_sha256: str, metrics: list[str], in_nats: bool, most: int) -> str:
+    def of(kind: str) -> list[str]:
+        return [metric for metric in metrics if metric.startswith(f"{kind}/")][:most]
+
+    perplexities, accuracies = of("ppl_over_dense") or of("token_perplexity"), of("acc")
     names = ["bytes", *perplexities, *accuracies]
     columns = ["params.`preset`", "params.`size_ratio`", *(f"metrics.`{metric}`" for metric in names)]
     charts = [
-        {"type": "SCATTER", "xaxis": _axis("bytes"), "yaxis": _axis(perplexity), "runsCountToCompare": 100}
-        for perplexity in perplexities[:MOST_CHARTS]
+        {"type": "SCATTER", "xaxis": _axis("bytes"), "yaxis": _axis(quality), "runsCountToCompare": 100}
+        for quality in (of("nats_over_dense") if in_nats else perplexities)[:MOST_CHARTS]
     ]
     compared = ["bytes", *perplexities[:1], *accuracies[:1]]
     charts.append({"type": "PARALLEL", "selectedParams": ["preset"], "selectedMetrics": compared})

@@ -32,19 +32,15 @@ def compare_targets(root: Path, a: str, b: str) -> dict[str, Any]:
         FileError: a document is damaged.
     """
     left, right = find(root, a), find(root, b)
-    pairs = [(name, name) for name in left if name in right]
-    if len(left) == len(right) == 1:
-        pairs = list(zip(left, right, strict=True))
-    if not pairs:
+    is_one = len(left) == len(right) == 1
+    pairs = zip(left, right, strict=True) if is_one else ((name, name) for name in left if name in right)
+    variants = {one: compare(left[one](), right[other]()) for one, other in pairs}
+    if not variants:
         told = (f"{name} has {', '.join(sides) or 'none'}" for name, sides in ((a, left), (b, right)))
         raise DifferenceError(f"no variant in common: {'; '.join(told)}")
     both = len(left) > 1 and len(right) > 1  # no variant was asked for by name
     only_a, only_b = ([n for n in one if both and n not in other] for one, other in ((left, right), (right, left)))
-    variants = {one: compare(left[one](), right[other]()) for one, other in pairs}
     return {"format_version": 1, "only_a": only_a, "only_b": only_b, "variants": variants}
-
-
-SHALLOW = " is a shallow clone, which cannot say what was before it; `git fetch --unshallow`"
 
 
 def find(root: Path, name: str) -> Sides:
@@ -64,11 +60,11 @@ def find(root: Path, name: str) -> Sides:
         return {name: here[name]}
     if commit := git.resolve(root, name) or _experiment(root, name):
         return _tree(root, commit, f"{name} ({commit[:7]})")
+    shallow = " is a shallow clone, which cannot say what was before it; `git fetch --unshallow`"
     raise DifferenceError(
         f"{name!r} is nothing that can be compared:\n  no folder of a model: no {Path(name) / 'allocation.json'}\n"
         f"  no variant: {root / 'params.yaml'} has {', '.join(here) or 'none, or is not there'}\n"
-        f"  no git revision and no experiment of {root.absolute()}"
-        f"{SHALLOW if git.has_history(root) and git.is_shallow(root) else ''}"
+        f"  no git revision and no experiment of {root.absolute()}{shallow if git.is_shallow(root) else ''}"
     )
 
 

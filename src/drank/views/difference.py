@@ -42,9 +42,7 @@ def compare(a: Side, b: Side) -> Document:
     if a.parameters is not None and b.parameters is not None:
         left, right = (flat(side.parameters) | {"variant.name": ""} for side in (a, b))
         found["parameters"] = _differing(left, right)
-    figures: tuple[Document, Document] = ({}, {})
-    if a.results and b.results:
-        figures = (a.results.figures, b.results.figures)
+    figures: tuple[Document, Document] = (a.results.figures, b.results.figures) if a.results and b.results else ({}, {})
     if a.allocation and b.allocation:
         for values, allocation in zip(figures, (a.allocation, b.allocation), strict=True):
             values.update(kept_ratio=allocation.kept_ratio, price=allocation.price)
@@ -53,7 +51,7 @@ def compare(a: Side, b: Side) -> Document:
     changed = any(row["n_changed"] for row in found["kinds"].values())
     empty = not (changed or any(found[key] for key in ("parameters", "figures", "only_a", "only_b")))
     types = other_dtypes(side.results.protocol for side in (a, b) if side.results)
-    remarks = [*dict.fromkeys((*_remarks(a), *_remarks(b))), *([types] if types else [])]
+    remarks = [*dict.fromkeys((*_remarks(a), *_remarks(b), *([types] if types else [])))]
     return found | {"a": a.label, "b": b.label, "empty": empty, "remarks": remarks}
 
 
@@ -69,7 +67,7 @@ def _with_change(a: int | float | None, b: int | float | None) -> dict[str, int 
 
 
 def _remarks(side: Side) -> list[str]:
-    """Parts that are not known, and parameters beside an allocation that was made with others."""
+    """Parts that are not known, and sizes beside an allocation that was made with others."""
     parts = {"parameters (of this version)": side.parameters, "ranks": side.allocation, "metrics": side.results}
     found = [f"{side.label}: no {part} there, so none compared" for part, known in parts.items() if known is None]
     if side.allocation:

@@ -3,15 +3,17 @@
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from drank.project.tolerance import other_dtypes
 from drank.views.pareto import HIGHEST_RATIO, nats_by_bytes, perplexity_by_size, perplexity_columns, reference
-from drank.views.pictures import Allocation, Spectrum, budget, loss_heat_map, rank_heat_map, spectrum_curves
+from drank.views.pictures import Allocation, Spectrum, budget, loss_heat_map, png, rank_heat_map, spectrum_curves
 
 LEADING = ("variant", "preset", "size_ratio", "kept_ratio", "parameters", "bytes", "dtype")
 IN_BYTES = ("bytes_ratio", "megabytes")  # sizes that only variants with a budget in bytes have
@@ -44,6 +46,29 @@ class Picture:
     title: str
     caption: str
     figure: Figure
+
+    @cached_property
+    def png(self) -> bytes:
+        """The bytes of the figure's file."""
+        return png(self.figure)
+
+
+def report(
+    rows: Sequence[Mapping[str, Any]],
+    allocations: Sequence[Allocation],
+    summaries: Mapping[str, Mapping[str, Any]],
+    singular_values: Mapping[str, Mapping[str, np.ndarray]],
+    source: tuple[str, int] | None = None,
+) -> tuple[str, dict[str, Picture], str]:
+    """The table as CSV, pictures by file name, and the page, from documents by variant and spectra by key.
+
+    Args:
+        source: name and bytes of the file that the model came from, for the picture of precisions.
+    """
+    table = summary(rows)
+    spectra = {key: Spectrum.of(described, singular_values[key]) for key, described in summaries.items()}
+    shown = pictures(table, allocations, spectra, source)
+    return table.to_csv(index=False, lineterminator="\n"), shown, page(rows, shown)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -98,8 +123,7 @@ def pictures(
 ) -> dict[str, Picture]:
     """Panels below the page's table, by file name, in its order. Dense variants have panels only if all are.
 
-    Args:
-        source: name and bytes of the file that the model came from, for the picture of precisions.
+    Nats by bytes are drawn where a variant has less than 16 bits and a dense one is there to compare with.
     """
     compressed = [a for a in allocations if a["allocation"] != "dense"] or list(allocations)
     bases = {column: reference(table, column) for column in perplexity_columns(table)}
@@ -112,28 +136,37 @@ def pictures(
             "frontier."
             + (f" Left out, beyond {HIGHEST_RATIO} times the dense model's: {left_out} variants." if left_out else ""),
             perplexity_by_size(table),
-        ),
-        **_precisions(table, source),
-        "ranks": Picture(
-            "Ranks",
-            "A cell is a matrix, layers downwards: the darker, the more of its rank was taken away; “channels” is "
-            "the share of its channels that an MLP kept, where it could lose any; its ranks are relative to the rest.",
-            rank_heat_map(compressed),
-        ),
-        "budget": Picture(
-            "Where the budget went",
-            "Left, a slot is as wide as that kind of matrix is in the dense model, and filled as far as its parameters "
-            "were kept (in per cent; beside the name the ratio over all kinds); right, the same by layer.",
-            budget(allocations),
-        ),
-        "losses": Picture(
-            "Where the loss is",
-            "A cell is a matrix's share of all the error that its variant makes (white: none; “channels”: what their "
-            "removal costs); with the metric kfac that error is a loss in nats, with the others energy, which weighs "
-            "differently from matrix to matrix and is no forecast of perplexity.",
-            loss_heat_map(compressed, spectra),
-        ),
+        )
     }
+    if "bits" in table and "dense" in set(table["preset"]):
+        star = " The star is {}, the file that the dense model was read from, with the same function."
+        shown["precision"] = Picture(
+            "What a byte buys",
+            "Nats per token lost, which is the logarithm of the ratio of token perplexities to the dense model's, "
+            "against all bytes of the weights on disk, embeddings included. Lower and further left is better; the "
+            "scale is linear up to 0.01. A line joins the variants of one precision that no other of that precision "
+            f"beats.{star.format(source[0]) if source else ''}",
+            nats_by_bytes(table, source),
+        )
+    shown["ranks"] = Picture(
+        "Ranks",
+        "A cell is a matrix, layers downwards: the darker, the more of its rank was taken away; “channels” is "
+        "the share of its channels that an MLP kept, where it could lose any; its ranks are relative to the rest.",
+        rank_heat_map(compressed),
+    )
+    shown["budget"] = Picture(
+        "Where the budget went",
+        "Left, a slot is as wide as that kind of matrix is in the dense model, and filled as far as its parameters "
+        "were kept (in per cent; beside the name the ratio over all kinds); right, the same by layer.",
+        budget(allocations),
+    )
+    shown["losses"] = Picture(
+        "Where the loss is",
+        "A cell is a matrix's share of all the error that its variant makes (white: none; “channels”: what their "
+        "removal costs); with the metric kfac that error is a loss in nats, with the others energy, which weighs "
+        "differently from matrix to matrix and is no forecast of perplexity.",
+        loss_heat_map(compressed, spectra),
+    )
     for key, spectrum in spectra.items():
         shown[f"spectra-{key}"] = Picture(
             f"Spectra: {key}",
@@ -144,26 +177,12 @@ def pictures(
     return shown
 
 
-def _precisions(table: pd.DataFrame, source: tuple[str, int] | None) -> dict[str, Picture]:
-    """The picture of nats by bytes, where a variant has less than 16 bits and a dense one is there to compare with."""
-    if "bits" not in table or "dense" not in set(table["preset"]):
-        return {}
-    caption = (
-        "Nats per token lost, which is the logarithm of the ratio of token perplexities to the dense model's, against "
-        "all bytes of the weights on disk, embeddings included. Lower and further left is better; the scale is linear "
-        "up to 0.01. A line joins the variants of one precision that no other of that precision beats."
-    )
-    if source:
-        caption += f" The star is {source[0]}, the file that the dense model was read from, with the same function."
-    return {"precision": Picture("What a byte buys", caption, nats_by_bytes(table, source))}
-
-
-def page(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, tuple[Picture, bytes]]) -> str:
+def page(rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Picture]) -> str:
     """One self-contained HTML page: what is compared, the table of variants, every picture with how to read it."""
     parts = [f"{PAGE_HEAD}<h1>drank: variants</h1>\n<p>{escape(lead(rows))}</p>"]
     parts.append(f'<div class="table">\n{readable(summary(rows)).to_html(index=False, border=0)}\n</div>')
-    for picture, data in shown.values():
-        title, source = escape(picture.title), f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    for picture in shown.values():
+        title, source = escape(picture.title), f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
         parts.append(f"<h2>{title}</h2>\n<p>{escape(picture.caption)}</p>")
         parts.append(f'<div class="picture"><img alt="{title}" src="{source}"></div>')
     return "\n".join([*parts, "</body></html>\n"])

@@ -1,7 +1,6 @@
 """Quality against size: token perplexities of a table of variants over their bytes, and the Pareto frontier."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -31,8 +30,8 @@ def perplexity_by_size(table: pd.DataFrame) -> Figure:
         axes = figure.add_subplot(down, across, index + 1)
         base = reference(table, column)
         megabytes, ratios = table["bytes"] / 1e6, table[column] / (base or 1.0)
-        best = frontier(megabytes.tolist(), ratios.tolist())
-        axes.plot(megabytes.iloc[best], ratios.iloc[best], color="0.8", linewidth=7, alpha=0.7, zorder=1,
+        best = frontier(megabytes, ratios)
+        axes.plot(megabytes[best], ratios[best], color="0.8", linewidth=7, alpha=0.7, zorder=1,
                   solid_capstyle="round", label="Pareto frontier")  # fmt: skip
         for number, (preset, rows) in enumerate(table.groupby("preset", sort=False)):
             order = rows.sort_values("bytes").index
@@ -82,16 +81,14 @@ def nats_by_bytes(table: pd.DataFrame, source: tuple[str, int] | None = None) ->
             axes.axvline(source[1] / 1e6, color="0.75", linewidth=0.8, zorder=0)
             axes.plot(source[1] / 1e6, 0, color="black", marker="*", markersize=11, linestyle="", label=source[0])
         for number, (name, rows) in enumerate(table.groupby(series, sort=False)):
-            color, marker = colormaps["tab10"](number % 10), "osD^vP"[number % 6]
-            best = rows.index[frontier(megabytes[rows.index].tolist(), nats[rows.index].tolist())]
-            axes.plot(megabytes[best], nats[best], color=color, linewidth=1.2)
-            axes.plot(megabytes[rows.index], nats[rows.index], color=color, marker=marker, markersize=5, linestyle="",
-                      label=str(name))  # fmt: skip
+            x, y, color = megabytes[rows.index], nats[rows.index], colormaps["tab10"](number % 10)
+            best = frontier(x, y)
+            axes.plot(x[best], y[best], color=color, linewidth=1.2)
+            axes.plot(x, y, color=color, marker="osD^vP"[number % 6], markersize=5, linestyle="", label=str(name))
         axes.set_yscale("symlog", linthresh=LINEAR_NATS)
-        axes.set_ylim(
-            min(-LINEAR_NATS / 2, nats.min() * 1.2), min(nats.max() * 1.4 + LINEAR_NATS, math.log(HIGHEST_RATIO))
-        )
-        axes.set_yticks([tick for tick in NATS if tick < axes.get_ylim()[1]])
+        highest = min(nats.max() * 1.4 + LINEAR_NATS, math.log(HIGHEST_RATIO))
+        axes.set_ylim(min(-LINEAR_NATS / 2, nats.min() * 1.2), highest)
+        axes.set_yticks([tick for tick in NATS if tick < highest])
         axes.set_yticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(visible=True, linewidth=0.3)
@@ -117,14 +114,14 @@ def _precision(row: pd.Series) -> str:
     return "dense, 16 bits" if row["bits"] == 16 else "dense, rounded"
 
 
-def frontier(sizes: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Indices of the points that none beats, by ascending size.
+def frontier(sizes: pd.Series, values: pd.Series) -> pd.Index:
+    """Labels of the points that none beats, by ascending size.
 
     A point is beaten by one that is no larger in size and in value, and smaller in one of the two. The first of equal
     points is named; one without a value (NaN) is none.
     """
     points = pd.DataFrame({"size": sizes, "value": values}).dropna().sort_values(["size", "value"], kind="stable")
-    return points.index[points["value"] < points["value"].cummin().shift(fill_value=math.inf)].tolist()
+    return points.index[points["value"] < points["value"].cummin().shift(fill_value=math.inf)]
 
 
 def perplexity_columns(table: pd.DataFrame) -> list[str]:

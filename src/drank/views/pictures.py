@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,13 @@ class Spectrum:
     metric: str
     energies: Mapping[str, np.ndarray]
     matrices: Mapping[str, tuple[str, int]]
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any], singular_values: Mapping[str, np.ndarray]) -> "Spectrum":
+        """That of a spectrum's summary.json and singular_values.safetensors."""
+        whole = [matrix for block in summary["blocks"] for matrix in block["cuts"][0]["matrices"]]
+        matrices = {row["factors"]: (row["kind"], row["layer"]) for row in summary["units"] + whole}
+        return cls(summary["metric"], {file: s**2 for file, s in singular_values.items()}, matrices)
 
 
 def rank_heat_map(allocations: Sequence[Allocation]) -> Figure:
