@@ -192,7 +192,7 @@ LAYERS = {
     "steps": {"method", "model", "project"},  # of the project its parameters and processes alone
     "views": {"views", "project"},
     "planning": {"planning", "project", "model", "steps", "method"},
-    "preflight": {"preflight", "planning", "project"},
+    "preflight": {"preflight", "planning", "project", "tracking"},
     "tracking": {"tracking", "project", "views"},
     "audit": {"audit", "project", "model", "steps", "tracking"},
     "cli": {"cli", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},

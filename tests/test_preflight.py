@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
+import threading
 from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -117,7 +119,9 @@ def only_an_adapter(root):
         (large, "error", "will be written (half of it DVC's copy: "),
         (lambda root: edit(root, "config.json", num_hidden_layers=None), "cannot say", "does not tell the model's"),
         (lambda root: shutil.rmtree(root / ".git"), "remark", "is in no git repository"),
+        (lambda root: run(root, "git", "config", "tag.gpgSign", "true"), "warning", "(tag.gpgSign = true)"),
         (lambda root: change(root, sampling={"n_windows": 0}), "error", "n_windows"),
+        (lambda root: (root / "mlflow.db").write_text("a text"), "warning", "is no SQLite file"),
         (lambda root: (root / ".gitignore").write_text("*.json"), "warning", "git ignores results/a.json, data/alloc"),
         (long_windows_to_heal_on, "error", "variants.kfac-80.healing.window_length = 99999: "),
         (lambda root: (root / "results").write_text(""), "error", "results: a file is where stages write a folder"),
@@ -146,6 +150,9 @@ def test_each_finding(project, monkeypatch, provoke, level, words):
     [
         ({"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}, "warning", "git config --global --add safe.directory"),
         ({"GIT_COMMITTER_NAME": "", "GIT_COMMITTER_EMAIL": ""}, "warning", "git config user.name"),
+        ({"MLFLOW_TRACKING_URI": "http://me:secret@127.0.0.1:1"}, "warning", "http://127.0.0.1:1 does not answer"),
+        ({"MLFLOW_TRACKING_URI": "postgresql://here/mlflow"}, "cannot say", "a store of postgresql"),
+        ({"MLFLOW_TRACKING_URI": "127.0.0.1:5000"}, "warning", "no address of a server; begin it with http://"),
         ({"PATH": "/nowhere"}, "warning", "git is not installed"),
     ],
 )
@@ -160,6 +167,30 @@ def test_what_is_around(project, monkeypatch, variables, level, words, known):
     assert len(others) == (not known)
     assert told[0] == level
     assert words in told[1]
+    assert "secret" not in told[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [(503, b"", ["answers 503"]), (401, b"", []), (200, b"OK", []), (200, b"<html>log in</html>", ["a web page"])],
+)
+def test_a_server_of_mlflow_is_asked(project, monkeypatch, status, body, words):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        told = found(project)
+        server.shutdown()
+    assert len(told) == len(words)
+    assert all(word in text for word, (_, text) in zip(words, told, strict=True))
 
 
 def test_the_disk_is_that_of_the_data_and_that_of_the_cache(project, tmp_path, monkeypatch):

@@ -12,13 +12,13 @@ from drank.planning.facts import Facts
 from drank.preflight.finding import Finding, Level
 from drank.preflight.machine import devices, disk, memory
 from drank.preflight.model import rolling, sizes, sources, windows
-from drank.preflight.project import git, places
+from drank.preflight.project import git, places, store
 from drank.preflight.tasks import tasks
 from drank.project.params import ParamsError
 from drank.project.redaction import redact
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    sources, tasks, rolling, windows, devices, sizes, disk, memory, git, places,
+    sources, tasks, rolling, windows, devices, sizes, disk, memory, git, store, places,
 )  # fmt: skip
 
 
