@@ -1,6 +1,5 @@
 """Every shipped preset, and a user's own, through the stages on a tiny model: sizes, sharing, reload, release."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from transformers import AutoModelForCausalLM
 import drank.model.quantizer  # noqa: F401
 from drank.audit import audit
 from drank.model.linears import find_linears
+from drank.project.files import read_json
 from drank.steps.evaluation import count_parameters
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.test_audit import edit, more, reseal
 
-SHIPPED = Path(__file__).parent.parent / "params.yaml"
+SHIPPED = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
 SPECTRA = {
     "none": {"metric": "none", "units": "matrix"},
     "diagonal": {"metric": "diagonal", "units": "matrix", "alpha": 0.5},
@@ -49,7 +50,7 @@ OWN = {
     "pairs-pivot-3": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot", "precision": 3},
     "svd-2": {"spectrum": "none", "allocation": "uniform", "storage": "factors", "precision": 2, "rounding": "nearest"},
 }  # fmt: skip
-PRESETS = {name: p for name, p in yaml.safe_load(SHIPPED.read_text())["presets"].items() if name != "dense"} | OWN
+PRESETS = {name: p for name, p in SHIPPED["presets"].items() if name != "dense"} | OWN
 for preset in PRESETS.values():  # ranks of the tiny model are below 32
     preset |= {"multiple_of": 4} if "multiple_of" in preset else {}
 SIZES = {"mixed": {"bytes_ratio": 0.35}}
@@ -79,17 +80,23 @@ def project(tmp_path_factory):
 
 def allocated(project, preset):
     allocation.main(preset, project)
-    return json.loads((project / f"data/allocation/{preset}.json").read_text())
+    return read_json(project / f"data/allocation/{preset}.json")
+
+
+def made(project, preset):
+    """The allocation of a variant, whose folder is released."""
+    found = allocated(project, preset)
+    for stage in (compression, evaluation, release):
+        stage.main(preset, project)
+    return found
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fits_its_budget_and_its_folder_holds_what_was_allocated_and_passes_an_audit(project, preset):
-    found = allocated(project, preset)
+    found = made(project, preset)
     assert found["price"] <= found["budget"]
     assert found["price"] == sum(unit["price"] for unit in found["units"])
     assert found["objective"]["bound"] <= found["objective"]["value"]
-    for stage in (compression, evaluation, release):
-        stage.main(preset, project)
     model = AutoModelForCausalLM.from_pretrained(project / f"data/models/{preset}")
     dense = AutoModelForCausalLM.from_pretrained(project / "data/raw/model")
     targeted = sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"]))
@@ -123,7 +130,7 @@ def test_a_preset_fits_its_budget_and_its_folder_holds_what_was_allocated_and_pa
 )
 def test_an_audit_finds_bits_that_are_not_those_of_the_folder(project, tmp_path, link, file, keys, value, told):
     if not (project / "data/models/gptq-4").exists():
-        test_a_preset_fits_its_budget_and_its_folder_holds_what_was_allocated_and_passes_an_audit(project, "gptq-4")
+        made(project, "gptq-4")
     folder = Path(shutil.copytree(project / "data/models/gptq-4", tmp_path / "delivered"))
     if file == "model.safetensors":
         weights = load_file(folder / file)
@@ -149,15 +156,13 @@ def test_blocks_say_how_many_channels_they_kept(project):
     found = allocated(project, "kfac")
     assert [block["full_channels"] for block in found["blocks"]] == [64, 64]
     for block in found["blocks"]:
-        shapes = {
-            u["kind"]: (u["out_features"], u["in_features"]) for u in found["units"] if block["name"] in u["name"]
-        }
-        m = block["channels"]
+        units = [u for u in found["units"] if block["name"] in u["name"]]
+        shapes, m = {u["kind"]: (u["out_features"], u["in_features"]) for u in units}, block["channels"]
         assert shapes == {"gate_proj": (m, 32), "up_proj": (m, 32), "down_proj": (32, m)}
         assert (block["loss"] == 0) == (m == 64)
 
 
 def test_measured_sensitivities_are_perplexities_above_the_dense_ones(project):
-    scores = json.loads((project / "data/spectrum/measured/summary.json").read_text())["sensitivity"]
+    scores = read_json(project / "data/spectrum/measured/summary.json")["sensitivity"]
     assert len(scores) == 14
     assert all(set(row) == {"0.3", "0.6"} and min(row.values()) > 1 for row in scores.values())

@@ -1,13 +1,13 @@
 """The study runs the stages of the main pipeline, and holds every preset at every size that its page speaks of."""
 
-from pathlib import Path
+from itertools import product
 
 from experiments.tools import copies
 
 from drank.project.files import read_json
 from drank.project.params import read_params
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 PEERS = ("svd", "asvd", "svd-llm", "basis-sharing", "d-rank", "d-rank-released", "kfac")
 
 
@@ -51,35 +51,41 @@ def test_presets_and_sources_are_those_of_the_shipped_parameters():
     assert study.spectrum["kfac"] == shipped.spectrum["kfac"].model_copy(update=fewer)
 
 
-def ratios_to_dense(variant):
-    """News / commons, as the page has them."""
-    results, dense = (read_json(REPOSITORY / f"study/results/{name}.json") for name in (variant, "dense"))
-    figures = [results[f"token_perplexity/{text}"] / dense[f"token_perplexity/{text}"] for text in ("news", "commons")]
-    return " / ".join(f"{figure:.2f}" if figure < 1000 else f"{figure:.0e}" for figure in figures)
+STUDY, HEALING = (
+    {path.stem: read_json(path) for path in (REPOSITORY / folder / "results").glob("*.json")}
+    for folder in ("study", "experiments/healing")
+)
+KEYS = ("token_perplexity/news", "token_perplexity/commons")
+
+
+def over_dense(results, name):
+    return [results[name][key] / results["dense"][key] for key in KEYS]
+
+
+def rows_of(page):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+
+
+BEFORE, _, AFTER = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")
 
 
 def test_the_figures_of_the_page_are_those_of_the_committed_results():
-    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     shown = {}
-    for row in rows:
+    for row in rows_of(BEFORE):
         if row[0] == "preset":
             sizes = row[1:]
         elif row[0].startswith("`"):
             names = [f"{row[0].strip('`')}-{round(float(size) * 100)}" for size in sizes]
             shown |= {name: cell for name, cell in zip(names, row[1:], strict=True) if cell}
     assert set(shown) == set(read_params(REPOSITORY / "study/params.yaml").variants) - {"dense"}
-    assert shown == {name: ratios_to_dense(name) for name in shown}
+    for name, cell in shown.items():
+        figures = over_dense(STUDY, name)
+        assert cell == " / ".join(f"{figure:.2f}" if figure < 1000 else f"{figure:.0e}" for figure in figures)
 
 
 def test_ours_is_never_worse_than_a_peer_of_the_same_size():
-    sizes = (90, 80, 70, 60, 50)
-    for size in sizes:
-        ours = read_json(REPOSITORY / f"study/results/kfac-{size}.json")
-        for preset in PEERS[:-1]:
-            theirs = read_json(REPOSITORY / f"study/results/{preset}-{size}.json")
-            for text in ("news", "commons"):
-                assert ours[f"token_perplexity/{text}"] < theirs[f"token_perplexity/{text}"], (preset, size, text)
+    for preset, size, key in product(PEERS[:-1], (90, 80, 70, 60, 50), KEYS):
+        assert STUDY[f"kfac-{size}"][key] < STUDY[f"{preset}-{size}"][key], (preset, size, key)
 
 
 def test_the_experiment_of_healing_compares_presets_of_the_shipped_parameters_by_one_recipe():
@@ -91,28 +97,24 @@ def test_the_experiment_of_healing_compares_presets_of_the_shipped_parameters_by
 
 
 def test_the_figures_of_healing_are_those_of_the_committed_results():
-    results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
-    page = (REPOSITORY / "docs/study.md").read_text().partition("## Healing")[2].partition("\n## ")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
-    ]
-    shown = {row[0].strip("`"): row[1:] for row in rows}
-    assert shown.keys() == results.keys()
+    page = AFTER.partition("\n## ")[0]
+    shown = {row[0].strip("`"): row[1:] for row in rows_of(page) if row[0].startswith("`")}
+    assert shown.keys() == HEALING.keys()
     for name, row in shown.items():
-        found, dense = results[name], results["dense"]
-        perplexities = [found[f"token_perplexity/{text}"] for text in ("news", "commons")]
-        over = [found[f"token_perplexity/{text}"] / dense[f"token_perplexity/{text}"] for text in ("news", "commons")]
-        accuracies = [found["acc/last_word"], found["acc/next_sentence"]]
-        told = [" / ".join(f"{value:.2f}" for value in values) for values in (perplexities, over, accuracies)]
-        assert row == [f"{found['bytes'] / 1e6:.1f}", *told]
+        found = HEALING[name]
+        pairs = [
+            [found[key] for key in KEYS],
+            over_dense(HEALING, name),
+            [found["acc/last_word"], found["acc/next_sentence"]],
+        ]
+        assert row == [f"{found['bytes'] / 1e6:.1f}", *(" / ".join(f"{value:.2f}" for value in pair) for pair in pairs)]
 
 
 def test_healing_takes_a_third_of_what_kfac_lost_and_kfac_stays_ahead_of_d_rank_at_equal_bytes():
-    results = {path.stem: read_json(path) for path in (REPOSITORY / "experiments/healing/results").glob("*.json")}
-    for text in ("news", "commons"):
-        key = f"token_perplexity/{text}"
-        before, after = (results[name][key] / results["dense"][key] - 1 for name in ("kfac-60", "kfac-60-distilled"))
-        assert after <= before * 2 / 3
-        assert results["kfac-60-distilled"][key] < results["d-rank-60-distilled"][key]
-    assert results["kfac-60-distilled"]["bytes"] <= 1.01 * results["d-rank-60-distilled"]["bytes"]
-    assert results["kfac-60-distilled"]["parameters"] == results["kfac-60"]["parameters"]
+    before, after, other = (HEALING[name] for name in ("kfac-60", "kfac-60-distilled", "d-rank-60-distilled"))
+    for key in KEYS:
+        dense = HEALING["dense"][key]
+        assert after[key] / dense - 1 <= (before[key] / dense - 1) * 2 / 3
+        assert after[key] < other[key]
+    assert after["bytes"] <= 1.01 * other["bytes"]
+    assert after["parameters"] == before["parameters"]

@@ -18,7 +18,7 @@ from drank.planning.estimate import Model, read_shape
 from drank.planning.footprint import model_parameters
 from drank.project.dvc import LockError, read_lock
 from drank.project.files import read_json
-from drank.project.params import Name, ParamsError, Section, Share, read_as, read_params
+from drank.project.params import Name, ParamsError, Section, Share, read_params
 from drank.project.plain_yaml import load
 from drank.project.state import check_order, check_params, check_written, lineage
 from experiments.tools.copies import FOLDER
@@ -113,7 +113,7 @@ def read_published(root: Path, name: str) -> Published:
     if name not in names(root):
         known = ", ".join(names(root)) or "none; run in a clone of the repository, or give --root"
         raise ParamsError(f"no experiment '{name}' in {root / FOLDER}; known: {known}")
-    published = read_as(root / FOLDER / f"published/{name}.yaml", Published)
+    published = Published.read(root / FOLDER / f"published/{name}.yaml")
     variants = read_params(root / FOLDER / f"{name}.yaml").variants
     if lacking := sorted({row.variant for row in published.rows}.difference(variants)):
         raise ParamsError(

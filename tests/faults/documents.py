@@ -5,14 +5,19 @@
 """
 
 import copy
+import gzip
+import io
 import json
 import random
 import shutil
 import struct
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import pandas
 import yaml
 from experiments.tools.published import read_published
 from transformers import AutoModelForCausalLM
@@ -56,26 +61,28 @@ FRAGMENTS = [
 
 
 # Every form, a shared basis of each kind among them.
+BASIS = "model.layers.0.self_attn.o_proj"
 FORMS = {
     **compressed.LLAMA,
-    "model.layers.0.self_attn.o_proj": compressed.spec(
-        "pivot", 32, 32, 9, basis="model.layers.0.self_attn.o_proj", first=0, kept=4
-    ),
-    "model.layers.1.self_attn.o_proj": compressed.spec(
-        "pivot", 32, 32, 9, basis="model.layers.0.self_attn.o_proj", first=4, kept=5
-    ),
+    BASIS: compressed.spec("pivot", 32, 32, 9, basis=BASIS, first=0, kept=4),
+    BASIS.replace("0", "1"): compressed.spec("pivot", 32, 32, 9, basis=BASIS, first=4, kept=5),
 }
 
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of everything in a document."""
     inner: Any = (
-        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+        document.items() if isinstance(document, dict) else enumerate(document if isinstance(document, list) else ())
     )
     return [path] * bool(path) + [place for key, value in inner for place in places(value, (*path, key))]
 
 
-def mutated(document: Any, draw: random.Random, values: list[Any] = VALUES) -> Any:
+def at(document: Any, path: Iterable[Any]) -> Any:
+    """The thing at a path."""
+    return reduce(lambda parent, step: parent[step], path, document)
+
+
+def mutated(document: Any, draw: random.Random) -> Any:
     """A copy with one to three things replaced, removed, renamed or put where others were."""
     document = copy.deepcopy(document)
     for _ in range(draw.randint(1, 3)):
@@ -83,21 +90,16 @@ def mutated(document: Any, draw: random.Random, values: list[Any] = VALUES) -> A
         if not all_places:
             break
         *path, key = draw.choice(all_places)
-        parent = document
-        for step in path:
-            parent = parent[step]
+        parent = at(document, path)
         action = draw.choice(["replace", "replace", "replace", "remove", "rename", "swap"])
         if action == "replace":
-            parent[key] = copy.deepcopy(draw.choice(values))
+            parent[key] = copy.deepcopy(draw.choice(VALUES))
         elif action == "remove":
             del parent[key]
         elif action == "rename" and isinstance(parent, dict):
-            parent[draw.choice([value for value in values if isinstance(value, str)])] = parent.pop(key)
+            parent[draw.choice([value for value in VALUES if isinstance(value, str)])] = parent.pop(key)
         else:
-            other: Any = document
-            for step in draw.choice(all_places):
-                other = other[step]
-            parent[key] = copy.deepcopy(other)
+            parent[key] = copy.deepcopy(at(document, draw.choice(all_places)))
     return document
 
 
@@ -163,23 +165,20 @@ class Tries:
         """allocation.json, config.json and provenance.json of a model folder, sealed again with right checksums: only
         an audit that reads them can tell."""
         name = draw.choice(["allocation.json", "config.json", STATEMENT])
-        self._restore()
-        (self.folder / name).write_text(json.dumps(mutated(self.documents[name], draw)))
-        reseal(self.folder)
-        audit(self.folder, None)
-        compare_targets(self.project, str(self.folder), VARIANT)
+        self._spoil(self.folder / name, json.dumps(mutated(self.documents[name], draw)).encode(), seal=True)
 
     def folder_bytes(self, draw: random.Random) -> None:
         """Any file of a model folder with other bytes."""
-        self._restore()
         file = draw.choice(sorted(self.files))
-        file.write_bytes(garbled(self.files[file], draw))
+        self._spoil(file, garbled(self.files[file], draw), seal=False)
+
+    def _spoil(self, file: Path, content: bytes, seal: bool) -> None:
+        for path, whole in self.files.items():
+            path.write_bytes(content if path == file else whole)
+        if seal:
+            reseal(self.folder)
         audit(self.folder, None)
         compare_targets(self.project, str(self.folder), VARIANT)
-
-    def _restore(self) -> None:
-        for file, content in self.files.items():
-            file.write_bytes(content)
 
     def tensors(self, draw: random.Random) -> None:
         """A safetensors file of one tensor, whose header or length is another."""
@@ -206,10 +205,7 @@ class Tries:
     def config_file(self, draw: random.Random) -> None:
         """The section in config.json of a folder, which is then loaded."""
         section = mutated(self.written["quantization_config"], draw)
-        self._load({**self.written, "quantization_config": section})
-
-    def _load(self, config: Any) -> None:
-        (self.forms / "config.json").write_text(json.dumps(config))
+        (self.forms / "config.json").write_text(json.dumps(self.written | {"quantization_config": section}))
         AutoModelForCausalLM.from_pretrained(self.forms)
 
     def gguf(self, draw: random.Random) -> None:
@@ -246,11 +242,11 @@ class Tries:
         read_published(self.scratch, "llama-7b")
 
     def all(self) -> dict[str, Callable[[random.Random], None]]:
-        return {
-            "params": self.params, "folder documents": self.folder_documents, "folder bytes": self.folder_bytes,
-            "tensors": self.tensors, "texts": self.texts, "gguf": self.gguf, "config": self.config,
-            "config file": self.config_file, "lock": self.lock, "published": self.published,
-        }  # fmt: skip
+        kinds = (
+            self.params, self.folder_documents, self.folder_bytes, self.tensors, self.texts, self.gguf, self.config,
+            self.config_file, self.lock, self.published,
+        )  # fmt: skip
+        return {kind.__name__.replace("_", " "): kind for kind in kinds}
 
 
 def reseal(folder: Path) -> None:
@@ -268,20 +264,14 @@ def reseal(folder: Path) -> None:
 
 def text_files() -> list[tuple[str, bytes]]:
     """A small text in every format, of which archives are packed the same each time."""
-    import gzip
-    import io
-    import zipfile
-
-    import pandas
-
     table = pandas.DataFrame({"text": ["one, two", 'with "quotes"', "line\nbreak", "é"], "n": [1, 2, 3, 4]})
-    csv, lines = table.to_csv(index=False).encode(), table.to_json(orient="records", lines=True).encode()
-    packed, parquet = io.BytesIO(), io.BytesIO()
+    csv, packed, parquet = table.to_csv(index=False).encode(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo("../../t.csv"), csv)
     table.to_parquet(parquet)
     return [
-        ("t.csv", csv), ("t.jsonl", lines), ("t.txt", b"one\n\ntwo\n"), ("t.parquet", parquet.getvalue()),
+        ("t.csv", csv), ("t.jsonl", table.to_json(orient="records", lines=True).encode()),
+        ("t.txt", b"one\n\ntwo\n"), ("t.parquet", parquet.getvalue()),
         ("t.zip", packed.getvalue()), ("t.csv.gz", gzip.compress(csv, mtime=0)),
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from drank.project.documents import AllocationDocument, SpectrumSummary, read_do
 from drank.project.dvc import LockError, Stages, parse_lock, read_lock
 from drank.project.files import FileError, file_sha256, read_tensors
 from drank.project.git import Commit, file_at, find_commits, has_history, is_shallow
-from drank.project.params import Params, ParamsError, parse_as
+from drank.project.params import Params, ParamsError
 from drank.project.plain_yaml import YamlError, load
 from drank.project.progress import progress
 from drank.project.state import check_order, check_params, flat, lineage, outs_of, writers
@@ -110,9 +110,9 @@ def _recorded_parameters(folder: Folder, record: Record, root: Path) -> str:
     if text is None:
         raise BrokenLinkError(f"{where}: not found")
     try:
-        check_params(record.stages, load(text.decode()), where)
-        then = parse_as(text, where, Params).parameters_of(folder.statement.variant)
-    except (ParamsError, UnicodeDecodeError, YamlError) as error:
+        check_params(record.stages, load(text), where)
+        then = Params.parse(text, where).parameters_of(folder.statement.variant)
+    except (ParamsError, YamlError) as error:
         raise UncheckableError(f"{where} is not of this version of drank: {error}") from None
     told = flat(folder.statement.parameters)
     _agree(told, flat(then), where)

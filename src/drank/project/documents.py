@@ -4,7 +4,7 @@ The one description of them in code; docs/data.md has it in words.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,10 +13,6 @@ from drank.method.precisions import FULL, bytes_of
 from drank.model import format
 from drank.project.files import FileError
 
-if TYPE_CHECKING:
-    FormName = str
-else:  # rows of the table of storages
-    FormName = Literal["dense", *PRICES]
 Sha256 = str
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact up to here
 
@@ -28,11 +24,10 @@ class Document(BaseModel):
 class UnitRow(Document):
     name: str
     members: tuple[str, ...] = Field(min_length=1)
-    factors: str
     kind: str
     role: str | None
     layer: Count
-    form: FormName
+    form: Literal["dense", *PRICES]  # type: ignore[valid-type]
     rank: Count
     full_rank: Annotated[Count, Field(ge=1)]
     out_features: Count
@@ -50,16 +45,14 @@ class UnitRow(Document):
 
     def bytes_of_form(self, group: int | None) -> int:
         """Bytes that a matrix of this form, rank, size and bits takes; ``group`` is that of its scales."""
-        return int(
-            bytes_of(self.form, self.out_features, self.in_features, self.rank, self.bits, group or self.in_features)
-        )
+        n_out, n_in = self.out_features, self.in_features
+        return int(bytes_of(self.form, n_out, n_in, self.rank, self.bits, group or n_in))
 
     @property
     def price_of_form(self) -> int:
         """Parameters of a matrix of this form, rank and size (docs/method.md, section 4)."""
-        if self.form == "dense":
-            return self.out_features * self.in_features
-        return int(PRICES[self.form](self.out_features, self.in_features, self.rank))
+        n_out, n_in = self.out_features, self.in_features
+        return n_out * n_in if self.form == "dense" else int(PRICES[self.form](n_out, n_in, self.rank))
 
 
 class BlockRow(Document):
@@ -151,7 +144,6 @@ class Provenance(Document):
     allocation_sha256: Sha256
     base_model_sha256: Sha256
     healed_from_sha256: Sha256 | None = None
-    healed_in: str | None = None
 
 
 class Quantization(format.Quantization):
@@ -189,7 +181,7 @@ class StatementDocument(Document):
     predicate_type: Literal["https://slsa.dev/provenance/v1"] = Field(alias="predicateType")
     subject: tuple[Resource, ...]
     parameters: dict[str, dict[str, Any]] = _at("predicate", "buildDefinition", "externalParameters")
-    internal: dict[str, Any] = _at("predicate", "buildDefinition", "internalParameters", default={})
+    computed_in: dict[str, str] = _at("predicate", "buildDefinition", "internalParameters", "computed_in", default={})
     materials: tuple[Resource, ...] = _at("predicate", "buildDefinition", "resolvedDependencies")
     versions: dict[str, str] = _at("predicate", "runDetails", "builder", "version")
     byproducts: tuple[Resource, ...] = _at("predicate", "runDetails", "byproducts", min_length=1, max_length=1)
@@ -198,14 +190,6 @@ class StatementDocument(Document):
     def variant(self) -> str:
         """The variant's name, empty where the statement has none."""
         return str(self.parameters.get("variant", {}).get("name", ""))
-
-    @property
-    def computed_in(self) -> dict[str, str]:
-        """The type of each kind of pass, by its name; a statement of an older version has that of evaluation."""
-        protocol = self.results.get("protocol")
-        measured = {"evaluation": protocol["dtype"]} if isinstance(protocol, dict) and "dtype" in protocol else {}
-        found = self.internal.get("computed_in", measured)
-        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
     @property
     def results(self) -> dict[str, Any]:
@@ -225,11 +209,7 @@ Read = TypeVar("Read", bound=Document)
 
 
 def read_document(path: Path, kind: type[Read]) -> Read:
-    """Read a JSON document as an object of this kind.
-
-    Raises:
-        FileError: missing, not JSON, or without a field that it must have.
-    """
+    """Read a JSON document as an object of this kind; a FileError if it is missing, no JSON, or lacks a field."""
     try:
         return parse_document(path.read_bytes(), path.name, kind)
     except FileNotFoundError:
@@ -237,16 +217,12 @@ def read_document(path: Path, kind: type[Read]) -> Read:
 
 
 def parse_document(content: bytes | str, where: str, kind: type[Read]) -> Read:
-    """The document in these bytes; ``where`` names it in errors.
-
-    Raises:
-        FileError: not JSON, or without a field that it must have.
-    """
+    """The same of bytes or text; ``where`` names them in errors."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the document"
+        key = ".".join(map(str, first["loc"])) or "the document"
         told = f"{where}: {key}: {first['msg']}"
         if key.endswith("format_version") and isinstance(first["input"], int):
             raise VersionError(f"{told}; another version of drank wrote it: audit it with that one") from None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -54,18 +54,8 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Device = Literal["cpu", "cuda"]
 Begin = Literal["window", "document", "text"]
-Kind = TypeVar("Kind", bound=BaseModel)
-if TYPE_CHECKING:
-    MetricName = str
-    UnitsName = str
-    RuleName = str
-    StorageName = str
-    PrecisionName = int | str
-    EmbeddingBits = int
-else:  # rows of the tables of choices
-    MetricName, UnitsName = Literal[tuple(METRICS)], Literal[tuple(UNITS)]
-    RuleName, StorageName = Literal[tuple(RULES)], Literal[tuple(PRICES)]
-    PrecisionName, EmbeddingBits = Literal[tuple(PRECISIONS)], Literal[tuple(EMBEDDING_BITS)]
+Kind = TypeVar("Kind", bound="Section")
+FullIsNone = AfterValidator(lambda bits: None if bits == FULL else bits)
 # For each section whose choices read parameters, the tables of choices by the key that chooses.
 TABLES: dict[str, Mapping[str, Mapping[Any, Any]]] = {
     "spectrum": {"metric": METRICS, "units": UNITS},
@@ -78,11 +68,7 @@ class ParamsError(ValueError):
 
 
 class Section(BaseModel):
-    """A section of params.yaml.
-
-    Attributes:
-        rules: rules between keys, each with a function that names what breaks it.
-    """
+    """A section of params.yaml, or a YAML file of its own; each of its ``rules`` has a function that names breaches."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
     rules: ClassVar[Mapping[str, Callable[[Any], Iterable[str]]]] = {}
@@ -93,6 +79,40 @@ class Section(BaseModel):
             for breach in broken(self):
                 raise ValueError(f"{breach}; the rule: {rule}")
         return self
+
+    @classmethod
+    def read(cls: type[Kind], path: Path) -> Kind:
+        """The content of a YAML file, or a ParamsError: unreadable, a key or value against the rules, a dead name."""
+        try:
+            return cls.parse(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise ParamsError(f"{path}: not found; run from the folder that holds params.yaml") from None
+
+    @classmethod
+    def parse(cls: type[Kind], content: bytes, where: str) -> Kind:
+        """The same of content, such as params.yaml of a commit; ``where`` names it in errors."""
+        try:
+            document = plain_yaml.load(content)
+            text = json.dumps(document, default=str)
+        except (plain_yaml.YamlError, TypeError) as error:  # json's, of a key that is a date
+            raise ParamsError(f"{where}: {error}") from None
+        if not isinstance(document, dict):
+            raise ParamsError(f"{where}: expected one section per step, found {type(document).__name__}")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ParamsError("\n".join(f"{where}: {_explain(detail)}" for detail in error.errors())) from None
+
+
+def _explain(detail: ErrorDetails) -> str:
+    key, value, told = ".".join(map(str, detail["loc"])), detail["input"], detail["msg"]
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key '{key}' (value {value!r}); is it misspelt, or in the wrong section?"
+    if detail["type"] == "missing":
+        return f"'{key}' is missing"
+    if detail["type"] == "value_error":
+        return f"{key.removesuffix('.[key]')}: {told.removeprefix('Value error, ')}".removeprefix(": ")
+    return f"'{key}' = {value!r}: {told}"
 
 
 def readers_of(section: str, name: str) -> list[tuple[str, Any]]:
@@ -108,48 +128,54 @@ def _has_readers(section: str) -> Callable[[Section], Iterator[str]]:
         given = {name for name, knob in type(values).model_fields.items() if getattr(values, name) != knob.default}
         chosen = {kind: getattr(values, kind) for kind in TABLES[section]}
         for kind, row in chosen.items():
-            if row is None:
-                continue
-            for missing in sorted(set(TABLES[section][kind][row].needs) - given):
+            for missing in sorted(set(TABLES[section][kind][row].needs) - given) if row else ():
                 yield f"{kind} '{row}' needs {missing}, which is {getattr(values, missing)!r}"
         for name in sorted(given):
             readers = readers_of(section, name)
             if readers and not set(readers) & chosen.items():
-                kinds = dict(readers)
-                ignoring = " and ".join(f"{k} '{chosen[k]}'" if chosen[k] else f"no {k}" for k in kinds)
+                ignoring = " and ".join(f"{k} '{chosen[k]}'" if chosen[k] else f"no {k}" for k in dict(readers))
                 others = ", ".join(f"{kind} '{row}'" for kind, row in readers)
                 yield f"{_shown(values, name)} with {ignoring}, which ignores it: it goes with {others}"
 
     return broken
 
 
-def _holds(test: Callable[[Any], Any], *keys: str) -> Callable[[Section], list[str]]:
+def _holds(keys: str, test: Callable[[Any], Any]) -> Callable[[Section], list[str]]:
     """The rule that a test of a section holds; a breach shows the values of these dotted keys."""
-    return lambda section: [] if test(section) else [_shown(section, *keys)]
+    return lambda section: [] if test(section) else [_shown(section, keys)]
 
 
-def _each(section: str, test: Callable[[Any, Any], Any], *keys: str) -> Callable[[Section], Iterator[str]]:
-    """The rule that a test of params.yaml and each entry of a section holds."""
+def _each(section: str, keys: str, test: Callable[..., Any]) -> Callable[[Any], Iterator[str]]:
+    """The rule that a test of each entry of a section, and of what that points to, holds."""
 
-    def broken(params: Section) -> Iterator[str]:
-        entries = getattr(params, section).items()
-        return (f"{section}.{name}: {_shown(entry, *keys)}" for name, entry in entries if not test(params, entry))
+    def broken(params: "Params") -> Iterator[str]:
+        for name, entry in getattr(params, section).items():
+            used = USED[section](params, entry)
+            if None not in used and not test(entry, *used):
+                yield f"{section}.{name}: {_shown(entry, keys)}"
 
     return broken
 
 
+# By section, what its entries point to. The spectrum of a preset that no variant uses may be missing.
+USED: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
+    "spectrum": lambda p, spectrum: (p,),
+    "presets": lambda p, preset: (p.spectrum.get(preset.spectrum),),
+    "variants": lambda p, variant: (p.presets[variant.preset], p.spectrum[variant.spectrum]),
+}
+
+
 def _no_expressions(patterns: Iterable[str]) -> Iterator[str]:
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
-                yield f"{pattern}: {error}"
+    for expression in (pattern.removeprefix("re:") for pattern in patterns if pattern.startswith("re:")):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            yield f"re:{expression}: {error}"
 
 
-def _shown(section: Section, *keys: str) -> str:
+def _shown(section: Section, keys: str) -> str:
     """Values by key, as in ``floor = 0.5, cap = 0.4``."""
-    values = {key: attrgetter(key)(section) for key in keys}
+    values = {key: attrgetter(key)(section) for key in keys.split()}
     return ", ".join(f"{key} = {list(v) if isinstance(v, tuple) else repr(v)}" for key, v in values.items())
 
 
@@ -169,10 +195,9 @@ class ModelSource(Section):
     grows by the bytes of its embedding. Left out: a tied head stays tied, and only channels of equal gain are mixed."""
 
     rules = {
-        "`untie_head` goes with `rotation_seed`.": _holds(
-            lambda m: m.untie_head is None or m.rotation_seed is not None, "untie_head", "rotation_seed"
-        ),
-    }
+        "`untie_head` goes with `rotation_seed`.":
+            _holds("untie_head rotation_seed", lambda m: m.untie_head is None or m.rotation_seed is not None),
+    }  # fmt: skip
 
 
 class TextSource(Section):
@@ -263,7 +288,7 @@ class Covariance(Section):
 
     rules = {
         "Patterns behind `re:` are regular expressions of Python.": lambda c: _no_expressions((*c.targets, *c.ignore)),
-    }
+    }  # fmt: skip
 
 
 class Compute(Section):
@@ -276,11 +301,11 @@ class Compute(Section):
 class Spectrum(Section):
     calibration_seed: Seed
     """The draw of calibration windows whose covariances are used, one of `sampling.calibration_seeds`."""
-    metric: MetricName
+    metric: Literal[tuple(METRICS)]  # type: ignore[valid-type]
     """The metric of errors. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
     `alpha` (ASVD); `input`: weighted by the covariance of the layer's inputs (SVD-LLM, D-Rank); `kfac`: by inputs
     and output gradients, in nats of the loss."""
-    units: UnitsName
+    units: Literal[tuple(UNITS)]  # type: ignore[valid-type]
     """Matrices factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
     `block`: matrices, and an MLP may also lose whole channels."""
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
@@ -310,16 +335,14 @@ class Spectrum(Section):
 
     rules = {
         "A parameter is read by the metric or the units; one that they need is there.": _has_readers("spectrum"),
-        "`cuts` begin with 0.0 and rise.": _holds(lambda s: list(s.cuts) in ([], sorted({0.0, *s.cuts})), "cuts"),
-        "`group_size` goes with `bits`.": _holds(lambda s: s.bits or not s.group_size, "group_size", "bits"),
-        "`bits` rise.": _holds(lambda s: s.bits is None or list(s.bits) == sorted(set(s.bits)), "bits"),
-        "Measuring perplexities needs both, windows to read and ratios to try.": _holds(
-            lambda s: bool(s.sensitivity_windows) == bool(s.sensitivity_ratios),
-            "sensitivity_windows", "sensitivity_ratios",
-        ),
-        "Units `block` go with metric `kfac`: channels and ranks compete in nats, which no other metric has.": _holds(
-            lambda s: METRICS[s.metric].gradients or not UNITS[s.units].loses_channels, "units", "metric"
-        ),
+        "`cuts` begin with 0.0 and rise.": _holds("cuts", lambda s: list(s.cuts) in ([], sorted({0.0, *s.cuts}))),
+        "`group_size` goes with `bits`.": _holds("group_size bits", lambda s: s.bits or not s.group_size),
+        "`bits` rise.": _holds("bits", lambda s: s.bits is None or list(s.bits) == sorted(set(s.bits))),
+        "Measuring perplexities needs both, windows to read and ratios to try.":
+            _holds("sensitivity_windows sensitivity_ratios",
+                lambda s: bool(s.sensitivity_windows) == bool(s.sensitivity_ratios)),
+        "Units `block` go with metric `kfac`: channels and ranks compete in nats, which no other metric has.":
+            _holds("units metric", lambda s: METRICS[s.metric].gradients or not UNITS[s.units].loses_channels),
     }  # fmt: skip
 
     @property
@@ -331,12 +354,12 @@ class Spectrum(Section):
 class Preset(Section):
     spectrum: Name
     """Name of the factors to slice, one of section `spectrum`; metric and units are those of the factors."""
-    allocation: RuleName
+    allocation: Literal[tuple(RULES)]  # type: ignore[valid-type]
     """The rule of the ranks. `dense`: nothing is compressed; `uniform`: the same share everywhere; `effective_rank`:
     D-Rank, Eq. 7, type by type; `released`: as D-Rank's code has it, with its fall-back; `sensitivity`: ASVD's
     search; `least_loss`: one budget for the whole model, least total loss in the metric, which is meaningful with
     `kfac`."""
-    storage: StorageName
+    storage: Literal[tuple(PRICES)]  # type: ignore[valid-type]
     """`factors`: two matrices, k (out + in) parameters; `pivot`: k rows kept and the rest as their combinations, k (out
     + in - k) parameters."""
     beta: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -352,7 +375,7 @@ class Preset(Section):
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
     # These came later: left out, outputs are byte for byte what they were before.
-    precision: Annotated[PrecisionName | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
+    precision: Annotated[Literal[tuple(PRECISIONS)] | None, FullIsNone] = None  # type: ignore[valid-type]
     """Bits that the numbers of the linears are stored in: 16, as where left out, or rounded to 8, 4, 3 or 2. A matrix
     that stays dense is rounded, too. `mixed`: bits compete with ranks and channels for a budget in bytes, matrix by
     matrix."""
@@ -361,42 +384,39 @@ class Preset(Section):
     error so far, in the metric of the covariances (GPTQ); `nearest`: to the closest point of the grid."""
     group_size: Count | None = None
     """Neighbours in a row that share a scale and a zero point, 64 where left out."""
-    embedding_bits: Annotated[EmbeddingBits | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
+    embedding_bits: Annotated[Literal[tuple(EMBEDDING_BITS)] | None, FullIsNone] = None  # type: ignore[valid-type]
     """Bits of the input embeddings and of the output head: 16, as where left out, or 8 with a scale per token."""
 
     rules = {
         "A parameter is read by the allocation; one that it needs is there.": _has_readers("presets"),
-        "Allocation `released` goes with storage `factors`, which is what that code prices.": _holds(
-            lambda p: p.storage in RULES[p.allocation].storages, "storage", "allocation"
-        ),
-        "Scores `perplexity` go with storage `factors`, at whose ranks they are measured.": _holds(
-            lambda p: p.scores != "perplexity" or p.storage == "factors", "storage", "scores"
-        ),
-        "Precision `mixed` goes with storage `pivot`, whose loss of rounding is known.": _holds(
-            lambda p: p.precision != "mixed" or p.storage == "pivot", "precision", "storage"
-        ),
-        "`floor` is below `cap`.": _holds(lambda p: p.floor < p.cap, "floor", "cap"),
-        f"Precision below 16 goes with storages {', '.join(sorted(set(PRICES) & set(STORED)))}.": _holds(
-            lambda p: p.precision is None or p.storage in STORED, "precision", "storage"
-        ),
-    }
+        "Allocation `released` goes with storage `factors`, which is what that code prices.":
+            _holds("storage allocation", lambda p: p.storage in RULES[p.allocation].storages),
+        "Scores `perplexity` go with storage `factors`, at whose ranks they are measured.":
+            _holds("storage scores", lambda p: p.scores != "perplexity" or p.storage == "factors"),
+        "Precision `mixed` goes with storage `pivot`, whose loss of rounding is known.":
+            _holds("precision storage", lambda p: p.precision != "mixed" or p.storage == "pivot"),
+        "`floor` is below `cap`.": _holds("floor cap", lambda p: p.floor < p.cap),
+        f"Precision below 16 goes with storages {', '.join(sorted(set(PRICES) & set(STORED)))}.":
+            _holds("precision storage", lambda p: p.precision is None or p.storage in STORED),
+    }  # fmt: skip
 
     @property
     def choices(self) -> dict[str, Any]:
         """Values by key; those that came later are absent where they change nothing, and complete where they do."""
-        rounding = {"rounding": self.rounding or "feedback", "group_size": self.group_size or GROUP}
-        later = {} if self.precision is None else {"precision": self.precision, **rounding}
-        later |= {} if self.embedding_bits is None else {"embedding_bits": self.embedding_bits}
-        known = {"precision", "rounding", "group_size", "embedding_bits"}
-        return self.model_dump(exclude=known) | later
+        later = {"precision": self.precision, "rounding": self.rounding or "feedback", "group_size": self.group}
+        chosen = self.model_dump(exclude={*later, "embedding_bits"}) | (later if self.precision else {})
+        return chosen | ({"embedding_bits": self.embedding_bits} if self.embedding_bits else {})
+
+    @property
+    def group(self) -> int:
+        return self.group_size or GROUP
 
     @property
     def menu(self) -> Menu:
         """The ranks on offer; which bits are, with precision `mixed`, the spectrum says."""
         bits = PRECISIONS[self.precision or FULL].bits
-        offered = () if bits is None else (bits,)
-        group = self.group_size or GROUP
-        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of, offered, group)
+        offered = (bits,) if bits else ()
+        return Menu(self.storage, self.floor, self.cap, self.dense_option, self.multiple_of, offered, self.group)
 
 
 class Healing(Section):
@@ -441,16 +461,14 @@ class Variant(Section):
     """How it is trained a while after compression, at the size that it has; not at all where left out."""
 
     rules = {
-        "A variant has one size: `size_ratio`, `bytes_ratio` or `megabytes`.": _holds(
-            lambda v: len(v.size) == 1, "size_ratio", "bytes_ratio", "megabytes"
-        )
-    }
+        "A variant has one size: `size_ratio`, `bytes_ratio` or `megabytes`.":
+            _holds("size_ratio bytes_ratio megabytes", lambda v: len(v.size) == 1),
+    }  # fmt: skip
 
     @property
     def size(self) -> dict[str, float]:
         """The size that is asked for, by its key."""
-        values = {"size_ratio": self.size_ratio, "bytes_ratio": self.bytes_ratio, "megabytes": self.megabytes}
-        return {key: value for key, value in values.items() if value is not None}
+        return self.model_dump(include={"size_ratio", "bytes_ratio", "megabytes"}, exclude_none=True)
 
     @property
     def ratio(self) -> float:
@@ -509,52 +527,41 @@ class Params(Section):
 
     rules = {  # the first has checked the names that the others look up
         "Sections `text`, `presets` and `spectrum` have the names that other keys hold.": lambda p: p._dangling(),
-        "Names of a section differ in more than upper and lower case, which some file systems do not tell apart.": (
-            lambda p: p._alike()
-        ),
-        "A variant's `spectrum` is that of its preset.": _each(
-            "variants", lambda p, v: v.spectrum == p.presets[v.preset].spectrum, "spectrum", "preset"
-        ),
-        "A spectrum's `calibration_seed` is one of `sampling.calibration_seeds`: add it there.": _each(
-            "spectrum", lambda p, s: s.calibration_seed in p.sampling.calibration_seeds, "calibration_seed"
-        ),
-        "Without a share held out, there is a second text to test on.": _holds(
-            lambda p: p.sampling.held_out_share or len(p.text) > 1,
-            "sampling.held_out_share", "sampling.calibration_text",
-        ),
-        "Metric `kfac` needs output gradients: `covariance.fisher` `empirical`, `sampled` or `gaussian`.": _each(
-            "spectrum", lambda p, s: p.covariance.fisher != "none" or not METRICS[s.metric].gradients, "metric"
-        ),
-        "`covariance.fisher_windows` are at most `sampling.n_windows`; with `fisher: none` there are none.": _holds(
-            lambda p: (p.covariance.fisher_windows or 0) <= (p.covariance.fisher != "none") * p.sampling.n_windows,
-            "covariance.fisher_windows", "covariance.fisher", "sampling.n_windows",
-        ),
-        "A preset of a spectrum with units `block` has allocation `least_loss`: the others know no blocks.": _each(
-            "presets", lambda p, preset: RULES[preset.allocation].blocks or not p._has_blocks(preset),
-            "allocation", "spectrum",
-        ),
-        "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.": _each(
-            "presets", lambda p, preset: preset.scores != "perplexity" or p._is_measured(preset), "scores", "spectrum"
-        ),
-        "A size in bytes goes with allocation `least_loss`.": _each(
-            "variants", lambda p, v: not v.in_bytes or RULES[p.presets[v.preset].allocation].in_bytes,
-            "preset", "bytes_ratio", "megabytes",
-        ),
-        "Precision `mixed` needs a size in bytes, `bytes_ratio` or `megabytes`.": _each(
-            "variants", lambda p, v: v.in_bytes or p.presets[v.preset].precision != "mixed", "preset", "size_ratio"
-        ),
-        "A preset of precision `mixed` has the `group_size` of its spectrum, whose losses it goes by.": _each(
-            "presets", lambda p, preset: preset.precision != "mixed" or p._has_groups(preset), "group_size", "spectrum"
-        ),
-        "A size in bytes needs a spectrum that has `bits`, those of the preset's `precision` among them.": _each(
-            "variants", lambda p, v: not v.in_bytes or p._has_bits(p.presets[v.preset]), "preset", "spectrum"
-        ),
-        "A variant of allocation `dense` is not healed: it lost nothing.": _each(
-            "variants", lambda p, v: not v.healing or p.presets[v.preset].allocation != "dense", "preset"
-        ),
-        "A variant of precision below 16 is not healed: integers have no gradient.": _each(
-            "variants", lambda p, v: not v.healing or p.presets[v.preset].precision is None, "preset"
-        ),
+        "Names of a section differ in more than upper and lower case, which some file systems do not tell apart.":
+            lambda p: p._alike(),
+        "A variant's `spectrum` is that of its preset.":
+            _each("variants", "spectrum preset", lambda v, preset, s: v.spectrum == preset.spectrum),
+        "A spectrum's `calibration_seed` is one of `sampling.calibration_seeds`: add it there.":
+            _each("spectrum", "calibration_seed", lambda s, p: s.calibration_seed in p.sampling.calibration_seeds),
+        "Without a share held out, there is a second text to test on.":
+            _holds("sampling.held_out_share sampling.calibration_text",
+                lambda p: p.sampling.held_out_share or len(p.text) > 1),
+        "Metric `kfac` needs output gradients: `covariance.fisher` `empirical`, `sampled` or `gaussian`.":
+            _each("spectrum", "metric", lambda s, p: p.covariance.fisher != "none" or not METRICS[s.metric].gradients),
+        "`covariance.fisher_windows` are at most `sampling.n_windows`; with `fisher: none` there are none.":
+            _holds("covariance.fisher_windows covariance.fisher sampling.n_windows",
+                lambda p: (p.covariance.fisher_windows or 0) <= p.sampling.n_windows * (p.covariance.fisher != "none")),
+        "A preset of a spectrum with units `block` has allocation `least_loss`: the others know no blocks.":
+            _each("presets", "allocation spectrum",
+                lambda preset, s: RULES[preset.allocation].blocks or not UNITS[s.units].loses_channels),
+        "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.":
+            _each("presets", "scores spectrum",
+                lambda preset, s: preset.scores != "perplexity" or s.sensitivity_windows),
+        "A size in bytes goes with allocation `least_loss`.":
+            _each("variants", "preset bytes_ratio megabytes",
+                lambda v, preset, s: not v.in_bytes or RULES[preset.allocation].in_bytes),
+        "Precision `mixed` needs a size in bytes, `bytes_ratio` or `megabytes`.":
+            _each("variants", "preset size_ratio", lambda v, preset, s: v.in_bytes or preset.precision != "mixed"),
+        "A preset of precision `mixed` has the `group_size` of its spectrum, whose losses it goes by.":
+            _each("presets", "group_size spectrum",
+                lambda preset, s: preset.precision != "mixed" or not s.bits or (s.group_size or GROUP) == preset.group),
+        "A size in bytes needs a spectrum that has `bits`, those of the preset's `precision` among them.":
+            _each("variants", "preset spectrum",
+                lambda v, preset, s: not v.in_bytes or (s.bits and preset.precision in (None, "mixed", *s.bits))),
+        "A variant of allocation `dense` is not healed: it lost nothing.":
+            _each("variants", "preset", lambda v, preset, s: not v.healing or preset.allocation != "dense"),
+        "A variant of precision below 16 is not healed: integers have no gradient.":
+            _each("variants", "preset", lambda v, preset, s: not v.healing or preset.precision is None),
     }  # fmt: skip
 
     def _dangling(self) -> Iterator[str]:
@@ -574,43 +581,17 @@ class Params(Section):
                 if (other := seen.setdefault(name.lower(), name)) != name:
                     yield f"{section}.{name} beside {section}.{other}"
 
-    def _has_blocks(self, preset: Preset) -> bool:
-        return preset.spectrum in self.spectrum and UNITS[self.spectrum[preset.spectrum].units].loses_channels
-
-    def _has_bits(self, preset: Preset) -> bool:
-        bits = self.spectrum[preset.spectrum].bits
-        return bits is not None and preset.precision in (None, "mixed", *bits)
-
-    def _has_groups(self, preset: Preset) -> bool:
-        spectrum = self.spectrum.get(preset.spectrum)
-        return not spectrum or not spectrum.bits or (spectrum.group_size or GROUP) == (preset.group_size or GROUP)
-
-    def _is_measured(self, preset: Preset) -> bool:
-        return preset.spectrum not in self.spectrum or self.spectrum[preset.spectrum].sensitivity_windows > 0
-
     def variant(self, name: str) -> tuple[Variant, Preset]:
-        """The variant of that name, and its preset.
-
-        Raises:
-            ParamsError: params.yaml has no such variant.
-        """
+        """The variant of that name, and its preset; a ParamsError if there is none."""
         variant: Variant = _found("variant", name, self.variants)
         return variant, self.presets[variant.preset]
 
     def factors(self, name: str) -> Spectrum:
-        """How the cached factors of that name are made.
-
-        Raises:
-            ParamsError: params.yaml has no such spectrum.
-        """
+        """How the cached factors of that name are made; a ParamsError if there are none."""
         return _found("spectrum", name, self.spectrum)
 
     def check_seed(self, seed: str) -> None:
-        """Refuse what is not one of ``sampling.calibration_seeds``.
-
-        Raises:
-            ParamsError: it is none.
-        """
+        """Refuse what is not one of ``sampling.calibration_seeds`` with a ParamsError."""
         _found("calibration seed", seed, {str(known): known for known in self.sampling.calibration_seeds})
 
     def parameters_of(self, name: str) -> dict[str, Any]:
@@ -618,19 +599,15 @@ class Params(Section):
 
         ``variant`` (with its ``name``), ``preset``, ``spectrum``, ``covariance``, ``sampling``, ``evaluation``,
         ``model`` and ``text``, ``compute`` where params.yaml has it, and ``healing`` where it was healed, in the types
-        of JSON; keys without a value are left out.
-
-        Raises:
-            ParamsError: params.yaml has no such variant.
+        of JSON; keys without a value are left out. A ParamsError if there is no such variant.
         """
         chosen, dumped = self.variant(name)[0], self.model_dump(mode="json", exclude_none=True)
         variant = {"name": name, **dumped["variants"][name]}
         made_of = {"preset": dumped["presets"][chosen.preset], "spectrum": dumped["spectrum"][chosen.spectrum]}
-        if chosen.healing:
-            made_of["healing"] = variant.pop("healing")
-        if "compute" in self.model_fields_set:  # folders made before the section was there stay as they are
-            made_of["compute"] = dumped["compute"]
-        shared = ("covariance", "sampling", "evaluation", "model", "text")
+        made_of |= {"healing": variant.pop("healing")} if chosen.healing else {}
+        # Folders made before section `compute` was there stay as they are.
+        also = {"compute"} & self.model_fields_set
+        shared = (*also, "covariance", "sampling", "evaluation", "model", "text")
         return made_of | {key: dumped[key] for key in shared} | {"variant": variant}
 
 
@@ -640,59 +617,4 @@ def _found(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
-def read_params(path: Path) -> Params:
-    """Read and check params.yaml.
-
-    Raises:
-        ParamsError: unreadable YAML, an unknown key, a value outside its rule, a name that points nowhere.
-    """
-    return read_as(path, Params)
-
-
-def read_as(path: Path, kind: type[Kind]) -> Kind:
-    """Read and check a YAML file of one kind.
-
-    Raises:
-        ParamsError: as ``read_params``.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: not found; run from the folder that holds params.yaml") from None
-    return parse_as(content, str(path), kind)
-
-
-def parse_as(content: bytes, where: str, kind: type[Kind]) -> Kind:
-    """Check the content of a YAML file of one kind, such as params.yaml of a commit; ``where`` names it in errors.
-
-    Raises:
-        ParamsError: as ``read_params``.
-    """
-    try:
-        document = plain_yaml.load(content.decode())
-        text = json.dumps(document, default=str)
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{where}: not UTF-8: {error}; save it in that encoding") from None
-    except plain_yaml.YamlError as error:
-        raise ParamsError(f"{where}: {error}") from None
-    except TypeError as error:  # json's, of a key that is a date
-        raise ParamsError(f"{where}: {error}; keys are names") from None
-    if not isinstance(document, dict):
-        pointer = str(document).startswith("version https://git-lfs.")
-        found = "a pointer of Git LFS; `git lfs pull` fetches the file" if pointer else type(document).__name__
-        raise ParamsError(f"{where}: expected one section per step, found {found}")
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        raise ParamsError("\n".join(f"{where}: {_explain(detail)}" for detail in error.errors())) from None
-
-
-def _explain(detail: ErrorDetails) -> str:
-    key, value = ".".join(str(part) for part in detail["loc"]), detail["input"]
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key '{key}' (value {value!r}); is it misspelt, or in the wrong section?"
-    if detail["type"] == "missing":
-        return f"'{key}' is missing"
-    if detail["type"] == "value_error":
-        return f"{key.removesuffix('.[key]')}: {detail['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    return f"'{key}' = {value!r}: {detail['msg']}"
+read_params = Params.read

@@ -13,19 +13,21 @@ class YamlError(ValueError):
     """The text is no YAML, or not plain; the message says where."""
 
 
-def load(text: str) -> Any:
+def load(content: str | bytes) -> Any:
     """The document that a text holds: mappings, lists and scalars.
 
     Raises:
-        YamlError: not YAML, a tag that is not plain, a key that is there twice, an integer beyond 64 bits, nesting
-            without end, or aliases that do: nine lines of them can stand for gigabytes.
+        YamlError: not UTF-8 or YAML, a tag that is not plain, a key that is there twice, an integer beyond 64 bits,
+            nesting without end, or aliases that do: nine lines of them can stand for gigabytes.
     """
     yaml = YAML(typ="safe", pure=True)
     try:
-        node = yaml.compose(text)
+        node = yaml.compose(content if isinstance(content, str) else content.decode())
         if node and _length(node, {}) >= LONGEST:
             raise YamlError(f"longer than {LONGEST} characters with its aliases (*) written out")
         return node and yaml.constructor.construct_document(node)
+    except UnicodeDecodeError as error:
+        raise YamlError(f"not UTF-8: {error}; save it in that encoding") from None
     except YAMLError as error:
         raise YamlError(f"not YAML: {str(error).partition('To suppress')[0].rstrip()}") from None
     except RecursionError:

@@ -20,10 +20,7 @@ from drank.project.plain_yaml import load
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant as dvc.lock has it: the stages it came through, and what they left that is worth comparing.
-
-    ``loss_curve`` is that of healing, with ``step``, ``loss`` and ``learning_rate``; empty without it.
-    """
+    """A variant as dvc.lock has it: the stages it came through, what they left, and the steps of healing, if any."""
 
     name: str
     stages: Stages
@@ -52,11 +49,7 @@ def read_state(root: Path) -> State:
     params = read_params(root / "params.yaml")
     for path in ("results/summary.csv", "results/figures", "data/sampling"):
         check_written(root, lock, path)
-    return State(
-        root=root,
-        sha256=sha256_of(lock),
-        variants=tuple(_read_variant(root, lock, params, name) for name in params.variants),
-    )
+    return State(root, sha256_of(lock), tuple(_read_variant(root, lock, params, name) for name in params.variants))
 
 
 def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Variant:
@@ -68,38 +61,26 @@ def _read_variant(root: Path, lock: Stages, params: Params, name: str) -> Varian
     allocation = read_document(written(f"data/allocation/{name}.json"), AllocationDocument)
     stages = lineage(lock, _writer(root, lock, f"data/models/{name}"))
     check_order(stages, str(root / "dvc.lock"))
-    check_params(stages, load((root / "params.yaml").read_text(encoding="utf-8")), str(root / "params.yaml"))
+    check_params(stages, load((root / "params.yaml").read_bytes()), str(root / "params.yaml"))
     curve = read_json(written(f"data/evaluation/{name}.json"))["loss_curve"] if params.variants[name].healing else ()
     return Variant(name, stages, flat(params.parameters_of(name)), results, allocation, tuple(curve))
 
 
-def writer(stages: Stages, path: str) -> str:
-    """The stage that has this path, or the closest folder around it, among its outs; empty where none has.
+def writers(stages: Stages, path: str) -> list[str]:
+    """The stage that has this path or the closest folder around it among its outs or, if none, those with outs inside.
 
     DVC keeps the rows of stages that dvc.yaml no longer has: such a stage may have written a folder around the path.
     """
-    around = (
-        (len(PurePosixPath(out["path"]).parts), stage)
-        for stage, row in stages.items()
-        for out in row.get("outs", ())
-        if PurePosixPath(path).is_relative_to(out["path"])
-    )
-    return max(around, default=(0, ""))[1]
-
-
-def writers(stages: Stages, path: str) -> list[str]:
-    """The stage that has this path or a folder around it among its outs or, if none has, those with outs inside it."""
-    if around := writer(stages, path):
-        return [around]
-    outs = {name: [PurePosixPath(out["path"]) for out in row.get("outs", ())] for name, row in stages.items()}
-    return [name for name, written in outs.items() if any(out.is_relative_to(path) for out in written)]
+    outs = [(PurePosixPath(out["path"]), stage) for stage, row in stages.items() for out in row.get("outs", ())]
+    around = [(len(out.parts), stage) for out, stage in outs if PurePosixPath(path).is_relative_to(out)]
+    inside = dict.fromkeys(stage for out, stage in outs if out.is_relative_to(path))
+    return [max(around)[1]] if around else list(inside)
 
 
 def _writer(root: Path, lock: Stages, path: str) -> str:
-    """The same, where there has to be one."""
-    if not (stage := writer(lock, path)):
-        raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
-    return stage
+    if found := writers(lock, path):
+        return found[0]
+    raise LockError(f"{root / 'dvc.lock'}: no stage has written {path} yet; run `dvc repro`")
 
 
 def lineage(lock: Stages, stage: str) -> Stages:
@@ -125,57 +106,45 @@ def outs_of(stages: Stages) -> dict[str, str]:
 
 
 def check_written(root: Path, lock: Stages, path: str) -> str:
-    """The stage that wrote this path, which is as that stage left it.
-
-    Raises:
-        LockError: no stage wrote it, or it is gone or another one.
-    """
+    """The stage that wrote this path, which is as that stage left it; a LockError if it is not, or none wrote it."""
     stage = _writer(root, lock, path)
     if not (root / path).exists():
         raise LockError(f"{root / path}: not found, but {stage} wrote it; run `dvc repro`")
     recorded, found = outs_of(lock).get(path), dvc_md5(root / path)
     if found != recorded:
-        raise LockError(
-            f"{root / path}: edited or stale: its md5 is {found}, but {stage} wrote {recorded}; run `dvc repro`"
-        )
+        told = f"edited or stale: its md5 is {found}, but {stage} wrote {recorded}"
+        raise LockError(f"{root / path}: {told}; run `dvc repro`")
     return stage
 
 
 def check_order(stages: Stages, where: str) -> None:
-    """Refuse a lineage of which only the upper part was reproduced: its parameters are not those of its results.
+    """Refuse, with a LockError, a lineage of which only the upper part was reproduced.
 
-    Raises:
-        LockError: a stage read another version of a file than the one that is recorded as written.
+    A stage then read another version of a file than the one that is recorded as written, and the parameters are not
+    those of the results.
     """
     outs = outs_of(stages)
     for stage, row in stages.items():
         for path, read in ((dependency["path"], dependency["md5"]) for dependency in row.get("deps", ())):
-            if read != outs.get(path, read):
-                raise LockError(
-                    f"{where}: {stage} read a {path} of md5 {read}, but {writer(stages, path)} has "
-                    f"written {outs[path]} since; run `dvc repro`"
-                )
+            if (written := outs.get(path, read)) != read:
+                told = f"{stage} read a {path} of md5 {read}, but {writers(stages, path)[0]} has written {written}"
+                raise LockError(f"{where}: {told} since; run `dvc repro`")
 
 
 def check_params(stages: Stages, document: Any, where: str, file: str = "params.yaml") -> None:
     """Compare the parameters that stages ran with with those of a params.yaml, given as a document.
 
-    ``file`` is its path in the lock.
-
-    Raises:
-        LockError: one differs, is gone or was added; ``where`` names the params.yaml.
+    ``where`` names it in the LockError if a value differs, is gone or was added; ``file`` is its path in the lock.
     """
-    now = flat(document)
+    there = flat(document).items()
     for stage, row in stages.items():
         sections = row.get("params", {}).get(file, {})
         before = flat(sections)
-        added = {key for key in now if any(f"{key}.".startswith(f"{name}.") for name in sections)}
-        for key in sorted(before.keys() | added):
-            if before.get(key) != now.get(key):
-                raise LockError(
-                    f"{where}: {key} is {now.get(key, 'missing')}, but {stage} ran with "
-                    f"{before.get(key, 'none')}; run `dvc repro`"
-                )
+        now = {key: value for key, value in there if any(f"{key}.".startswith(f"{name}.") for name in sections)}
+        if differing := before.items() ^ now.items():
+            key = min(differing)[0]
+            told = f"{key} is {now.get(key, 'missing')}, but {stage} ran with {before.get(key, 'none')}"
+            raise LockError(f"{where}: {told}; run `dvc repro`")
 
 
 def flat(value: Any, key: str = "") -> dict[str, str]:

@@ -9,15 +9,9 @@ DTYPE_TOLERANCE = 0.005
 
 
 def other_dtypes(protocols: Iterable[Any]) -> str | None:
-    """A sentence if results were computed in several types, else None.
-
-    Args:
-        protocols: ``protocol`` of each results/<variant>.json; one without a type, or of another form, is passed over.
-    """
+    """A sentence if results, given by ``protocol`` of each, were computed in several types; else None."""
     found = sorted({str(p["dtype"]) for p in protocols if isinstance(p, Mapping) and "dtype" in p})
     if len(found) < 2:
         return None
-    return (
-        f"Measured in different types, {' and '.join(found)}: a difference of less than {DTYPE_TOLERANCE:.1%} in token "
-        f"perplexity may come from the type alone."
-    )
+    told = f"a difference of less than {DTYPE_TOLERANCE:.1%} in token perplexity may come from the type alone"
+    return f"Measured in different types, {' and '.join(found)}: {told}."

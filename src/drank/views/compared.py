@@ -18,7 +18,7 @@ from drank.project.documents import (
     parse_document,
     read_document,
 )
-from drank.project.params import Params, ParamsError, parse_as
+from drank.project.params import Params, ParamsError
 from drank.views.difference import DifferenceError, Side, compare
 
 Sides = dict[str, Callable[[], Side]]  # readers by variant
@@ -92,7 +92,7 @@ def _tree(root: Path, commit: str = "", label: str = "") -> Sides:
 
     def side(variant: str) -> Side:
         try:
-            parameters = parse_as(params, f"{within}params.yaml", Params).parameters_of(variant)
+            parameters = Params.parse(params, f"{within}params.yaml").parameters_of(variant)
         except ParamsError:  # another version's
             parameters = None
         return Side(
@@ -104,7 +104,7 @@ def _tree(root: Path, commit: str = "", label: str = "") -> Sides:
 
     params = read("params.yaml") or b"variants: {}"
     try:
-        return {str(name): partial(side, str(name)) for name in dict(plain_yaml.load(params.decode())["variants"])}
+        return {str(name): partial(side, str(name)) for name in dict(plain_yaml.load(params)["variants"])}
     except (KeyError, TypeError, ValueError) as error:
         raise DifferenceError(f"{within}params.yaml: not YAML with a section 'variants': {error}") from None
 
