@@ -97,7 +97,9 @@ class Section(BaseModel):
         except (plain_yaml.YamlError, TypeError) as error:  # json's, of a key that is a date
             raise ParamsError(f"{where}: {error}") from None
         if not isinstance(document, dict):
-            raise ParamsError(f"{where}: expected one section per step, found {type(document).__name__}")
+            pointer = str(document).startswith("version https://git-lfs.")
+            found = "a pointer of Git LFS; `git lfs pull` fetches the file" if pointer else type(document).__name__
+            raise ParamsError(f"{where}: expected one section per step, found {found}")
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
