@@ -1,5 +1,7 @@
 """How differently two models predict the same text. Knows tensors and modules; files belong to the caller."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -19,6 +21,22 @@ def token_divergence(model: nn.Module, other: nn.Module, windows: Int[Tensor, "w
     """
     total = sum(float(divergence(model(ids[None]).logits[0], other(ids[None]).logits[0])) for ids in windows)
     return total / len(windows)
+
+
+@torch.inference_mode()
+def divergence_from(model: nn.Module, windows: Int[Tensor, "windows tokens"]) -> Callable[[nn.Module], float]:
+    """:func:`token_divergence` of any model, this one when it has changed too, from this one's predictions of now.
+
+    Logits of now are held: tokens * vocabulary numbers in the model's dtype.
+    """
+    expected = [model(ids[None]).logits[0] for ids in windows]
+
+    @torch.inference_mode()
+    def of(other: nn.Module) -> float:
+        pairs = zip(expected, windows, strict=True)
+        return sum(float(divergence(p, other(ids[None]).logits[0])) for p, ids in pairs) / len(windows)
+
+    return of
 
 
 def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:

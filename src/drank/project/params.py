@@ -248,6 +248,12 @@ class Covariance(Section):
     fewer windows than inputs (docs/log.md), and a backward pass costs twice a forward one."""
     fisher_seed: Seed = 0
     """Seeds the draws of `sampled` and `gaussian`, window by window; the others draw nothing."""
+    gradient_clip: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=2, max_length=2)] | None = None
+    """Bounds of the norm of a token's gradient, as multiples of the mean norm in its window. Metric `kfac_clipped` has
+    the covariance of gradients scaled to within them, which is kept beside the other. Left out: none."""
+    gradient_margin: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    """Share of a window's tokens that clipped gradients leave out at its begin, and as much at its end; none where left
+    out."""
     offload: bool = False
     """Keep one decoder block in memory at a time and hidden states on disk, for a model larger than memory."""
     processes: Count = 1
@@ -263,7 +269,14 @@ class Covariance(Section):
 
     rules = {
         "Patterns behind `re:` are regular expressions of Python.": lambda c: _no_expressions((*c.targets, *c.ignore)),
-    }
+        "`gradient_margin` goes with `gradient_clip`, and that with a `fisher` other than `none`.": _holds(
+            lambda c: (c.fisher != "none" and c.gradient_clip) or not (c.gradient_clip or c.gradient_margin),
+            "gradient_margin", "gradient_clip", "fisher",
+        ),
+        "`gradient_clip` is a bound up to 1, and one from 1 on.": _holds(
+            lambda c: c.gradient_clip is None or c.gradient_clip[0] <= 1 <= c.gradient_clip[1], "gradient_clip"
+        ),
+    }  # fmt: skip
 
 
 class Compute(Section):
@@ -279,14 +292,15 @@ class Spectrum(Section):
     metric: MetricName
     """The metric of errors. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
     `alpha` (ASVD); `input`: weighted by the covariance of the layer's inputs (SVD-LLM, D-Rank); `kfac`: by inputs
-    and output gradients, in nats of the loss."""
+    and output gradients, in nats of the loss; `kfac_clipped`: the same with clipped gradients (KFAC-SVD)."""
     units: UnitsName
     """Matrices factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
     `block`: matrices, and an MLP may also lose whole channels."""
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
     """Exponent of the mean magnitude in metric `diagonal`."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the mean diagonal that is added to both covariances, so that no direction is free to destroy."""
+    """Share of the mean diagonal that is added to both covariances, so that no direction is free to destroy. Shrinkage
+    (1 - a) M + a mean(diagonal) I is damping by a / (1 - a), up to a factor that moves no rank."""
     gradient_damping: Annotated[float, Field(ge=0, le=1)] | None = None
     """The same for the covariance of output gradients alone, in metric `kfac`; `damping` where left out. Few windows
     need more of it: their largest directions are too large by chance, their smallest too small."""
@@ -302,6 +316,9 @@ class Spectrum(Section):
     measures none."""
     sensitivity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """The size ratios at which each matrix is then tried."""
+    sensitivity_scores: Literal["perplexity", "divergence"] | None = None
+    """The score of each: `perplexity`, as where left out, or `divergence` from the dense model's predictions, which
+    allocation `lems` goes by."""
     bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], Field(min_length=1)] | None = None
     """Bits per number that matrices may be rounded to, in presets with precision `mixed`: the loss of rounding each
     matrix whole to each of them is computed, in metric `kfac`. Left out: none."""
@@ -335,7 +352,7 @@ class Preset(Section):
     """The rule of the ranks. `dense`: nothing is compressed; `uniform`: the same share everywhere; `effective_rank`:
     D-Rank, Eq. 7, type by type; `released`: as D-Rank's code has it, with its fall-back; `sensitivity`: ASVD's
     search; `least_loss`: one budget for the whole model, least total loss in the metric, which is meaningful with
-    `kfac`."""
+    `kfac`; `lems`: the same, each matrix's loss scaled to a measured one and weighed by depth."""
     storage: StorageName
     """`factors`: two matrices, k (out + in) parameters; `pivot`: k rows kept and the rest as their combinations, k (out
     + in - k) parameters."""
@@ -351,6 +368,12 @@ class Preset(Section):
     """True lets a matrix stay as it is. One that no rank on offer makes smaller always may."""
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
+    depth_slope: Annotated[float, Field(ge=0)] | None = None
+    """How much more a loss in the first layer counts than one in the last, 1 + `depth_slope` for 1, in allocation
+    `lems`; `python -m experiments.tools.depth` tries values."""
+    depth_exponent: Annotated[float, Field(ge=0)] | None = None
+    """How fast the weight falls with depth: evenly with 0, as where left out; the larger it is, the more of the fall
+    is in the first layers."""
     # These came later: left out, outputs are byte for byte what they were before.
     precision: Annotated[PrecisionName | None, AfterValidator(lambda bits: None if bits == FULL else bits)] = None
     """Bits that the numbers of the linears are stored in: 16, as where left out, or rounded to 8, 4, 3 or 2. A matrix
@@ -387,8 +410,9 @@ class Preset(Section):
         """Values by key; those that came later are absent where they change nothing, and complete where they do."""
         rounding = {"rounding": self.rounding or "feedback", "group_size": self.group_size or GROUP}
         later = {} if self.precision is None else {"precision": self.precision, **rounding}
-        later |= {} if self.embedding_bits is None else {"embedding_bits": self.embedding_bits}
-        known = {"precision", "rounding", "group_size", "embedding_bits"}
+        for name in ("embedding_bits", "depth_slope", "depth_exponent"):
+            later |= {} if getattr(self, name) is None else {name: getattr(self, name)}
+        known = {"precision", "rounding", "group_size", "embedding_bits", "depth_slope", "depth_exponent"}
         return self.model_dump(exclude=known) | later
 
     @property
@@ -535,7 +559,15 @@ class Params(Section):
             "allocation", "spectrum",
         ),
         "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.": _each(
-            "presets", lambda p, preset: preset.scores != "perplexity" or p._is_measured(preset), "scores", "spectrum"
+            "presets", lambda p, preset: preset.scores != "perplexity" or p._is_measured(preset, "perplexity"),
+            "scores", "spectrum",
+        ),
+        "A preset of allocation `lems` has a spectrum that measures `sensitivity_scores: divergence`.": _each(
+            "presets", lambda p, preset: preset.allocation != "lems" or p._is_measured(preset, "divergence"),
+            "allocation", "spectrum",
+        ),
+        "Metric `kfac_clipped` needs `covariance.gradient_clip`.": _each(
+            "spectrum", lambda p, s: p.covariance.gradient_clip or not METRICS[s.metric].clipped, "metric"
         ),
         "A size in bytes goes with allocation `least_loss`.": _each(
             "variants", lambda p, v: not v.in_bytes or RULES[p.presets[v.preset].allocation].in_bytes,
@@ -586,8 +618,11 @@ class Params(Section):
         spectrum = self.spectrum.get(preset.spectrum)
         return not spectrum or not spectrum.bits or (spectrum.group_size or GROUP) == (preset.group_size or GROUP)
 
-    def _is_measured(self, preset: Preset) -> bool:
-        return preset.spectrum not in self.spectrum or self.spectrum[preset.spectrum].sensitivity_windows > 0
+    def _is_measured(self, preset: Preset, by: str) -> bool:
+        spectrum = self.spectrum.get(preset.spectrum)
+        return not spectrum or (
+            spectrum.sensitivity_windows > 0 and (spectrum.sensitivity_scores or "perplexity") == by
+        )
 
     def variant(self, name: str) -> tuple[Variant, Preset]:
         """The variant of that name, and its preset.
