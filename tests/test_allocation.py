@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError
-from drank.method.allocation.rules import dense, effective_rank, least_loss, uniform
+from drank.method.allocation.rules import dense, depth_weight, effective_rank, least_loss, lems, uniform
 from drank.method.allocation.units import Block, Menu, Unit, loss
 
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "up_proj": "up"}
@@ -272,3 +272,59 @@ def test_the_bound_on_the_loss_falls_with_the_budget(seed, ratios):
     found = [least_loss(units, ratio) for ratio in sorted(ratios)]
     bounds = [allocation.bound for allocation in found]
     assert all(first >= second - 1e-9 for first, second in pairwise(bounds))
+
+
+@pytest.mark.parametrize(
+    ("layer", "n_layers", "slope", "exponent", "weight"),
+    [
+        (0, 5, 4.0, 0.0, 5.0),
+        (1, 5, 4.0, 0.0, 4.0),  # three of four layers are behind it
+        (4, 5, 4.0, 0.0, 1.0),
+        (0, 5, 4.0, 2.0, 5.0),
+        (1, 3, 6.0, 1.0, 3.0),  # 1/2 of 1 + 1/2
+        (0, 1, 9.0, 1.0, 1.0),
+    ],
+)
+def test_weights_of_depth_by_hand(layer, n_layers, slope, exponent, weight):
+    assert depth_weight(layer, n_layers, slope, exponent) == pytest.approx(weight)
+
+
+def layers_of(*energies, shape=(20, 20)):
+    return [unit(f"u{i}", shape=shape, layer=i, energies=e) for i, e in enumerate(energies)]
+
+
+def test_curves_of_lems_go_through_the_measured_divergence_by_hand():
+    """Rank 1 of 10 is a tenth of the parameters; what a unit loses at rank 6 is .3 (14 / 19) of what it loses there."""
+    units = layers_of(np.ones(20), 100 * np.ones(20))
+    got = lems(units, 0.8, {"u0": {0.1: 0.3}, "u1": {0.1: 0.2}}, slope=1.0)
+    # u0 costs three times what u1 does at any rank: the last layer is the one that loses.
+    assert (got.choices["u0"].form, got.choices["u1"].rank) == ("dense", 6)
+    assert got.objective == pytest.approx(0.2 * 14 / 19)
+    even = lems(units, 0.8, {"u0": {0.1: 0.1}, "u1": {0.1: 0.2, 0.5: 9.0}}, slope=0.0)
+    assert (even.choices["u0"].rank, even.choices["u1"].form) == (6, "dense")
+    weighed = lems(units, 0.8, {"u0": {0.1: 0.1}, "u1": {0.1: 0.2}}, slope=5.0)
+    assert weighed.choices["u1"].rank == 6, "the first layer counts six times"
+
+
+@given(spectra, st.floats(0.2, 0.99), st.floats(0, 7), st.floats(0, 3), st.integers(1, 3))
+@settings(max_examples=30)
+def test_lems_keeps_its_budget_and_its_ranks_whatever_the_unit_of_the_energies(rows, size_ratio, slope, exponent, by):
+    energies = [np.geomspace(1, row[0] / 200, 24) for row in rows]
+    divergence = {f"u{i}": {0.1: row[1]} for i, row in enumerate(rows)}
+    menu = Menu(multiple_of=by)
+    got, scaled = (
+        lems([unit(f"u{i}", shape=(24, 48), layer=i, energies=e * s) for i, e in enumerate(energies)],
+             size_ratio, divergence, slope, exponent, menu)
+        for s in (1, 1024.0)
+    )  # fmt: skip
+    assert got.choices.keys() == scaled.choices.keys()
+    assert got.objective == pytest.approx(scaled.objective, rel=2e-4)
+    assert got.price <= got.budget
+    least = 0.3 if size_ratio >= 0.5 else 0.1
+    for choice in got.choices.values():
+        assert choice.form == "dense" or (choice.rank % by == 0 and least * 16 <= choice.rank <= 0.95 * 16)
+
+
+def test_lems_refuses_a_unit_that_was_not_measured():
+    with pytest.raises(ValueError, match=r"u1: has no divergence \(1 units have\)"):
+        lems(layers_of(np.ones(20), np.ones(20)), 0.8, {"u0": {0.1: 1.0}}, 0.0)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drank.method.covariance import NotFiniteError, SecondMoment
+from drank.method.covariance import NotFiniteError, SecondMoment, clipped
 
 
 def test_two_rows_by_hand():
@@ -62,3 +62,24 @@ def test_activations_that_are_not_finite_are_refused(bad):
 def test_no_token_is_refused():
     with pytest.raises(ValueError, match="no token was seen"):
         SecondMoment(3).mean()
+
+
+def test_gradients_are_clipped_to_their_windows_mean_norm_by_hand():
+    """The second window is a hundred times the first: each has its own mean, 4, of the tokens that are not zero."""
+    norms = torch.tensor([9.0, 1.0, 10.0, 0.0, 1.0, 9.0])
+    window = norms[:, None] * torch.tensor([0.6, -0.8])
+    rows = clipped(torch.stack([window, 100 * window]), 0.5, 2.0, 0.2)
+    wanted = torch.tensor([2.0, 8.0, 0.0, 2.0])
+    torch.testing.assert_close(rows.norm(dim=1), torch.cat([wanted, 100 * wanted]))
+    torch.testing.assert_close(rows[1], 8 * torch.tensor([0.6, -0.8]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 9), st.floats(0, 0.49), st.integers(0, 99))
+def test_wide_bounds_leave_gradients_as_they_are_and_equal_ones_make_norms_equal(windows, tokens, margin, seed):
+    g = torch.randn(windows, tokens, 3, generator=torch.Generator().manual_seed(seed))
+    cut = int(margin * tokens)
+    middle = g[:, cut : tokens - cut]
+    torch.testing.assert_close(clipped(g, 0.0, 1e9, margin), middle.flatten(0, 1))
+    norms = clipped(g, 1.0, 1.0, margin).norm(dim=1).unflatten(0, (windows, -1))
+    torch.testing.assert_close(norms, middle.norm(dim=2).mean(1, keepdim=True).expand_as(norms))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drank.model.perplexity import token_divergence
+from drank.model.divergence import token_divergence
 from tests import tiny
 
 

@@ -84,6 +84,15 @@ def validator():
         ("spectrum/input/calibration_seed", 7, "spectrum.input: calibration_seed = 7; .*: add it there"),
         ("covariance/fisher", "none", "spectrum.kfac: metric = 'kfac'; the rule: Metric `kfac` needs output gradients"),
         ("covariance/fisher_windows", 999, "covariance.fisher_windows = 999, .* sampling.n_windows = 24; the rule"),
+        ("covariance/gradient_clip", [0.1, 0.5], r"gradient_clip = \[0.1, 0.5\]; the rule: .* from 1 on"),
+        ("covariance/gradient_margin", 0.1, "gradient_margin = 0.1, gradient_clip = None, .*; the rule"),
+        ("covariance/gradient_clip", [0.1, 10.0], None),
+        ("spectrum/kfac/sensitivity_scores", "divergence", "with units 'block', which ignores it"),
+        ("spectrum/clipped", {"calibration_seed": 0, "metric": "kfac_clipped", "units": "matrix"},
+         "spectrum.clipped: metric = 'kfac_clipped'; the rule: Metric `kfac_clipped` needs `covariance.gradient_clip`"),
+        ("presets/mine", {"spectrum": "input", "allocation": "lems", "storage": "factors"}, "'lems' needs depth_slope"),
+        ("presets/mine", {"spectrum": "input", "allocation": "lems", "storage": "factors", "depth_slope": 1.0},
+         "presets.mine: allocation = 'lems', spectrum = 'input'; the rule: .* `sensitivity_scores: divergence`"),
         ("presets/d-rank/allocation", "efective_rank", "presets.d-rank.allocation"),
         ("sampling/n_windows", "many", "'sampling.n_windows' = 'many'"),
         ("sampling/held_out_share", 1.0, "held_out_share"),
@@ -223,6 +232,9 @@ def test_names_of_every_section_follow_one_rule(section):
 
 def test_factors_offered_in_comments_are_valid_once_the_hash_sign_is_gone():
     before, after = SHIPPED.read_text().split("`dvc repro` builds them.\n")
+    before = before.replace(
+        "\ncovariance:\n", "\ncovariance:\n  gradient_clip: [0.1, 10.0]\n"
+    )  # as kfac-svd's comment says
     commented, rest = after.split("\n\n", 1)
     offered = "\n".join(line.removeprefix("#") for line in commented.splitlines())
     params = read(f"{before}`dvc repro` builds them.\n{offered}\n\n{rest}")

@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from experiments.tools.depth import app as tool
+from experiments.tools.depth import trial
 from safetensors.torch import load_file, save_file
 from stages import allocation, compression, covariance, evaluation, raw, release, sampling, spectrum
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import drank.model.quantizer  # noqa: F401
 from drank.audit import audit
+from drank.model.divergence import token_divergence
 from drank.model.linears import find_linears
 from drank.project.files import read_json
+from drank.project.params import read_params
 from drank.steps.evaluation import count_parameters
 from tests import tiny
 from tests.conftest import REPOSITORY
@@ -33,6 +38,10 @@ SPECTRA = {
     "kfac-bits": {
         "metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5], "bits": [3, 4, 8],
         "group_size": 128,
+    },
+    "kfac-svd": {
+        "metric": "kfac_clipped", "units": "matrix", "damping": 0.111111, "gradient_damping": 0.428571,
+        "sensitivity_windows": 2, "sensitivity_ratios": [0.1], "sensitivity_scores": "divergence",
     },
     "kfac-pairs": {
         "metric": "kfac", "units": "group", "layers": 2, "even_with_grouped_heads": True, "damping": 1e-4,
@@ -69,6 +78,7 @@ def project(tmp_path_factory):
         for name, preset in PRESETS.items()
     }
     document["evaluation"]["tasks"] = []
+    document["covariance"] |= {"gradient_clip": [0.1, 10.0], "gradient_margin": 0.125}
     (root / "params.yaml").write_text(yaml.safe_dump(document))
     raw.main(root)
     sampling.main(root)
@@ -160,6 +170,30 @@ def test_blocks_say_how_many_channels_they_kept(project):
         shapes, m = {u["kind"]: (u["out_features"], u["in_features"]) for u in units}, block["channels"]
         assert shapes == {"gate_proj": (m, 32), "up_proj": (m, 32), "down_proj": (32, m)}
         assert (block["loss"] == 0) == (m == 64)
+
+
+def test_measured_divergences_are_positive_and_no_perplexities(project):
+    summary = json.loads((project / "data/spectrum/kfac-svd/summary.json").read_text())
+    assert "sensitivity" not in summary
+    assert len(summary["divergence"]) == 14
+    assert all(set(row) == {"0.1"} and 0 < row["0.1"] < 1 for row in summary["divergence"].values())
+
+
+def test_weights_of_depth_are_tried_on_the_model_that_the_stages_build(project):
+    allocated(project, "lems")
+    compression.main("lems", project)
+    windows = load_file(project / "data/sampling/calibration/0.safetensors")["windows"][-2:]
+    dense, lems = (
+        AutoModelForCausalLM.from_pretrained(project / f"data/{f}") for f in ("raw/model", "compression/lems")
+    )
+    measure = trial(read_params(project / "params.yaml"), "lems", 2, project)
+    assert measure(5.0, 0.0) == pytest.approx(token_divergence(dense, lems, windows), rel=0.05)
+    done = CliRunner().invoke(tool, ["lems", "--trials", "2", "--windows", "2", "--root", str(project)])
+    *tried, best = done.output.strip().splitlines()
+    nats = {line.split("  ")[0]: float(line.split()[-4]) for line in tried}
+    assert len(nats) == 2
+    assert best == f"best: {min(nats, key=nats.__getitem__)}".strip()
+    assert "no other allocation than lems" in str(CliRunner().invoke(tool, ["svd", "--root", str(project)]).exception)
 
 
 def test_measured_sensitivities_are_perplexities_above_the_dense_ones(project):

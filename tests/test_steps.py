@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from drank.method.covariance import clipped
 from drank.method.metrics import damped
 from drank.method.precisions import Grid
 from drank.method.rounding import expected_loss
+from drank.method.spectrum import whitened_spectrum
+from drank.model.capture import run_batches, split_windows, watching_output_gradients
 from drank.project.params import read_params
 from drank.project.processes import Group
 from drank.project.progress import progress
 from drank.steps.allocation import allocation, table
 from drank.steps.compression import compress
-from drank.steps.covariance import collect
+from drank.steps.covariance import UnevenTokensError, collect
 from drank.steps.spectrum import add_sensitivity, factorise
 from tests import tiny
 
@@ -122,3 +125,48 @@ def test_sensitivity_measures_every_matrix_at_every_ratio(params, covariances):
     assert all(set(scores) == {0.3, 0.6} for scores in summary["sensitivity"].values())
     assert np.isfinite([s for scores in summary["sensitivity"].values() for s in scores.values()]).all()
     assert summary["computed_in"] == {"covariance": "float32", "sensitivity": "float32"}
+
+
+def test_clipped_gradients_stand_beside_the_others_and_shrinkage_is_damping_up_to_a_factor(params, covariances):
+    asked = params.covariance.model_copy(update={"gradient_clip": (0.5, 2.0), "gradient_margin": 0.125})
+    store = Store()
+    collect(tiny.llama(), windows(), asked, Group(), store, {})
+    for name, tensors in covariances[0].items():
+        assert all(torch.equal(tensor, store[name][key]) for key, tensor in tensors.items()), name
+    name = "model.layers.0.self_attn.q_proj"
+    seen = []
+    model = tiny.llama()
+    with watching_output_gradients({name: model.get_submodule(name)}, lambda _, rows: seen.append(rows)):
+        list(run_batches(model, split_windows(windows(), 8), "empirical"))
+    rows = clipped(seen[0].unflatten(0, (8, 32)), 0.5, 2.0, 0.125).double()
+    G = store[f"gradients/{name}"]["clipped"].double()
+    torch.testing.assert_close(G, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-9)
+    assert len(rows) == 8 * 24
+
+    spectrum = params.spectrum["input"].model_copy(
+        update={"metric": "kfac_clipped", "damping": 0.1 / 0.9, "gradient_damping": 0.3 / 0.7}
+    )
+    factors = Store()
+    described = collect(tiny.llama(), windows(), asked, Group(), store, {})
+    factorise(tiny.llama(), spectrum, asked, store, described, Group(), factors, partial(progress, quiet=True, desc=""))
+    H = store[f"inputs/{described['owners'][name]}"]["covariance"].double()
+    H, G = (((1 - a) * M + a * M.diagonal().mean() * torch.eye(len(M))) for M, a in ((H, 0.1), (G, 0.3)))
+    expected = whitened_spectrum(tiny.llama().get_submodule(name).weight.detach(), H, G)
+    torch.testing.assert_close(factors["singular_values"][name] ** 2 * 0.9 * 0.7, expected.singular_values**2)
+    torch.testing.assert_close(
+        factors[f"factors/{name}"]["duals"].T @ factors[f"factors/{name}"]["vectors"],
+        expected.duals.T @ expected.vectors,
+    )
+
+
+def test_a_linear_that_sees_some_tokens_only_is_no_place_for_clipped_gradients(params):
+    model = tiny.llama()
+    mlp = model.model.layers[1].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: torch.cat([whole(x[:, 1:]), x[:, :1]], 1)
+    asked = params.covariance.model_copy(update={"gradient_clip": (0.1, 10.0)})
+    with pytest.raises(
+        UnevenTokensError,
+        match=r"layers.1.mlp.down_proj sees 124 tokens of windows of 32: covariance.gradient_clip needs",
+    ):
+        collect(model, windows(), asked, Group(), Store(), {})

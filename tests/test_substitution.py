@@ -1,9 +1,12 @@
 """ASVD's measurement: the perplexity of a model with one weight replaced, and a model left exactly as it was."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from drank.method.spectrum import whitened_spectrum
+from drank.model.divergence import divergence_from, token_divergence
 from drank.model.linears import find_linears
 from drank.model.perplexity import NotFiniteLossError
 from drank.model.substitution import measure_sensitivity
@@ -28,6 +31,10 @@ def rank_of(linears):
     return lambda name, ratio: max(1, int(ratio * full[name]))
 
 
+def perplexity_of(model, windows):
+    return lambda: tiny.token_perplexity(model, windows, 2)[0]
+
+
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -42,7 +49,7 @@ def test_a_score_is_the_perplexity_with_that_weight_alone_replaced(build, window
     linears = find_linears(model, ["re:.*"])[:3]
     read, rank = svd(linears), rank_of(linears)
     before = state(model)
-    scores = measure_sensitivity(model, linears, read, windows, RATIOS, 2, rank)
+    scores = measure_sensitivity(model, linears, read, perplexity_of(model, windows), RATIOS, rank)
     assert unchanged(model, before)
     for linear in linears:
         by_hand = build()
@@ -65,7 +72,7 @@ def test_the_full_rank_scores_as_the_model_itself_and_a_low_one_does_not(windows
     def ranks(name, ratio):  # a ratio without a rank is left out
         return None if ratio == 0.5 else offered(name, ratio)
 
-    scores = measure_sensitivity(model, linears, svd(linears), windows, [1.0, 0.5, 0.05], 4, ranks)
+    scores = measure_sensitivity(model, linears, svd(linears), perplexity_of(model, windows), [1.0, 0.5, 0.05], ranks)
     for row in scores.values():
         assert list(row) == [1.0, 0.05]
         assert row[1.0] == pytest.approx(dense, rel=1e-5)
@@ -77,10 +84,24 @@ def test_weights_of_low_precision_come_back_bit_for_bit(dtype, windows):
     model = tiny.llama().to(dtype)
     linears = find_linears(model, ["q_proj"])
     before = state(model)
-    measure_sensitivity(model, linears, svd(linears), windows, RATIOS, 4, rank_of(linears))
+    measure_sensitivity(model, linears, svd(linears), perplexity_of(model, windows), RATIOS, rank_of(linears))
     assert unchanged(model, before)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_score_may_be_the_divergence_from_the_model_as_it_was(windows):
+    model, by_hand = tiny.llama(), tiny.llama()
+    linears = find_linears(model, ["down_proj"])[:1]
+    scores = measure_sensitivity(
+        model, linears, svd(linears), partial(divergence_from(model, windows), model), [1.0, 0.3], rank_of(linears)
+    )[linears[0].name]
+    with torch.no_grad():
+        target = find_linears(by_hand, ["down_proj"])[0].weight
+        U, S, Vh = torch.linalg.svd(target, full_matrices=False)
+        target.copy_((U[:, :9] * S[:9]) @ Vh[:9])
+    assert scores[0.3] == pytest.approx(token_divergence(model, by_hand, windows), rel=0.01)
+    assert abs(scores[1.0]) < 1e-6 < scores[0.3]
 
 
 def test_a_broken_product_names_the_linear_and_the_weight_comes_back(windows):
@@ -92,5 +113,5 @@ def test_a_broken_product_names_the_linear_and_the_weight_comes_back(windows):
         return {"vectors": torch.full((rank, 32), torch.nan)}
 
     with pytest.raises(NotFiniteLossError, match=r"layers\.0\.mlp\.down_proj at ratio 0.3 \(rank 9\): window 0"):
-        measure_sensitivity(model, linears, broken, windows, RATIOS, 4, rank_of(linears))
+        measure_sensitivity(model, linears, broken, perplexity_of(model, windows), RATIOS, rank_of(linears))
     assert unchanged(model, before)

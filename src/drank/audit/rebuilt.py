@@ -52,7 +52,7 @@ def _divergences(folder: Folder, other: Folder, test_windows: Path) -> dict[str,
     from transformers import AutoModelForCausalLM
 
     import drank.model.quantizer  # noqa: F401  registers the format
-    from drank.model.perplexity import token_divergence
+    from drank.model.divergence import token_divergence
     from drank.model.precision import compute_dtype
 
     # Folders may be of others: nothing is fetched, unpickled or run, and nobody is asked.

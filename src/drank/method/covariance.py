@@ -32,6 +32,29 @@ def finite(matrix: Tensor, what: str) -> Tensor:
     return matrix
 
 
+def clipped(
+    gradients: Float[Tensor, "windows tokens size"], low: float, high: float, margin: float = 0.0
+) -> Float[Tensor, "rows size"]:
+    r"""Gradients of the middle tokens of every window, none of them far from the window's mean norm.
+
+    .. math:: g_t \leftarrow \frac{\min(\max(|g_t|, \mathrm{low} \, μ), \mathrm{high} \, μ)}{|g_t|} \, g_t
+
+    with μ the mean norm of the middle tokens of the window whose gradient is not zero; the others stay zero. KFAC-SVD
+    (LEMS, ICML 2026) has .1, 10 and a margin of an eighth.
+
+    Args:
+        low, high: bounds of the norm in units of μ, below and above 1.
+        margin: share of the tokens left out at either end, rounded down; below a half.
+    """
+    n_tokens = gradients.shape[1]
+    cut = int(margin * n_tokens)
+    middle = gradients[:, cut : n_tokens - cut].float()
+    norms = torch.linalg.vector_norm(middle, dim=-1, keepdim=True)
+    mean = norms.sum(1, keepdim=True) / (norms > 0).sum(1, keepdim=True).clamp_min(1)
+    wanted = norms.clamp(low * mean, high * mean)
+    return torch.where(norms > 0, wanted / norms, 0.0).mul(middle).flatten(0, 1)
+
+
 PANEL = 128  # rows; narrower ones save little more, and their products are too small to run fast
 
 

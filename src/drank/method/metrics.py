@@ -24,12 +24,14 @@ class Metric:
         gradients: (tensors of output gradients, given) -> G, (out, out) float64. The tensor is ``covariance``.
         accepts: parameters of section ``spectrum`` that the two read.
         needs: accepted parameters that params.yaml must give.
+        clipped: output gradients also have the tensor ``clipped``, which ``covariance.gradient_clip`` makes.
     """
 
     inputs: "Callable[[Tensors, Given], Tensor] | None" = None
     gradients: "Callable[[Tensors, Given], Tensor] | None" = None
     accepts: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,13 @@ def _inputs(tensors: Tensors, given: Given) -> "Tensor":
     return damped(tensors["covariance"], given["damping"])
 
 
-def _gradients(tensors: Tensors, given: Given) -> "Tensor":
+def _gradients(tensors: Tensors, given: Given, name: str = "covariance") -> "Tensor":
     share = given["gradient_damping"]
-    return damped(tensors["covariance"], given["damping"] if share is None else share)
+    return damped(tensors[name], given["damping"] if share is None else share)
+
+
+def _clipped(tensors: Tensors, given: Given) -> "Tensor":
+    return _gradients(tensors, given, "clipped")
 
 
 def _magnitudes(tensors: Tensors, given: Given) -> "Tensor":
@@ -73,10 +79,11 @@ METRICS = {
     "diagonal": Metric(_magnitudes, accepts=("alpha",), needs=("alpha",)),
     "input": Metric(_inputs, accepts=("damping",)),
     "kfac": Metric(_inputs, _gradients, accepts=("damping", "gradient_damping", "bits", "group_size")),
+    "kfac_clipped": Metric(_inputs, _clipped, accepts=("damping", "gradient_damping"), clipped=True),
 }
 
 UNITS = {
-    "matrix": Units(accepts=("sensitivity_windows", "sensitivity_ratios")),
+    "matrix": Units(accepts=("sensitivity_windows", "sensitivity_ratios", "sensitivity_scores")),
     "group": Units(shares_basis=True, accepts=("layers", "even_with_grouped_heads"), needs=("layers",)),
     "block": Units(loses_channels=True, accepts=("cuts",), needs=("cuts", "damping")),
 }

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from drank.model.divergence import divergence
 from drank.model.linears import layer_index
-from drank.model.perplexity import divergence
 
 CURVE = "healing.json"  # the loss by step, in the folder of a healed model
 WARM_UP = 0.05  # share of the steps in which the learning rate rises; then it falls, linearly, to zero

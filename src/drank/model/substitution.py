@@ -1,18 +1,17 @@
 """How much worse does a model get when one of its linears is truncated? ASVD's measurement (arXiv:2312.05821).
 
-Each linear is taken by itself: its rank-k product stands in for the weight, the model reads a few windows, and the
-weight is put back bit for bit. Knows a loaded model and a way to read vectors; nothing of files or allocations.
+Each linear is taken by itself: its rank-k product stands in for the weight, the model is scored, and the weight is put
+back bit for bit. Knows a loaded model and a way to read vectors; nothing of files or allocations.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
 from drank.method.spectrum import factors
 from drank.model.linears import Linear
-from drank.model.perplexity import NotFiniteLossError, perplexity, window_nats
+from drank.model.perplexity import NotFiniteLossError
 
 
 @torch.no_grad()
@@ -20,22 +19,21 @@ def measure_sensitivity(
     model: nn.Module,
     linears: Sequence[Linear],
     read_vectors: Callable[[str, int], Mapping[str, Tensor]],
-    windows: Int64[Tensor, "n_windows window_length"],
+    score: Callable[[], float],
     ratios: Sequence[float],
-    batch_windows: int,
     menu_rank: Callable[[str, float], int | None],
     progress: Callable[[Iterable[Linear]], Iterable[Linear]] = iter,
 ) -> dict[str, dict[float, float]]:
-    r"""Perplexity over the windows with one linear truncated, by the linear's name and by ratio.
+    r"""The model's score with one linear truncated, by the linear's name and by ratio.
 
     .. math:: W_k = \mathrm{left}_k \, \mathrm{right}_k, \qquad k = \mathrm{menu\_rank}(\mathrm{name}, \mathrm{ratio})
 
-    The product is formed in float32 and rounded to the weight's dtype. The cost is len(linears) * len(ratios) passes
-    over the windows.
+    The product is formed in float32 and rounded to the weight's dtype. The cost is len(linears) * len(ratios) scores.
 
     Args:
         read_vectors: (name, k) -> the first k rows of what a :class:`drank.method.spectrum.Spectrum` has of the linear,
             ``vectors`` and ``duals``, the latter only where they differ.
+        score: reads a few windows with the model as it is then: its perplexity, or how far its predictions have moved.
         ratios: shares of a linear's parameters that are kept.
         menu_rank: (name, ratio) -> rank; None where no rank is offered, and the pair is left out.
         progress: wraps the linears (tqdm).
@@ -54,8 +52,7 @@ def measure_sensitivity(
                 vectors = {key: rows.to(own.device) for key, rows in read_vectors(linear.name, rank).items()}
                 left, right = factors(own, **vectors)
                 weight.copy_(left @ right)
-                nats = window_nats(model, windows, batch_windows)
-                scores[linear.name][ratio] = perplexity(nats, windows.shape[1])
+                scores[linear.name][ratio] = score()
         except NotFiniteLossError as error:
             raise NotFiniteLossError(f"{linear.name} at ratio {ratio} (rank {rank}): {error}") from error
         finally:

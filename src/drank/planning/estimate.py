@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drank.method.metrics import METRICS
 from drank.planning import footprint
 from drank.planning.footprint import Setting, Shape
 from drank.planning.machine import Speed
@@ -108,7 +109,7 @@ def _covariance(params: Params, model: Model, weights: float) -> Cost:
 
 def _spectrum(params: Params, model: Model, asked: Spectrum, weights: float) -> Cost:
     """Eigenproblems, which are far slower than products, products, and passes that measure sensitivity."""
-    shape, setting, kfac = model.shape, _setting(params, asked), asked.metric == "kfac"
+    shape, setting, kfac = model.shape, _setting(params, asked), METRICS[asked.metric].gradients is not None
     blocks, grouped = asked.units == "block", shape.kv_heads < shape.heads
     layers = 1 if grouped and not asked.even_with_grouped_heads else asked.layers
     # Roots are Cholesky factors, next to nothing beside the eigenproblem of a unit.

@@ -275,6 +275,12 @@ class Covariance(Section):
     fewer windows than inputs (docs/log.md), and a backward pass costs twice a forward one."""
     fisher_seed: Seed = 0
     """Seeds the draws of `sampled` and `gaussian`, window by window; the others draw nothing."""
+    gradient_clip: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=2, max_length=2)] | None = None
+    """Bounds of the norm of a token's gradient, as multiples of the mean norm in its window. Metric `kfac_clipped` has
+    the covariance of gradients scaled to within them, which is kept beside the other. Left out: none."""
+    gradient_margin: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    """Share of a window's tokens that clipped gradients leave out at its begin, and as much at its end; none where left
+    out."""
     offload: bool = False
     """Keep one decoder block in memory at a time and hidden states on disk, for a model larger than memory."""
     processes: Count = 1
@@ -290,6 +296,11 @@ class Covariance(Section):
 
     rules = {
         "Patterns behind `re:` are regular expressions of Python.": lambda c: _no_expressions((*c.targets, *c.ignore)),
+        "`gradient_margin` goes with `gradient_clip`, and that with a `fisher` other than `none`.":
+            _holds("gradient_margin gradient_clip fisher",
+                lambda c: (c.fisher != "none" and c.gradient_clip) or not (c.gradient_clip or c.gradient_margin)),
+        "`gradient_clip` is a bound up to 1, and one from 1 on.":
+            _holds("gradient_clip", lambda c: c.gradient_clip is None or c.gradient_clip[0] <= 1 <= c.gradient_clip[1]),
     }  # fmt: skip
 
 
@@ -306,14 +317,15 @@ class Spectrum(Section):
     metric: Literal[tuple(METRICS)]  # type: ignore[valid-type]
     """The metric of errors. `none`: plain SVD; `diagonal`: channels scaled by their mean magnitude to the power
     `alpha` (ASVD); `input`: weighted by the covariance of the layer's inputs (SVD-LLM, D-Rank); `kfac`: by inputs
-    and output gradients, in nats of the loss."""
+    and output gradients, in nats of the loss; `kfac_clipped`: the same with clipped gradients (KFAC-SVD)."""
     units: Literal[tuple(UNITS)]  # type: ignore[valid-type]
     """Matrices factored together. `matrix`: every linear by itself; `group`: `layers` consecutive layers share a basis;
     `block`: matrices, and an MLP may also lose whole channels."""
     alpha: Annotated[float, Field(gt=0, le=2)] | None = None
     """Exponent of the mean magnitude in metric `diagonal`."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the mean diagonal that is added to both covariances, so that no direction is free to destroy."""
+    """Share of the mean diagonal that is added to both covariances, so that no direction is free to destroy. Shrinkage
+    (1 - a) M + a mean(diagonal) I is damping by a / (1 - a), up to a factor that moves no rank."""
     gradient_damping: Annotated[float, Field(ge=0, le=1)] | None = None
     """The same for the covariance of output gradients alone, in metric `kfac`; `damping` where left out. Few windows
     need more of it: their largest directions are too large by chance, their smallest too small."""
@@ -329,6 +341,9 @@ class Spectrum(Section):
     measures none."""
     sensitivity_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """The size ratios at which each matrix is then tried."""
+    sensitivity_scores: Literal["perplexity", "divergence"] | None = None
+    """The score of each: `perplexity`, as where left out, or `divergence` from the dense model's predictions, which
+    allocation `lems` goes by."""
     bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], Field(min_length=1)] | None = None
     """Bits per number that matrices may be rounded to, in presets with precision `mixed`: the loss of rounding each
     matrix whole to each of them is computed, in metric `kfac`. Left out: none."""
@@ -352,6 +367,10 @@ class Spectrum(Section):
         """The share of the mean diagonal that is added to the covariance of gradients."""
         return self.damping if self.gradient_damping is None else self.gradient_damping
 
+    def measures(self, score: str) -> bool:
+        """True if every matrix was truncated by itself, and this was measured."""
+        return self.sensitivity_windows > 0 and (self.sensitivity_scores or "perplexity") == score
+
 
 class Preset(Section):
     spectrum: Name
@@ -360,7 +379,7 @@ class Preset(Section):
     """The rule of the ranks. `dense`: nothing is compressed; `uniform`: the same share everywhere; `effective_rank`:
     D-Rank, Eq. 7, type by type; `released`: as D-Rank's code has it, with its fall-back; `sensitivity`: ASVD's
     search; `least_loss`: one budget for the whole model, least total loss in the metric, which is meaningful with
-    `kfac`."""
+    `kfac`; `lems`: the same, each matrix's loss scaled to a measured one and weighed by depth."""
     storage: Literal[tuple(PRICES)]  # type: ignore[valid-type]
     """`factors`: two matrices, k (out + in) parameters; `pivot`: k rows kept and the rest as their combinations, k (out
     + in - k) parameters."""
@@ -376,6 +395,12 @@ class Preset(Section):
     """True lets a matrix stay as it is. One that no rank on offer makes smaller always may."""
     multiple_of: Count = 1
     """Ranks are multiples of it; 32 is what kernels like."""
+    depth_slope: Annotated[float, Field(ge=0)] | None = None
+    """How much more a loss in the first layer counts than one in the last, 1 + `depth_slope` for 1, in allocation
+    `lems`; `python -m experiments.tools.depth` tries values."""
+    depth_exponent: Annotated[float, Field(ge=0)] | None = None
+    """How fast the weight falls with depth: evenly with 0, as where left out; the larger it is, the more of the fall
+    is in the first layers."""
     # These came later: left out, outputs are byte for byte what they were before.
     precision: Annotated[Literal[tuple(PRECISIONS)] | None, FullIsNone] = None  # type: ignore[valid-type]
     """Bits that the numbers of the linears are stored in: 16, as where left out, or rounded to 8, 4, 3 or 2. A matrix
@@ -405,9 +430,10 @@ class Preset(Section):
     @property
     def choices(self) -> dict[str, Any]:
         """Values by key; those that came later are absent where they change nothing, and complete where they do."""
-        later = {"precision": self.precision, "rounding": self.rounding or "feedback", "group_size": self.group}
-        chosen = self.model_dump(exclude={*later, "embedding_bits"}) | (later if self.precision else {})
-        return chosen | ({"embedding_bits": self.embedding_bits} if self.embedding_bits else {})
+        rounding = {"precision": self.precision, "rounding": self.rounding or "feedback", "group_size": self.group}
+        later = {"embedding_bits", "depth_slope", "depth_exponent"}
+        chosen = self.model_dump(exclude={*rounding, *later}) | (rounding if self.precision else {})
+        return chosen | self.model_dump(include=later, exclude_none=True)
 
     @property
     def group(self) -> int:
@@ -548,7 +574,12 @@ class Params(Section):
                 lambda preset, s: RULES[preset.allocation].blocks or not UNITS[s.units].loses_channels),
         "A preset with scores `perplexity` has a spectrum that measures them, with `sensitivity_windows`.":
             _each("presets", "scores spectrum",
-                lambda preset, s: preset.scores != "perplexity" or s.sensitivity_windows),
+                lambda preset, s: preset.scores != "perplexity" or s.measures("perplexity")),
+        "A preset of allocation `lems` has a spectrum that measures `sensitivity_scores: divergence`.":
+            _each("presets", "allocation spectrum",
+                lambda preset, s: preset.allocation != "lems" or s.measures("divergence")),
+        "Metric `kfac_clipped` needs `covariance.gradient_clip`.":
+            _each("spectrum", "metric", lambda s, p: p.covariance.gradient_clip or not METRICS[s.metric].clipped),
         "A size in bytes goes with allocation `least_loss`.":
             _each("variants", "preset bytes_ratio megabytes",
                 lambda v, preset, s: not v.in_bytes or RULES[preset.allocation].in_bytes),

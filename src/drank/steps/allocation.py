@@ -31,7 +31,7 @@ def allocation(
         InfeasibleBudgetError: the budget does not pay for the least that the rule may choose.
     """
     units = read_units(values, summary)
-    given = preset.choices | {"measured": summary.get("sensitivity")}
+    given = preset.choices | {"measured": summary.get("sensitivity"), "divergence": summary.get("divergence")}
     header = {"format_version": 1, "variant": variant, "preset": asked.preset}
     choices = preset.choices | asked.model_dump(exclude={"healing"}, exclude_none=True)
     menu, share = _budget(asked, preset, units, summary)

@@ -1,15 +1,17 @@
 """Covariance: second moments of the linears' inputs and, if asked, of the gradients of their outputs."""
 
 import logging
+import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drank.method.covariance import NotFiniteError, SecondMoment
+from drank.method.covariance import NotFiniteError, SecondMoment, clipped
 from drank.model.capture import Callback, split_windows, watching_inputs, watching_output_gradients
 from drank.model.linears import shared_inputs, survey, unreached
 from drank.model.offload import sweeps
@@ -25,6 +27,10 @@ NOT_FINITE = {"inputs": "activations entering", "gradients": "gradients leaving"
 log = logging.getLogger("drank.covariance")
 
 
+class UnevenTokensError(ValueError):
+    """A linear that does not see every token of every window; the message names it."""
+
+
 def collect(
     model: Any,
     windows: Tensor,
@@ -35,7 +41,9 @@ def collect(
 ) -> dict[str, Any]:
     """Every linear's covariance into ``store``: ``inputs/<owner>`` and, with gradients, ``gradients/<linear>``.
 
-    Linears that share their input share its covariance, under the name of the first of them.
+    Linears that share their input share its covariance, under the name of the first of them. With
+    ``asked.gradient_clip``, gradients also have the covariance ``clipped``, that of
+    :func:`drank.method.covariance.clipped`.
 
     Args:
         model: on ``asked.device``, or loaded by ``offload.load_offloaded``.
@@ -47,6 +55,7 @@ def collect(
 
     Raises:
         TargetError: a linear that no window reaches.
+        UnevenTokensError: gradients are to be clipped, and a linear does not see whole windows.
         NotFiniteError: the model overflows.
     """
     check_windows(model, windows, "data/sampling/calibration")
@@ -58,7 +67,7 @@ def collect(
     moment = partial(SecondMoment, device=asked.device, bfloat16_units=has_units(torch.bfloat16, asked.device))
     owners = shared_inputs(model, linears, windows[:1, :8])
     batches = split_windows(windows, asked.batch_windows, group.share, asked.fisher_windows)
-    states = hidden_states if asked.offload else None
+    states, length = hidden_states if asked.offload else None, windows.shape[1]
     planned = sweeps(model, linears, batches, asked.fisher, asked.fisher_seed, states)
     bar = group.progress(desc="covariance", unit="windows", total=sum(sweep.n_windows for sweep in planned))
     for sweep in planned:
@@ -66,14 +75,18 @@ def collect(
         owning = {name: linear for name, linear in within.items() if owners[name] == name}
         inputs = {n: moment(a.in_features) for n, a in owning.items() if sweep.inputs}
         gradients = {n: moment(a.out_features, magnitudes=False) for n, a in within.items() if sweep.gradients}
+        bounded = {n: moment(within[n].out_features, magnitudes=False) for n in gradients if asked.gradient_clip}
         with (
             watching_inputs({name: within[name].module for name in inputs}, _add_to(inputs)),
             watching_output_gradients({name: within[name].module for name in gradients}, _add_to(gradients)),
+            watching_output_gradients(
+                {name: within[name].module for name in bounded}, _clip_into(bounded, asked, length)
+            ),
         ):
             for n_windows in sweep.passes:
                 bar.update(n_windows)
         _write("inputs", inputs, group, store)
-        _write("gradients", gradients, group, store)
+        _write("gradients", gradients, group, store, bounded)
     bar.close()
     summary = {"fisher": asked.fisher, "owners": owners, "n_tokens": windows.numel(), "n_windows": len(windows)}
     if asked.fisher != "none":
@@ -85,13 +98,34 @@ def _add_to(moments: dict[str, SecondMoment]) -> Callback:
     return lambda name, rows: moments[name].add(rows)
 
 
-def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: MutableMapping[str, Tensors]) -> None:
-    """Means over the tokens of all processes; inputs also have magnitudes."""
+def _clip_into(moments: dict[str, SecondMoment], asked: Covariance, length: int) -> Callback:
+    low, high = asked.gradient_clip or (0.0, math.inf)
+
+    def add(name: str, rows: Tensor) -> None:
+        if len(rows) % length:
+            raise UnevenTokensError(
+                f"{name} sees {len(rows)} tokens of windows of {length}: covariance.gradient_clip needs linears that "
+                f"see every token; leave this one out by covariance.ignore, or take covariance.gradient_clip away"
+            )
+        moments[name].add(clipped(rows.unflatten(0, (-1, length)), low, high, asked.gradient_margin or 0.0))
+
+    return add
+
+
+def _write(
+    kind: str,
+    moments: dict[str, SecondMoment],
+    group: Group,
+    store: MutableMapping[str, Tensors],
+    bounded: Mapping[str, SecondMoment] = MappingProxyType({}),
+) -> None:
+    """Means over the tokens of all processes; inputs also have magnitudes, and gradients those that are bounded."""
     missed = []
     for name, moment in moments.items():
-        n_tokens = torch.tensor(moment.n_tokens)
-        group.sum(moment.total, n_tokens, *([] if moment.magnitude is None else [moment.magnitude]))
-        moment.n_tokens = int(n_tokens)
+        for each in (moment, *([bounded[name]] if bounded else [])):
+            n_tokens = torch.tensor(each.n_tokens)
+            group.sum(each.total, n_tokens, *([] if each.magnitude is None else [each.magnitude]))
+            each.n_tokens = int(n_tokens)
         if not group.is_first:
             continue
         if not moment.total.diagonal().any():  # no token, or zeros alone: every matrix would be as good as none
@@ -99,6 +133,7 @@ def _write(kind: str, moments: dict[str, SecondMoment], group: Group, store: Mut
             continue
         try:
             tensors = {"covariance": moment.mean(), "magnitude": moment.mean_magnitude()}
+            tensors |= {"clipped": bounded[name].mean()} if bounded else {}
         except NotFiniteError as error:
             raise NotFiniteError(f"{NOT_FINITE[kind]} {name}: {error}") from None
         store[f"{kind}/{name}"] = {key: t.float().cpu() for key, t in tensors.items() if t is not None}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +18,10 @@ from drank.method.rounding import expected_by_row
 from drank.method.spectrum import Metric, effective_rank, gram_spectrum, whitened_spectrum
 from drank.method.spectrum import Spectrum as Factored
 from drank.method.threads import side_by_side
+from drank.model.divergence import divergence_from
 from drank.model.groups import Mlp, find_groups, find_mlps
 from drank.model.linears import Linear, find_linears
+from drank.model.perplexity import perplexity, window_nats
 from drank.model.precision import name_of
 from drank.model.substitution import measure_sensitivity
 from drank.model.vocabulary import check_windows
@@ -107,7 +110,9 @@ def add_sensitivity(
     group: Group,
     progress: Callable[..., Any],
 ) -> None:
-    """Into the summary, perplexity with one linear truncated at a time, at two factors' rank for each ratio.
+    """Into the summary, ``sensitivity``: perplexity with one linear truncated, at two factors' rank for each ratio.
+
+    Where ``asked.sensitivity_scores`` says so it is ``divergence``, from the predictions of the model as it is.
 
     Args:
         read_rows: the first rows of what :func:`factorise` stored under a name.
@@ -122,12 +127,18 @@ def add_sensitivity(
         affordable = int(ratio * math.prod(sizes[name]) / sum(sizes[name]) + 1e-6)
         return min(affordable, components[name]) or None
 
+    def perplexity_now() -> float:
+        return perplexity(window_nats(model, windows, on.batch_windows), windows.shape[1])
+
+    diverges = asked.sensitivity_scores == "divergence"
+    score = partial(divergence_from(model, windows.to(model.device)), model) if diverges else perplexity_now
     found = measure_sensitivity(
-        model, linears[group.share], lambda name, k: read_rows(f"factors/{name}", k), windows,
-        asked.sensitivity_ratios, on.batch_windows, rank, lambda items: progress(items, unit="matrices"),
+        model, linears[group.share], lambda name, k: read_rows(f"factors/{name}", k), score,
+        asked.sensitivity_ratios, rank, lambda items: progress(items, unit="matrices"),
     )  # fmt: skip
-    summary["sensitivity"] = {name: scores for part in group.gather(found) for name, scores in part.items()}
-    summary["computed_in"]["sensitivity"] = name_of(model.dtype)
+    key = "divergence" if diverges else "sensitivity"
+    summary[key] = {name: scores for part in group.gather(found) for name, scores in part.items()}
+    summary["computed_in"][key] = name_of(model.dtype)
 
 
 class _Metrics:

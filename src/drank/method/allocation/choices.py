@@ -10,7 +10,7 @@ from typing import Any
 
 from drank.method.allocation.asvd import sensitivity, stable_rank_scores
 from drank.method.allocation.d_rank_code import released
-from drank.method.allocation.rules import dense, effective_rank, least_loss, uniform
+from drank.method.allocation.rules import dense, effective_rank, least_loss, lems, uniform
 from drank.method.allocation.units import PRICES, Allocation, Block, Menu, Unit
 from drank.method.precisions import FULL, GROUP
 
@@ -24,7 +24,7 @@ class Rule:
 
     Attributes:
         allocate: (units, size_ratio, menu, given) -> an allocation; ``given`` has the parameters that the rule accepts
-            and, under ``measured``, perplexities by matrix and ratio, or None.
+            and, under ``measured`` and ``divergence``, perplexities and divergences by matrix and ratio, or None.
         accepts: parameters of section ``presets`` that the rule reads, the menu's among them.
         blocks: True allows MLPs that lose channels among the units.
         storages: forms that the rule can price.
@@ -46,6 +46,11 @@ def _asvd(units: Sequence[Unit], size_ratio: float, menu: Menu, given: Given) ->
     return sensitivity(units, size_ratio, scores, menu)
 
 
+def _lems(units: Sequence[Unit], size_ratio: float, menu: Menu, given: Given) -> Allocation:
+    measured = {name: {float(ratio): nats for ratio, nats in row.items()} for name, row in given["divergence"].items()}
+    return lems(units, size_ratio, measured, given["depth_slope"], given.get("depth_exponent", 0.0), menu)
+
+
 MENU = ("floor", "cap", "dense_option", "multiple_of")
 RULES: dict[str, Rule] = {
     "dense": Rule(lambda units, size_ratio, menu, given: dense(units)),
@@ -63,6 +68,7 @@ RULES: dict[str, Rule] = {
     "least_loss": Rule(
         lambda units, size_ratio, menu, given: least_loss(units, size_ratio, menu), MENU, blocks=True, in_bytes=True
     ),
+    "lems": Rule(_lems, ("depth_slope", "depth_exponent", "multiple_of"), needs=("depth_slope",)),
 }
 
 

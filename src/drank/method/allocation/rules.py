@@ -12,9 +12,10 @@ The rules (docs/method.md has the derivations):
   of their *parameters* to values (Eq. 9-12); parameters that a capped unit cannot use go back and are spent again.
 * ``least_loss``: min Σ_u Σ_{i>k_u} s_i², one budget for the whole model; meaningful where all energies are in one unit,
   such as the nats of the K-FAC metric.
+* ``lems``: the same, with every unit's curve scaled to a measured loss and weighed by depth (LEMS, ICML 2026).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,6 +129,59 @@ def least_loss(units: Sequence[Unit | Block], size_ratio: float, menu: Menu = DE
     if menu.in_bytes:
         return replace(_least_loss(units, budget, menu), budget=budget_of(units, 1.0), bytes_budget=budget)
     return _least_loss(units, budget, menu)
+
+
+def depth_weight(layer: int, n_layers: int, slope: float, exponent: float = 0.0) -> float:
+    r"""LEMS's weight of a layer: 1 for the last one, 1 + slope for the first.
+
+    .. math:: 1 + γ \frac{\sum_{j=l}^{L-2} (j+1)^{-α}}{\sum_{j=0}^{L-2} (j+1)^{-α}}
+
+    Where the exponent α is 0 the fraction is the share of the layers behind this one, (L - 1 - l) / (L - 1).
+    """
+    terms = [(j + 1) ** -exponent for j in range(n_layers - 1)]
+    return 1 + slope * sum(terms[layer:]) / sum(terms) if terms else 1.0
+
+
+def lems(
+    units: Sequence[Unit],
+    size_ratio: float,
+    divergence: Mapping[str, Mapping[float, float]],
+    slope: float,
+    exponent: float = 0.0,
+    menu: Menu = DEFAULT,
+) -> Allocation:
+    r"""LEMS (ICML 2026): least total loss, with every unit's curve through a measured divergence, weighed by depth.
+
+    .. math:: \min \sum_u w_{l(u)} \, \mathrm{KL}_u \, \frac{\sum_{i>k_u} s_i^2}{\sum_{i>m_u} s_i^2}
+
+    KL_u, in nats per token, is that of the model with u alone at rank m_u, and w is :func:`depth_weight`. Ranks k_u are
+    those of two factors with .3 to .95 of the matrix's parameters (from .1 on for a size below a half), or the matrix
+    stays dense. The integer program is ``knapsack``'s.
+
+    Args:
+        divergence: KL_u by unit name and by the ratio of parameters that m_u keeps; the smallest ratio counts.
+
+    Raises:
+        ValueError: a unit has no divergence.
+        InfeasibleBudgetError: the budget does not pay for the smallest ranks.
+    """
+    n_layers, least = 1 + max(u.layer for u in units), 0.3 if size_ratio >= 0.5 else 0.1
+    budget, menus, options = budget_of(units, size_ratio), [], []
+    for unit in units:
+        if not divergence.get(unit.name):
+            raise ValueError(
+                f"{unit.name}: has no divergence ({len(divergence)} units have); measure the targets that are allocated"
+            )
+        ratio, measured = min(divergence[unit.name].items())
+        tail = float(unit.energies[DEFAULT.rank_at(unit, ratio) :].sum())
+        scale = depth_weight(unit.layer, n_layers, slope, exponent) * measured / tail if tail else 0.0
+        share = unit.dense_price / (unit.out_features + unit.in_features) / unit.full_rank
+        menus.append(replace(menu, floor=least * share, cap=0.95 * share))
+        options.append(_loss_options(replace(unit, energies=unit.energies * scale), menus[-1]))
+    solution = solve(options, budget)
+    picks = zip(units, menus, options, solution.choices, strict=True)
+    choices = {u.name: _chosen(u, own, offered, pick) for u, own, offered, pick in picks}
+    return summed(units, choices, budget, solution.bound)
 
 
 def _least_loss(units: Sequence[Unit | Block], budget: int, menu: Menu) -> Allocation:
