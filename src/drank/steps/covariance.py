@@ -38,7 +38,7 @@ def collect(
     Linears that share their input share its covariance, under the name of the first of them.
 
     Args:
-        model: on ``asked.device``, or loaded by ``offload.load_offloaded``.
+        model: as ``offload.load_for_sweeps`` loads it.
         windows: (n, length) token ids, on the same device.
         hidden_states: store of an offloaded pass for the states between blocks.
 
