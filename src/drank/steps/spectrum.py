@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ Row = dict[str, Any]
 Metrics = Callable[[Linear], tuple[Metric | None, Metric | None]]
 
 
+@runtime_checkable
 class Store(Protocol):
     """A folder of tensors, of which the first rows can be read."""
 
@@ -129,7 +130,12 @@ class _Work:
     """Factors go to the store as they come; singular values are kept for one file."""
 
     def __init__(
-        self, asked: Spectrum, covariances: Mapping[str, Tensors], described: Row, device: str, store: Store
+        self,
+        asked: Spectrum,
+        covariances: Mapping[str, Tensors],
+        described: Mapping[str, Any],
+        device: str,
+        store: Store,
     ) -> None:
         self.asked, self.store, self.device = asked, store, device
         self.covariances, self.owners = covariances, described["owners"]

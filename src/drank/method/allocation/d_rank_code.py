@@ -76,9 +76,10 @@ def released(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu =
             stepped_again.append(kind)
         least = sum(min(int(DEFAULT.price(u, ranks[u.name])), u.dense_price) for u in members)
         if least > budget:
+            nearest = f"{least / budget_of(members, 1.0):.4f}"
             raise InfeasibleBudgetError(
                 f"{members[0].kind}: size_ratio {size_ratio} leaves {budget} parameters to this type, below the least "
-                f"possible {least} (rank 1 everywhere); raise size_ratio to {least / budget_of(members, 1):.4f} or more"
+                f"possible {least} (rank 1 everywhere); raise size_ratio to {nearest} or more"
             )
     exchanged = ranks | _exchanged(ordered, ranks, beta)
     for kind in stepped_again:
