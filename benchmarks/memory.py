@@ -57,9 +57,7 @@ def peak(folder: str, n_windows: int, fisher: str, offload: bool) -> float:
 
 def peak_here(model: Path, n_windows: int, fisher: str, offload: bool) -> int:
     """KiB of this process, after the stage's work."""
-    from transformers import AutoModelForCausalLM
-
-    from drank.model.offload import load_offloaded
+    from drank.model.offload import load_for_sweeps
     from drank.project.params import Covariance
     from drank.project.processes import Group
     from drank.steps.covariance import collect
@@ -68,10 +66,8 @@ def peak_here(model: Path, n_windows: int, fisher: str, offload: bool) -> int:
     params = Covariance(batch_windows=2, threads=1, fisher=fisher, targets=("re:.*",), offload=offload)  # type: ignore[arg-type]
     windows = torch.randint(1024, (n_windows, 256), generator=torch.Generator().manual_seed(0))
     with scratch_folder(model / "covariance") as folder, scratch_folder(model / "scratch") as scratch:
-        if offload:
-            loaded = load_offloaded(model, torch.float32, "cpu", params.targets, params.ignore, scratch / "weights")
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        weights = scratch / "weights" if offload else None
+        loaded = load_for_sweeps(model, "float32", "cpu", lambda dtype: [dtype], params.targets, params.ignore, weights)
         collect(loaded, windows, params, Group(), TensorFolder(folder), TensorFolder(scratch))
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])

@@ -7,15 +7,14 @@ from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import JsonLinesFolder, TensorFolder, read_json, write_json
 from drank.project.params import read_params
-from drank.project.processes import launch, must_launch, process_group
+from drank.project.processes import launched, process_group
 from drank.steps.evaluation import evaluate, origin
 
 
 def main(variant: str, root: Path = Path()) -> None:
     params, inputs = read_params(root / "params.yaml"), Inputs(root)
     asked, drawn = params.evaluation, inputs / "data/sampling"
-    if must_launch(asked.processes):
-        launch(asked.processes, "stages.evaluation", variant, "--root", str(root))
+    if launched(asked.processes, "evaluation", variant, root):
         return
     with process_group(asked.threads, asked.device) as group:
         saved = load(inputs / f"data/compression/{variant}", params.compute.dtype, asked.device, group.gather)

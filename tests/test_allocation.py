@@ -1,7 +1,7 @@
 """Ranks: the paper's arithmetic, Eq. 7 against its closed form, brute force, invariants, errors."""
 
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -46,14 +46,6 @@ def test_uniform_ranks_are_those_of_the_literature(storage, shape, size_ratio, r
     choice = uniform([u], size_ratio, Menu(storage)).choices["u"]
     price = rank * (sum(shape) - (rank if storage == "pivot" else 0))
     assert (choice.rank, choice.form, choice.price) == (rank, storage, price)
-
-
-def test_uniform_at_one_is_dense_and_dense_costs_everything():
-    units = [unit("a", 2.0), unit("b", 3.0, (4, 9))]
-    for allocation in (uniform(units, 1.0), dense(units)):
-        assert {c.form for c in allocation.choices.values()} == {"dense"}
-        assert allocation.kept_ratio == 1.0
-        assert sum(loss(u, allocation.choices[u.name]) for u in units) == 0
 
 
 def closed_form(units, budget):
@@ -105,6 +97,8 @@ def test_budget_is_never_exceeded_and_spent_to_within_one_price_step(R, size_rat
     units = attention(R, GROUPED)
     got = effective_rank(units, size_ratio, beta)
     full = got.price == got.targeted_parameters
+    tight, wide = (effective_rank(units, min(1.0, ratio), 0.0) for ratio in (size_ratio, size_ratio + 0.1))
+    assert wide.objective <= tight.objective * (1 + 1e-4), "a larger budget never costs more"
     assert got.price <= got.budget
     assert got.budget - got.price < max(Menu().price(u, 1) for u in units) or full
     assert got.bound <= got.objective + 1e-9
@@ -127,14 +121,6 @@ def test_order_of_units_does_not_matter(R, size_ratio):
     assert backward.objective == pytest.approx(forward.objective, rel=2e-4)
 
 
-@given(effective_ranks)
-@settings(max_examples=15)
-def test_a_larger_budget_never_costs_more(R):
-    units = attention(R, GROUPED)
-    objectives = [effective_rank(units, ratio, 0.0).objective for ratio in (0.3, 0.5, 0.7, 0.9)]
-    assert objectives == sorted(objectives, reverse=True)
-
-
 def parameters_by_kind(allocation, kind):
     return sum(c.price for name, c in allocation.choices.items() if name.endswith(kind))
 
@@ -155,7 +141,9 @@ def test_rebalancing_conserves_parameters_and_gives_every_value_unit_the_same():
     assert abs(first - second) <= 1
 
 
-def test_what_dense_values_cannot_use_goes_back_to_queries_and_keys():
+def test_what_values_cannot_use_goes_back_to_queries_and_keys():
+    without_values = [unit("q", 4.0, (48, 48), "q_proj"), unit("k", 4.0, (48, 48), "k_proj")]
+    assert effective_rank(without_values, 0.5, 0.3).price == pytest.approx(0.5 * 2 * 48 * 48, abs=96)
     R = {"q_proj": [4.0, 9.0], "k_proj": [4.0, 4.0], "v_proj": [20.0, 20.0]}
     shapes = {"q_proj": (96, 96), "k_proj": (32, 96), "v_proj": (32, 96)}
     got = effective_rank(attention(R, shapes), 0.8, 0.4)
@@ -165,17 +153,6 @@ def test_what_dense_values_cannot_use_goes_back_to_queries_and_keys():
     assert parameters_by_kind(got, "q_proj") + parameters_by_kind(got, "k_proj") == pytest.approx(
         0.8 * 2 * (96 + 32) * 96 - values, abs=192
     )
-
-
-def test_a_model_without_values_keeps_its_queries():
-    units = [unit("q", 4.0, (48, 48), "q_proj"), unit("k", 4.0, (48, 48), "k_proj")]
-    assert effective_rank(units, 0.5, 0.3).price == pytest.approx(0.5 * 2 * 48 * 48, abs=96)
-
-
-@pytest.mark.parametrize("rule", [uniform, lambda units, ratio: effective_rank(units, ratio, 0.0)])
-def test_a_budget_below_rank_one_is_refused(rule):
-    with pytest.raises(InfeasibleBudgetError, match="least possible"):
-        rule([unit("a", 2.0), unit("b", 3.0)], 0.1)
 
 
 def mlp(name, seed, channels=(6, 4, 2)):
@@ -233,21 +210,15 @@ def test_least_loss_against_brute_force_with_and_without_blocks(rows, seed, size
     assert got.price == sum(got.choices[m.name].price for m in matrices)
 
 
-@given(spectra, st.floats(0.01, 100))
-@settings(max_examples=30)
-def test_least_loss_ranks_do_not_depend_on_a_common_scale(rows, scale):
-    units, scaled = (
-        [unit(f"u{i}", shape=(4, 7), energies=np.array(energies) * s) for i, energies in enumerate(rows)]
-        for s in (1, scale)
-    )
-    first, second = least_loss(units, 0.7), least_loss(scaled, 0.7)
-    assert second.objective == pytest.approx(first.objective * scale, rel=2e-4, abs=1e-9)
-
-
 @pytest.mark.parametrize("storage", ["factors", "pivot"])
 @pytest.mark.parametrize("rule", [uniform, lambda u, r, m: effective_rank(u, r, 0.2, m), least_loss])
-def test_the_menu_is_obeyed_by_every_rule(rule, storage):
+def test_every_rule_obeys_the_menu_keeps_all_at_one_and_refuses_what_cannot_be(rule, storage):
     units = [unit(f"u{i}", shape=(64, 96), energies=np.geomspace(1, 1e-6, 64)) for i in range(4)]
+    for whole in (rule(units, 1.0, Menu(storage)), dense(units)):
+        assert {c.form for c in whole.choices.values()} == {"dense"}
+        assert (whole.kept_ratio, sum(loss(u, whole.choices[u.name]) for u in units)) == (1.0, 0)
+    with pytest.raises(InfeasibleBudgetError, match="least possible"):
+        rule(units, 0.01, Menu(storage))
     got = rule(units, 0.7, Menu(storage, floor=0.2, multiple_of=8))
     assert got.price <= got.budget
     assert all(c.form == "dense" or (c.rank % 8 == 0 and c.rank >= 0.2 * 64) for c in got.choices.values())
@@ -263,15 +234,6 @@ def test_a_block_is_left_whole_at_one_and_loses_channels_when_they_are_cheap():
     assert (whole.cuts, whole.objective, whole.kept_ratio) == ({"mlp": 0}, 0.0, 1.0)
     free = Block("mlp", (block.cuts[0], tuple(replace(m, base_loss=0.0) for m in block.cuts[1])))
     assert least_loss([free], 0.7).cuts == {"mlp": 1}
-
-
-@given(st.integers(0, 1000), st.lists(st.floats(0.3, 1), min_size=2, max_size=5))
-@settings(max_examples=20)
-def test_the_bound_on_the_loss_falls_with_the_budget(seed, ratios):
-    units = [mlp("a", seed), mlp("b", seed + 1)]
-    found = [least_loss(units, ratio) for ratio in sorted(ratios)]
-    bounds = [allocation.bound for allocation in found]
-    assert all(first >= second - 1e-9 for first, second in pairwise(bounds))
 
 
 @pytest.mark.parametrize(

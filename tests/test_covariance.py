@@ -26,29 +26,18 @@ def test_streaming_equals_one_shot_whatever_the_batching(batches, size, seed):
 
 
 @pytest.mark.parametrize("units", [False, True])
-@pytest.mark.parametrize(("tokens", "size"), [(64, 8), (2048, 600)])
-def test_bfloat16_products_are_exact_so_only_the_float32_sum_rounds(tokens, size, units):
-    x = torch.randn(tokens, size).bfloat16()
-    x[:, 0] *= 1e4  # a channel of massive activations must not drown the others
-    moment = SecondMoment(size, bfloat16_units=units)
-    moment.add(x)
-    rows = x.double()
-    error = (moment.mean() * tokens - rows.T @ rows).abs() / (rows.abs().T @ rows.abs())
-    assert error.max() < 4e-6
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-@pytest.mark.parametrize("units", [False, True])
 def test_many_batches_of_a_wide_input_stay_within_the_bound_of_the_docstring(generator, units):
     batches, tokens, size = 200, 16, 600  # wider than a panel, and no multiple of it
     moment, exact, absolute = SecondMoment(size, bfloat16_units=units), torch.zeros(size, size, dtype=torch.float64), 0
     for _ in range(batches):
         x = torch.randn(tokens, size, generator=generator).bfloat16()
+        x[:, 0] *= 1e4  # a channel of massive activations must not drown the others
         moment.add(x)
         exact += x.double().T @ x.double()
         absolute += x.double().abs().T @ x.double().abs()
     error = (moment.mean() * batches * tokens - exact).abs() / absolute
     assert error.max() < (tokens + batches) * torch.finfo(torch.float32).eps
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -57,9 +46,6 @@ def test_activations_that_are_not_finite_are_refused(bad):
     moment.add(torch.tensor([[0.0, bad, 1.0]]))
     with pytest.raises(NotFiniteError, match="channels hold NaN or infinity"):
         moment.mean()
-
-
-def test_no_token_is_refused():
     with pytest.raises(ValueError, match="no token was seen"):
         SecondMoment(3).mean()
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from stages.sampling import main as sampling
 from stages.spectrum import main as spectrum
 
 from drank.project.files import read_json, read_tensors, write_tensors
-from drank.project.processes import Group, must_launch
+from drank.project.processes import Group, launched
 from tests import conftest, tiny
 from tests.conftest import REPOSITORY
 from tests.faults.kill import alive, stages_of
@@ -172,6 +173,9 @@ def test_one_process_is_a_group_of_its_own():
 
 def test_only_the_process_that_a_person_started_starts_others(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert [must_launch(n) for n in (1, 2)] == [False, True]
+    started = []
+    monkeypatch.setattr("drank.project.processes.launch", lambda n, *arguments: started.append((n, *arguments)))
+    assert [launched(n, "covariance", "0", Path("here")) for n in (1, 2)] == [False, True]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not must_launch(2)
+    assert not launched(2, "covariance", "0", Path("here"))
+    assert started == [(2, "stages.covariance", "0", "--root", "here")]

@@ -1,7 +1,6 @@
 """ASVD's threshold against every threshold there is, its stable-rank guess by hand, invariants, errors."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
@@ -30,21 +29,13 @@ def test_the_least_sensitive_unit_is_cut_first_and_the_threshold_is_the_objectiv
     assert (got.objective, got.bound, got.price, got.budget) == (6.0, 6.0, 225, 225)
     tighter = sensitivity(units, 0.74, scores)
     assert (tighter.objective, tighter.choices["fragile"].rank) == (7.0, 5)  # 5 * 25 = 125 <= 0.9 * 150
+    whole = sensitivity(units, 1.0, {})
+    assert ({c.form for c in whole.choices.values()}, whole.objective, whole.kept_ratio) == ({"dense"}, 0.0, 1.0)
 
 
-def test_a_smaller_ratio_with_a_better_score_is_taken_at_once():
-    """Measured perplexities are noisy, and need not fall with the ratio."""
-    got = sensitivity([unit("a")], 0.9, {"a": {0.3: 5.0, 0.9: 5.5}})
-    assert (got.choices["a"].rank, got.objective) == (1, 5.0)
-
-
-def test_equal_scores_pass_together_so_that_order_does_not_matter():
-    units = [unit("a"), unit("b")]
-    got = sensitivity(units, 0.8, {"a": {0.5: 6.0}, "b": {0.5: 6.0}})
-    assert {c.rank for c in got.choices.values()} == {3}
-
-
-grids = st.lists(st.lists(st.floats(1, 50), min_size=len(RATIOS), max_size=len(RATIOS)), min_size=1, max_size=4)
+# Measured perplexities are noisy: they need not fall with the ratio, and several may be equal.
+scores_of_one = st.floats(1, 50) | st.sampled_from([5.0, 6.0])
+grids = st.lists(st.lists(scores_of_one, min_size=len(RATIOS), max_size=len(RATIOS)), min_size=1, max_size=4)
 SHAPES = [(10, 15), (20, 20), (6, 30), (1, 7)]  # no rank makes the last one smaller
 
 
@@ -83,29 +74,6 @@ def test_the_threshold_is_the_least_of_all_that_fit(rows, size_ratio, storage):
     assert got.price <= got.budget == budget
 
 
-@given(grids, st.floats(0.4, 0.99))
-@settings(max_examples=30)
-def test_no_choice_of_ratios_within_the_budget_has_a_better_worst_score(rows, size_ratio):
-    units, scores = case(rows)
-    units = [u for u in units if u.full_rank > 1]
-    options = [
-        [(Menu().rank_at(u, r) * (u.out_features + u.in_features), s) for r, s in scores[u.name].items()]
-        + [(u.dense_price, -math.inf)]
-        for u in units
-    ]
-    budget = int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
-    worst = [max(s for _, s in pick) for pick in product(*options) if sum(p for p, _ in pick) <= budget]
-    if not worst:
-        return
-    assert sensitivity(units, size_ratio, scores).objective == min(worst)
-
-
-def test_at_one_everything_is_dense():
-    got = sensitivity([unit("a"), unit("b")], 1.0, {})
-    assert {c.form for c in got.choices.values()} == {"dense"}
-    assert (got.objective, got.kept_ratio) == (0.0, 1.0)
-
-
 def test_ratios_without_a_rank_and_ratios_of_one_are_passed_by():
     menu = Menu(multiple_of=4)  # rank 4 costs 100 of 150
     got = sensitivity([unit("a")], 0.8, {"a": {0.3: 1.0, 0.7: 6.0, 1.0: 0.5, 1.4: 0.1}}, menu)
@@ -124,6 +92,9 @@ def test_stable_rank_scores_by_hand():
     assert scores["flat"][0.9] == pytest.approx(-2 * 0.9**0.1)
     assert scores["one"][0.9] == scores["0"][0.9] == pytest.approx(-(0.9**0.1))
     assert scores["a"][0.5] > scores["a"][0.9]  # a smaller share is worse
+    for ratio in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"in \(0, 1\)"):
+            stable_rank_scores(units, [ratio])
 
 
 def test_units_of_high_stable_rank_are_cut_first_and_scale_does_not_matter():
@@ -148,9 +119,3 @@ def test_units_of_high_stable_rank_are_cut_first_and_scale_does_not_matter():
 def test_errors_say_what_is_wrong_and_what_to_do(scores, size_ratio, menu, error, message):
     with pytest.raises(error, match=message):
         sensitivity([unit("a")], size_ratio, scores, menu)
-
-
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, math.nan])
-def test_stable_rank_ratios_outside_the_unit_interval_are_refused(ratio):
-    with pytest.raises(ValueError, match=r"in \(0, 1\)"):
-        stable_rank_scores([unit("a")], [ratio])

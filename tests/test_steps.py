@@ -1,7 +1,5 @@
 """The steps one after the other, on dicts: a random model, without DVC, stages or a folder of data."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -14,11 +12,10 @@ from drank.method.spectrum import whitened_spectrum
 from drank.model.capture import run_batches, split_windows, watching_output_gradients
 from drank.project.params import read_params
 from drank.project.processes import Group
-from drank.project.progress import progress
 from drank.steps.allocation import allocation, table
 from drank.steps.compression import compress
 from drank.steps.covariance import UnevenTokensError, collect
-from drank.steps.spectrum import add_sensitivity, factorise
+from drank.steps.spectrum import factorise
 from tests import tiny
 
 
@@ -47,10 +44,8 @@ def covariances(params):
 
 
 def factored(params, key, covariances):
-    store = Store()
-    bar = partial(progress, quiet=True, desc=key)
-    asked = params.spectrum[key]
-    return store, factorise(tiny.llama(), asked, params.covariance, *covariances, Group(), store, bar)
+    store, asked = Store(), params.spectrum[key]
+    return store, factorise(tiny.llama(), asked, params.covariance, *covariances, windows(), Group(), store)
 
 
 @pytest.mark.parametrize("variant", ["svd-llm-80", "d-rank-80", "kfac-80"])
@@ -117,10 +112,7 @@ def test_losses_of_rounding_are_those_of_the_matrices_that_are_left(params, cova
 
 def test_sensitivity_measures_every_matrix_at_every_ratio(params, covariances):
     asked = params.spectrum["input"].model_copy(update={"sensitivity_windows": 2, "sensitivity_ratios": (0.3, 0.6)})
-    store, summary = factored(params, "input", covariances)
-    model = tiny.llama()
-    bar = partial(progress, quiet=True, desc="sensitivity")
-    add_sensitivity(summary, model, asked, params.covariance, store.rows, windows()[:2], Group(), bar)
+    _, summary = factored(params.model_copy(update={"spectrum": {"input": asked}}), "input", covariances)
     assert set(summary["sensitivity"]) == {row["name"] for row in summary["units"]}
     assert all(set(scores) == {0.3, 0.6} for scores in summary["sensitivity"].values())
     assert np.isfinite([s for scores in summary["sensitivity"].values() for s in scores.values()]).all()
@@ -148,7 +140,7 @@ def test_clipped_gradients_stand_beside_the_others_and_shrinkage_is_damping_up_t
     )
     factors = Store()
     described = collect(tiny.llama(), windows(), asked, Group(), store, {})
-    factorise(tiny.llama(), spectrum, asked, store, described, Group(), factors, partial(progress, quiet=True, desc=""))
+    factorise(tiny.llama(), spectrum, asked, store, described, windows(), Group(), factors)
     H = store[f"inputs/{described['owners'][name]}"]["covariance"].double()
     H, G = (((1 - a) * M + a * M.diagonal().mean() * torch.eye(len(M))) for M, a in ((H, 0.1), (G, 0.3)))
     expected = whitened_spectrum(tiny.llama().get_submodule(name).weight.detach(), H, G)

@@ -73,13 +73,10 @@ def test_no_module_unpickles_runs_text_or_calls_a_shell():
         "shutil.unpack_archive(f)",
     ],
 )  # fmt: skip
-def test_the_search_finds_what_it_is_for(code):
+def test_the_search_finds_what_it_is_for_and_leaves_the_rest_alone(code):
     assert len(unsafe(ast.parse(code))) == 1
-
-
-@pytest.mark.parametrize("code", ["re.compile(text)", "model.eval()", "yaml.load(text, LOADER)", "json.load(f)"])
-def test_the_search_leaves_the_rest_alone(code):
-    assert unsafe(ast.parse(code)) == []
+    safe = "re.compile(text); model.eval(); yaml.load(text, LOADER); json.load(f)"
+    assert unsafe(ast.parse(safe)) == []
 
 
 def test_the_loader_of_locks_is_a_safe_one():
@@ -140,18 +137,15 @@ def test_tags_of_yaml_make_no_objects(tmp_path, witness, tag):
 
 
 def payload(witness):
-    """A pickle that leaves a file behind when it is loaded."""
+    """A pickle that leaves a file behind when it is loaded, as is seen here."""
 
     class Evil:
         def __reduce__(self):
             return Path.touch, (witness,)
 
+    pickle.loads(pickle.dumps(Evil()))
+    witness.unlink()
     return pickle.dumps(Evil())
-
-
-def test_the_payload_is_one(tmp_path):
-    pickle.loads(payload(tmp_path / "ran"))
-    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors", "model.ckpt"])

@@ -6,7 +6,7 @@ nothing here knows an architecture. Weights of blocks come and go with ``device_
 """
 
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from drank.model.capture import Batch, run_batches, run_decoder, run_from_embeddings, send_back
 from drank.model.linears import Linear, find_linears
+from drank.model.precision import agreed_dtype, load_model
 
 
 class OffloadError(ValueError):
@@ -62,14 +63,26 @@ def disk_map(model: nn.Module, blocks: str, device: str = "cpu") -> dict[str, st
     return placed
 
 
-def load_offloaded(
-    folder: Path, dtype: torch.dtype, device: str, targets: Sequence[str], ignore: Sequence[str], weights: Path
+def load_for_sweeps(
+    folder: Path,
+    asked: str,
+    device: str,
+    gather: Callable[[str], list[str]],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    weights: Path | None,
 ) -> Any:
-    """The model of a folder with its decoder blocks on the disk, in ``weights``, and the rest on the device.
+    """The model of a folder on the device, in ``precision.agreed_dtype``.
+
+    Args:
+        weights: a folder on the disk for the decoder blocks; None keeps them on the device, too.
 
     Raises:
         OffloadError: see :func:`find_blocks`.
     """
+    dtype = agreed_dtype(asked, device, gather)
+    if weights is None:
+        return load_model(folder, dtype, device)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     places = disk_map(skeleton, find_blocks(skeleton, find_linears(skeleton, targets, ignore)), device)

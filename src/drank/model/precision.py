@@ -1,4 +1,4 @@
-"""The floating-point type that passes through a model are computed in. Knows torch and the processor, nothing else.
+"""The floating-point type that passes through a model are computed in. Knows torch and the processor.
 
 Weights are stored in bfloat16, which float32 holds exactly. So a pass may be computed in either type, whichever the
 processor multiplies faster.
@@ -8,6 +8,7 @@ import logging
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,13 @@ def agreed_dtype(asked: str, device: str, gather: Callable[[str], list[str]]) ->
     """
     chosen = set(gather(name_of(compute_dtype(asked, device))))
     return getattr(torch, chosen.pop()) if len(chosen) == 1 else torch.float32
+
+
+def load_model(folder: Path, dtype: torch.dtype | str, device: str) -> Any:
+    """The model of a folder on a device, for passes in this type, without dropout."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
 
 
 def has_units(dtype: torch.dtype, device: str) -> bool:

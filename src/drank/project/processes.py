@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, distributed
 
 from drank.project.command import end_without
-from drank.project.files import replacing_folder
+from drank.project.files import replacing_folder, write_json
+from drank.project.params import Covariance
 from drank.project.progress import progress
 
 # A process may wait for the slowest one for hours; a lost one is noticed by its closed connection.
@@ -94,9 +95,28 @@ class Group:
             self.gather(None)
 
 
-def must_launch(n_processes: int) -> bool:
-    """True in the one process that a user or DVC started, if more are wanted."""
-    return n_processes > 1 and "WORLD_SIZE" not in os.environ
+def launched(n_processes: int, stage: str, key: str, root: Path) -> bool:
+    """True once that many processes have run a stage, where a user or DVC started one and more are wanted.
+
+    False where this process has to run the stage itself.
+
+    Raises:
+        ProcessError: one failed.
+    """
+    if n_processes == 1 or "WORLD_SIZE" in os.environ:
+        return False
+    launch(n_processes, f"stages.{stage}", key, "--root", str(root))
+    return True
+
+
+def fill_folder(on: Covariance, stage: str, key: str, root: Path, work: Callable[[Group, Path], object]) -> None:
+    """data/<stage>/<key>/ from as many processes as are asked for: ``work`` fills it and gives its summary.json."""
+    if launched(on.processes, stage, key, root):
+        return
+    with process_group(on.threads, on.device) as group, group.replacing_folder(root / f"data/{stage}/{key}") as folder:
+        summary = work(group, folder)
+        if group.is_first:
+            write_json(folder / "summary.json", summary)
 
 
 def launch(n_processes: int, module: str, *arguments: str) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from drank.method.allocation.choices import allocate
 from drank.method.allocation.knapsack import InfeasibleBudgetError
-from drank.method.allocation.units import DEFAULT, Allocation, Block, Choice, Menu, Unit, loss
-from drank.method.precisions import FULL, embedding_bytes
+from drank.method.allocation.units import DEFAULT, Allocation, Block, Choice, Menu, Unit, budget_of, loss
+from drank.method.precisions import FULL, bytes_of, embedding_bytes
 from drank.project.params import Preset, Variant
 
 HEADER = 1000  # bytes per matrix for what a safetensors file says of its tensors, eight of 120 bytes at most
-FIELDS = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
+OF_UNIT = ("name", "kind", "role", "layer", "out_features", "in_features", "effective_rank", "base_loss")
 
 
 def allocation(
@@ -34,33 +34,28 @@ def allocation(
     given = preset.choices | {"measured": summary.get("sensitivity"), "divergence": summary.get("divergence")}
     header = {"format_version": 1, "variant": variant, "preset": asked.preset}
     choices = preset.choices | asked.model_dump(exclude={"healing"}, exclude_none=True)
-    menu, share = _budget(asked, preset, units, summary)
+    menu = replace(preset.menu, in_bytes=asked.in_bytes)
+    if preset.precision == "mixed":
+        measured = {bits for unit in units for cut in unit.cuts for matrix in cut for bits in matrix.rounding}
+        menu = replace(menu, bits=(*sorted(measured), FULL))
+    # Megabytes are of all weight files, and those of other matrices are not for sale.
+    whole, outside = budget_of(units, 1.0, in_bytes=asked.in_bytes), 0
+    if asked.megabytes is not None:
+        outside = _bytes_outside(preset, summary)
+    ((key, size),) = asked.size.items()
+    share = size if asked.megabytes is None else (size * 1e6 - outside) / whole
     try:
         found = allocate(units, share, menu, preset.allocation, given)
     except InfeasibleBudgetError as error:
         if not asked.in_bytes or error.least is None:
             raise
-        outside = _bytes_outside(preset, summary) if asked.megabytes else 0
-        raise InfeasibleBudgetError(_too_small(asked, error.least, menu.whole(units), outside)) from None
+        nearest = error.least / whole if asked.megabytes is None else (error.least + outside) / 1e6
+        raise InfeasibleBudgetError(
+            f"{key} {size}: the smallest matrices on offer take {error.least} bytes, more than is left; raise {key} to "
+            f"{math.ceil(nearest * 1e4) / 1e4:.4f}"
+        ) from None
     result = describe(units, found, summary, menu)
     return header | choices | result | {key: summary[key] for key in ("computed_in", "left_dense")}
-
-
-def _budget(
-    asked: Variant, preset: Preset, units: Sequence[Unit | Block], summary: Mapping[str, Any]
-) -> tuple[Menu, float]:
-    """The menu, in the unit of the budget, and the share of it that may be kept."""
-    menu = preset.menu
-    if preset.precision == "mixed":
-        measured = {bits for unit in units for m in _matrices(unit) for bits in m.rounding}
-        menu = replace(menu, bits=(*sorted(measured), FULL))
-    if asked.size_ratio is not None:
-        return menu, asked.size_ratio
-    menu = replace(menu, in_bytes=True)
-    if asked.bytes_ratio is not None:
-        return menu, asked.bytes_ratio
-    assert asked.megabytes is not None, "params.yaml has one size per variant"
-    return menu, (asked.megabytes * 1e6 - _bytes_outside(preset, summary)) / menu.whole(units)
 
 
 def _bytes_outside(preset: Preset, summary: Mapping[str, Any]) -> int:
@@ -70,26 +65,12 @@ def _bytes_outside(preset: Preset, summary: Mapping[str, Any]) -> int:
     return embeddings + rest["others"] * FULL // 8 + HEADER * len(rows)
 
 
-def _too_small(asked: Variant, least: int, whole: int, outside: int) -> str:
-    if asked.bytes_ratio is not None:
-        told, nearest = f"bytes_ratio {asked.bytes_ratio}", f"{math.ceil(least / whole * 1e4) / 1e4:.4f}"
-    else:
-        least_all = least + outside
-        told, nearest = f"megabytes {asked.megabytes}", f"{math.ceil(least_all / 1e5) / 10:.1f}"
-    key = told.partition(" ")[0]
-    return f"{told}: the smallest matrices on offer take {least} bytes, more than is left; raise {key} to {nearest}"
-
-
-def _matrices(unit: Unit | Block) -> list[Unit]:
-    return [m for cut in unit.cuts for m in cut] if isinstance(unit, Block) else [unit]
-
-
 def read_units(values: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> list[Unit | Block]:
     """Units and blocks of a spectrum, from its singular values by file and its summary."""
 
     def unit(row: Mapping[str, Any]) -> Unit:
         rounding = {int(bits): lost for bits, lost in row.get("rounding", {}).items()}
-        return Unit(**{f: row[f] for f in FIELDS}, energies=values[row["factors"]] ** 2, rounding=rounding)
+        return Unit(**{key: row[key] for key in OF_UNIT}, energies=values[row["factors"]] ** 2, rounding=rounding)
 
     blocks = [
         Block(row["name"], tuple(tuple(unit(m) for m in cut["matrices"]) for cut in row["cuts"]))
@@ -105,27 +86,25 @@ def describe(
 
     Bits and bytes are there where the menu has bits below 16, or its budget is one of bytes.
     """
-    chosen = [(u, allocation.choices[u.name]) for u in allocation.matrices(units)] if menu.counts_bytes else []
-    sizes = {u.name: {"bits": choice.bits, "bytes": menu.size_of(u, choice)} for u, choice in chosen}
-    totals = {"bytes": sum(size["bytes"] for size in sizes.values())} if sizes else {}
-    if allocation.bytes_budget is not None:
-        totals["bytes_budget"] = allocation.bytes_budget
+    counts_bytes = menu.in_bytes or menu.bits != (FULL,)
     # A block has its matrices at several sizes.
     matrices = summary["units"] + [m for block in summary["blocks"] for cut in block["cuts"] for m in cut["matrices"]]
     sources = {(row["name"], row["out_features"], row["in_features"]): row for row in matrices}
-    rows = [
-        {
+    rows = []
+    for u in sorted(allocation.matrices(units), key=lambda u: u.layer):
+        choice, source = allocation.choices[u.name], sources[u.name, u.out_features, u.in_features]
+        row = {
             "name": u.name, "members": source["members"], "factors": source["factors"],
             "kind": u.kind, "role": u.role, "layer": u.layer,
             "out_features": u.out_features, "in_features": u.in_features,
             "form": choice.form, "rank": choice.rank, "full_rank": u.full_rank, "price": choice.price,
             "objective_share": choice.objective_share, "effective_rank": u.effective_rank,
-            "relative_loss": _relative_loss(u, choice), **sizes.get(u.name, {}),
-        }
-        for u in sorted(allocation.matrices(units), key=lambda u: u.layer)
-        for choice in [allocation.choices[u.name]]
-        for source in [sources[u.name, u.out_features, u.in_features]]
-    ]  # fmt: skip
+            "relative_loss": _relative_loss(u, choice),
+        }  # fmt: skip
+        if counts_bytes:
+            size = bytes_of(choice.form, u.out_features, u.in_features, choice.rank, choice.bits, menu.group)
+            row |= {"bits": choice.bits, "bytes": size}
+        rows.append(row)
     blocks = [
         {
             "name": u.name, "channels": kept.in_features, "full_channels": u.cuts[0][-1].in_features,
@@ -134,6 +113,9 @@ def describe(
         for u in units if isinstance(u, Block)
         for kept in [u.cuts[allocation.cuts[u.name]][-1]]
     ]  # fmt: skip
+    totals = {"bytes": sum(row["bytes"] for row in rows)} if counts_bytes else {}
+    if allocation.bytes_budget is not None:
+        totals["bytes_budget"] = allocation.bytes_budget
     return {
         "objective": {"value": allocation.objective, "bound": allocation.bound, "gap": allocation.gap},
         "budget": allocation.budget, "price": allocation.price, "slack": allocation.budget - allocation.price,

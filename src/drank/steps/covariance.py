@@ -46,7 +46,7 @@ def collect(
     :func:`drank.method.covariance.clipped`.
 
     Args:
-        model: on ``asked.device``, or loaded by ``offload.load_offloaded``.
+        model: as ``offload.load_for_sweeps`` loads it.
         windows: (n, length) token ids, on the same device.
         hidden_states: store of an offloaded pass for the states between blocks.
 

@@ -1,11 +1,10 @@
 """Spectrum: singular values in the metric, effective ranks, and the vectors that any rank is sliced from."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +29,16 @@ from drank.project.processes import Group
 
 Tensors = Mapping[str, Tensor]
 Row = dict[str, Any]
+# Input and output metric of a linear; None is the identity.
+Metrics = Callable[[Linear], tuple[Metric | None, Metric | None]]
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A folder of tensors, of which the first rows can be read."""
+
+    def __setitem__(self, name: str, tensors: Tensors, /) -> None: ...
+    def rows(self, name: str, n_rows: int, /) -> Tensors: ...
 
 
 def factorise(
@@ -38,56 +47,57 @@ def factorise(
     on: Covariance,
     covariances: Mapping[str, Tensors],
     described: Mapping[str, Any],
+    windows: Tensor,
     group: Group,
-    store: MutableMapping[str, Tensors],
-    progress: Callable[..., Any],
+    store: Store,
 ) -> Row:
     """Factors of every unit into ``store``: ``factors/<file>``, ``cuts/<MLP>.<channels>``, ``singular_values``.
 
     Args:
         on: targets, and device.
         covariances: the tensors that the step ``covariance`` stored; ``described`` is its summary.
-        progress: wraps what is found, with ``total`` and ``unit``, the name of the parts.
+        windows: calibration windows, of which the sensitivity reads as many as are asked for.
 
     Returns:
-        The summary: the metric, ``computed_in``, ``left_dense``, and rows that describe ``units`` and ``blocks``.
+        The summary: the metric, ``computed_in``, ``left_dense``, and rows that describe ``units`` and ``blocks``; with
+        sensitivity windows, by linear and ratio ``sensitivity``, the perplexity with that linear truncated, or
+        ``divergence``, how far predictions move then.
     """
-    linears, row = find_linears(model, on.targets, on.ignore), UNITS[asked.units]
-    owners, writer = described["owners"], _Writer(store, asked)
-    mlps = find_mlps(model, linears) if row.loses_channels else []
-    members = [(*mlp.before, mlp.down) for mlp in mlps]
-    in_mlps = {linear.name for matrices in members for linear in matrices}
+    linears, work = find_linears(model, on.targets, on.ignore), _Work(asked, covariances, described, on.device, store)
+    mlps = find_mlps(model, linears) if UNITS[asked.units].loses_channels else []
+    of_mlps = [(*mlp.before, mlp.down) for mlp in mlps]
+    in_mlps = {linear.name for matrices in of_mlps for linear in matrices}
     single = [linear for linear in linears if linear.name not in in_mlps]
     groups = find_groups(single, asked.layers, asked.even_with_grouped_heads)
-
-    def metrics() -> _Metrics:
-        return _Metrics(asked, covariances, owners, on.device)
+    n, members = len(groups), [*groups, *of_mlps]
 
     def of_input(indices: list[int]) -> list[tuple[int, Row]]:
-        shared = metrics()
-        return [(i, _unit(groups[i], shared, writer)) for i in indices]
+        metrics = work.metrics()
+        return [(i, work.unit(groups[i], metrics) if i < n else work.block(mlps[i - n], metrics)) for i in indices]
 
-    def of_mlp(i: int) -> tuple[int, Row]:
-        return i, _block(mlps[i], asked.cuts, metrics(), writer)
-
-    mine, mlps_of_mine = _shared_out(groups, group), _shared_out(members, group)
-    inputs = [list(same) for _, same in groupby(mine, lambda i: owners[groups[i][0].name])]
+    owners = described["owners"]
+    inputs = [list(same) for _, same in groupby(_shared_out(members, group), lambda i: owners[members[i][0].name])]
     # A GPU has one matrix at a time.
     width = max(max(x.out_features, x.in_features) for x in linears) if on.device == "cpu" else math.inf
-    rows = progress(side_by_side(of_input, inputs, width), total=len(inputs), unit="inputs")
-    units = [row for some in rows for row in some]
-    blocks = list(progress(side_by_side(of_mlp, mlps_of_mine, width), total=len(mlps_of_mine), unit="MLPs"))
-    values = {name: values.tolist() for name, values in writer.singular_values.items()}
-    parts = group.gather([units, blocks, values])
+    done = group.progress(side_by_side(of_input, inputs, width), desc="spectrum", total=len(inputs), unit="inputs")
+    mine = [row for of_one in done for row in of_one]
+    parts = group.gather([mine, {name: s.tolist() for name, s in work.singular_values.items()}])
+    rows = [row for _, row in sorted((i, row) for part, _ in parts for i, row in part)]
+    found = {name: s for _, values in parts for name, s in values.items()}
     if group.is_first:
-        found = {name: s for *_, values in parts for name, s in values.items()}
         store["singular_values"] = {name: torch.tensor(s, dtype=torch.float64) for name, s in sorted(found.items())}
-    return {
+    computed_in, n_windows = {"covariance": described["dtype"]}, asked.sensitivity_windows
+    summary = {
         "metric": asked.metric, "damping": asked.damping, "gradient_damping": asked.gradients_damped_by,
-        "computed_in": {"covariance": described["dtype"]}, "left_dense": described["left_dense"],
-        "units": _in_order(part for part, *_ in parts), "blocks": _in_order(part for _, part, _ in parts),
+        "computed_in": computed_in, "left_dense": described["left_dense"], "units": rows[:n], "blocks": rows[n:],
         **({"rest": _rest(model, linears)} if asked.bits else {}),
     }  # fmt: skip
+    if n_windows:
+        sizes = {name: len(values) for name, values in found.items()}
+        key = "divergence" if asked.measures("divergence") else "sensitivity"
+        summary[key] = _sensitivity(model, linears, sizes, asked, on, windows[:n_windows], group, store)
+        computed_in[key] = name_of(model.dtype)
+    return summary
 
 
 def _rest(model: Any, linears: Sequence[Linear]) -> Row:
@@ -100,28 +110,13 @@ def _rest(model: Any, linears: Sequence[Linear]) -> Row:
     return {"embeddings": list(embeddings.values()), "others": numbers}
 
 
-def add_sensitivity(
-    summary: Row,
-    model: Any,
-    asked: Spectrum,
-    on: Covariance,
-    read_rows: Callable[[str, int], Tensors],
-    windows: Tensor,
-    group: Group,
-    progress: Callable[..., Any],
-) -> None:
-    """Into the summary, ``sensitivity``: perplexity with one linear truncated, at two factors' rank for each ratio.
-
-    Where ``asked.sensitivity_scores`` says so it is ``divergence``, from the predictions of the model as it is.
-
-    Args:
-        read_rows: the first rows of what :func:`factorise` stored under a name.
-        windows: calibration windows, as many as are asked for.
-    """
+def _sensitivity(
+    model: Any, linears: Sequence[Linear], components: Mapping[str, int], asked: Spectrum, on: Covariance,
+    windows: Tensor, group: Group, store: Store,
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of the model with one linear truncated at a time, at two factors' rank for each ratio."""
     check_windows(model, windows, f"data/sampling/calibration/{asked.calibration_seed}.safetensors")
-    linears = find_linears(model, on.targets, on.ignore)
     sizes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
-    components = {row["name"]: min(sizes[row["name"]]) - row["n_discarded"] for row in summary["units"]}
 
     def rank(name: str, ratio: float) -> int | None:
         affordable = int(ratio * math.prod(sizes[name]) / sum(sizes[name]) + 1e-6)
@@ -130,162 +125,130 @@ def add_sensitivity(
     def perplexity_now() -> float:
         return perplexity(window_nats(model, windows, on.batch_windows), windows.shape[1])
 
-    diverges = asked.sensitivity_scores == "divergence"
+    diverges = asked.measures("divergence")
     score = partial(divergence_from(model, windows.to(model.device)), model) if diverges else perplexity_now
     found = measure_sensitivity(
-        model, linears[group.share], lambda name, k: read_rows(f"factors/{name}", k), score,
-        asked.sensitivity_ratios, rank, lambda items: progress(items, unit="matrices"),
+        model, linears[group.share], lambda name, k: store.rows(f"factors/{name}", k), score,
+        asked.sensitivity_ratios, rank,
+        lambda items: group.progress(items, desc="sensitivity", unit="matrices"),
     )  # fmt: skip
-    key = "divergence" if diverges else "sensitivity"
-    summary[key] = {name: scores for part in group.gather(found) for name, scores in part.items()}
-    summary["computed_in"][key] = name_of(model.dtype)
+    return {name: scores for part in group.gather(found) for name, scores in part.items()}
 
 
-class _Metrics:
-    """Input and output metric of a linear; None is the identity. Linears that share their input share its metric.
-
-    Args:
-        owners: for every linear the one under whose name its input is stored.
-    """
+class _Work:
+    """Factors go to the store as they come; singular values are kept for one file."""
 
     def __init__(
-        self, asked: Spectrum, covariances: Mapping[str, Tensors], owners: Mapping[str, str], device: str
+        self,
+        asked: Spectrum,
+        covariances: Mapping[str, Tensors],
+        described: Mapping[str, Any],
+        device: str,
+        store: Store,
     ) -> None:
-        self.row, self.given = METRICS[asked.metric], asked.model_dump()
-        self.covariances, self.owners, self.device = covariances, owners, device
-        self._latest: tuple[str, Metric] | None = None
-
-    def of(self, linear: Linear) -> tuple[Metric | None, Metric | None]:
-        owner = self.owners[linear.name]
-        # One is kept: linears that share an input follow each other.
-        if self.row.inputs and (self._latest is None or self._latest[0] != owner):
-            self._latest = owner, Metric(self.row.inputs(self._read(f"inputs/{owner}"), self.given))
-        gradients = self.row.gradients
-        G = gradients and Metric(gradients(self._read(f"gradients/{linear.name}"), self.given))
-        return self._latest[1] if self._latest else None, G
-
-    def both(self, linear: Linear) -> tuple[Metric, Metric]:
-        H, G = self.of(linear)
-        assert H is not None, "params.yaml has units that lose channels with metrics of both sides alone"
-        assert G is not None
-        return H, G
-
-    def _read(self, name: str) -> dict[str, Tensor]:
-        return {key: tensor.to(self.device) for key, tensor in self.covariances[name].items()}
-
-
-class _Writer:
-    """Factors go to the store as they come; singular values are kept for one file.
-
-    Args:
-        asked: its bits are those that losses of rounding are described for.
-    """
-
-    def __init__(self, store: MutableMapping[str, Tensors], asked: Spectrum) -> None:
-        self.store = store
+        self.asked, self.store, self.device = asked, store, device
+        self.covariances, self.owners = covariances, described["owners"]
         self.grids = [Grid(bits, asked.group_size or GROUP) for bits in asked.bits or ()]
         self.singular_values: dict[str, Tensor] = {}
 
-    def rounded(self, weight: Tensor, H: Metric | None, inputs: Tensor | slice = slice(None)) -> list[Tensor]:
-        """Loss of rounding every row to each number of bits, before the gradients weigh it.
+    def metrics(self) -> Metrics:
+        """Linears that share their input share its metric, for as long as the result is kept."""
+        row, given = METRICS[self.asked.metric], self.asked.model_dump()
+
+        def read(name: str) -> dict[str, Tensor]:
+            return {key: tensor.to(self.device) for key, tensor in self.covariances[name].items()}
+
+        @cache
+        def of_input(owner: str) -> Metric | None:
+            return Metric(row.inputs(read(f"inputs/{owner}"), given)) if row.inputs else None
+
+        def of(linear: Linear) -> tuple[Metric | None, Metric | None]:
+            G = Metric(row.gradients(read(f"gradients/{linear.name}"), given)) if row.gradients else None
+            return of_input(self.owners[linear.name]), G
+
+        return of
+
+    def unit(self, group: tuple[Linear, ...], metrics: Metrics) -> Row:
+        """A matrix, or several stacked, in the mean of their input metrics: the loss of the stack is that of its
+        parts."""
+        W = torch.cat([_weight(linear) for linear in group]).float()
+        inputs, outputs = zip(*map(metrics, group), strict=True)
+        H, G = inputs[0], outputs[0]
+        if len(group) > 1:
+            H = None if H is None else Metric(torch.stack([metric.covariance for metric in inputs]).mean(0))
+            G = None if G is None else Metric(torch.block_diag(*(metric.covariance for metric in outputs)))
+        rounding = {}
+        if H is not None and G is not None:
+            rounding = self.rounding(self.rounded(W, H), G.covariance.diagonal())
+        return self.write(group[0].name, group, W, whitened_spectrum(W, H, G)) | rounding
+
+    def block(self, mlp: Mlp, metrics: Metrics) -> Row:
+        """An MLP at every number of channels on offer."""
+        W = {linear.name: _weight(linear) for linear in (*mlp.before, mlp.down)}
+        # Units that lose channels go with metrics of both sides alone (params.yaml).
+        sides: dict[str, Any] = {linear.name: metrics(linear) for linear in (*mlp.before, mlp.down)}
+        (H_down, G_down), (H, _) = sides[mlp.down.name], sides[mlp.before[0].name]
+        kept = [round(mlp.n_channels * (1 - share)) for share in self.asked.cuts]
+        offered = remove_channels(W[mlp.down.name], H_down.covariance, G_down, kept)
+        alive = [cut.alive for cut in offered]
+        grams = {x.name: row_grams(W[x.name], sides[x.name][1].covariance, alive) for x in mlp.before}
+        rounded = {linear.name: self.rounded(W[linear.name].float(), H) for linear in mlp.before}
+        cuts = []
+        for rows, down, loss, gram in offered:
+            suffix, matrices = "" if len(rows) == mlp.n_channels else f".{len(rows)}", []
+            if suffix:
+                self.store[f"cuts/{mlp.name}{suffix}"] = {"alive": rows.cpu(), "down": down.float().cpu()}
+            for linear in mlp.before:
+                of_rows, weight = next(grams[linear.name]), W[linear.name][rows].float()
+                G = sides[linear.name][1].covariance
+                if len(rows) > linear.in_features:
+                    spectrum = gram_spectrum(of_rows, H)
+                else:
+                    spectrum = whitened_spectrum(weight, H, Metric(G[rows][:, rows]))
+                row = self.write(linear.name + suffix, (linear,), weight, spectrum)
+                by_row = [of_bits[rows] for of_bits in rounded[linear.name]]
+                matrices.append(row | self.rounding(by_row, G.diagonal()[rows]))
+            H_rows, weight = Metric(H_down.covariance[rows][:, rows]), down.float()
+            if len(weight) <= len(rows):
+                spectrum = gram_spectrum(gram, G_down)
+            else:
+                spectrum = whitened_spectrum(weight, H_rows, G_down)
+            row = self.write(mlp.down.name + suffix, (mlp.down,), weight, spectrum) | {"base_loss": loss}
+            row |= self.rounding(self.rounded(weight, H_rows), G_down.covariance.diagonal())
+            cuts.append({"channels": len(rows), "matrices": [*matrices, row]})
+        return {"name": mlp.name, "channels": mlp.n_channels, "cuts": cuts}
+
+    def rounded(self, weight: Tensor, H: Metric) -> list[Tensor]:
+        """Loss of rounding every row to each number of bits, before the gradients weigh it."""
+        return expected_by_row(weight, self.grids, H.covariance) if self.grids else []
+
+    def rounding(self, by_row: Sequence[Tensor], gradients: Tensor) -> Row:
+        """Losses of rounding in the unit of dropped energies, which are twice the nats.
 
         Args:
-            inputs: those of the metric that the weight has columns for.
+            gradients: the diagonal of G for the same rows.
         """
-        if not self.grids:
-            return []
-        assert H is not None, "params.yaml has bits with metrics of both sides alone"
-        return expected_by_row(weight, self.grids, H.covariance[inputs][:, inputs])
+        lost = {str(grid.bits): 2 * float(gradients @ rows) for grid, rows in zip(self.grids, by_row, strict=True)}
+        return {"rounding": lost} if lost else {}
 
-    def write(
-        self, file: str, members: tuple[Linear, ...], shape: tuple[int, int], spectrum: Factored,
-        rounded: Sequence[Tensor] = (), gradients: Tensor | None = None,
-    ) -> Row:  # fmt: skip
-        """One matrix: its factors into the store, its row of the summary.
-
-        Args:
-            rounded: see :meth:`rounded`; ``gradients`` has the diagonal of G for the same rows.
-        """
+    def write(self, file: str, members: tuple[Linear, ...], weight: Tensor, spectrum: Factored) -> Row:
+        """One matrix: its factors into the store, its row of the summary."""
         self.store[f"factors/{file}"] = {name: rows.cpu() for name, rows in spectrum.rows().items()}
         self.singular_values[file] = spectrum.singular_values.cpu()
         first = members[0]
         return {
             "name": first.name, "members": [m.name for m in members], "factors": file,
             "kind": first.kind, "role": first.role, "layer": first.layer,
-            "out_features": shape[0], "in_features": shape[1], "base_loss": 0.0,
+            "out_features": len(weight), "in_features": weight.shape[1], "base_loss": 0.0,
             "effective_rank": effective_rank(spectrum.singular_values), "n_discarded": spectrum.n_discarded,
-            **self._rounding(rounded, gradients),
         }  # fmt: skip
 
-    def _rounding(self, rounded: Sequence[Tensor], gradients: Tensor | None) -> Row:
-        """Losses of rounding in the unit of dropped energies, which are twice the nats."""
-        if not rounded or gradients is None:
-            return {}
-        nats = {str(grid.bits): float(gradients @ rows) for grid, rows in zip(self.grids, rounded, strict=True)}
-        return {"rounding": {bits: 2 * lost for bits, lost in nats.items()}}
 
-
-def _unit(group: tuple[Linear, ...], metrics: _Metrics, writer: _Writer) -> Row:
-    """A matrix, or several stacked, in the mean of their input metrics: the loss of the stack is that of its parts."""
-    inputs, outputs = zip(*(metrics.of(linear) for linear in group), strict=True)
-    name, W, H, G = group[0].name, group[0].weight.detach(), inputs[0], outputs[0]
-    if len(group) > 1:
-        W = torch.cat([linear.weight.detach() for linear in group])
-        H = None if H is None else Metric(torch.stack([metric.covariance for metric in inputs]).mean(0))
-        G = None if G is None else Metric(torch.block_diag(*(metric.covariance for metric in outputs)))
-    with _named(name):
-        spectrum, rounded = whitened_spectrum(W.float(), H, G), writer.rounded(W.float(), H)
-        gradients = None if G is None else G.covariance.diagonal()
-        return writer.write(name, group, (len(W), W.shape[1]), spectrum, rounded, gradients)
-
-
-def _block(mlp: Mlp, cuts: tuple[float, ...], metrics: _Metrics, writer: _Writer) -> Row:
-    """An MLP at every number of channels on offer."""
-    H_down, G_down = metrics.both(mlp.down)
-    H_before, _ = metrics.both(mlp.before[0])
-    G_before = {linear.name: metrics.both(linear)[1].covariance for linear in mlp.before}
-    W = {}
-    for linear in (*mlp.before, mlp.down):
-        with _named(linear.name):
-            W[linear.name] = finite(linear.weight.detach(), "weight")
-    kept = [round(mlp.n_channels * (1 - share)) for share in cuts]
-    offered = remove_channels(W[mlp.down.name], H_down.covariance, G_down, kept)
-    alive = [cut.alive for cut in offered]
-    grams = {linear.name: row_grams(W[linear.name], G_before[linear.name], alive) for linear in mlp.before}
-    rounded = {linear.name: writer.rounded(W[linear.name].float(), H_before) for linear in mlp.before}
-    described = []
-    for rows, down, loss, gram in offered:
-        suffix, matrices = "" if len(rows) == mlp.n_channels else f".{len(rows)}", []
-        if suffix:
-            writer.store[f"cuts/{mlp.name}{suffix}"] = {"alive": rows.cpu(), "down": down.float().cpu()}
-        for linear in mlp.before:
-            of_rows, n = next(grams[linear.name]), linear.in_features
-            if len(rows) > n:
-                spectrum = gram_spectrum(of_rows, H_before)
-            else:
-                G = Metric(G_before[linear.name][rows][:, rows])
-                spectrum = whitened_spectrum(W[linear.name][rows].float(), H_before, G)
-            left, gradients = [each[rows] for each in rounded[linear.name]], G_before[linear.name].diagonal()[rows]
-            shape = (len(rows), n)
-            matrices.append(writer.write(linear.name + suffix, (linear,), shape, spectrum, left, gradients))
-        out = mlp.down.out_features
-        if out <= len(rows):
-            spectrum = gram_spectrum(gram, G_down)
-        else:
-            spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[rows][:, rows]), G_down)
-        left = writer.rounded(down.float(), H_down, rows)
-        gradients, shape = G_down.covariance.diagonal(), (out, len(rows))
-        row = writer.write(mlp.down.name + suffix, (mlp.down,), shape, spectrum, left, gradients)
-        described.append({"channels": len(rows), "matrices": [*matrices, row | {"base_loss": loss}]})
-    return {"name": mlp.name, "channels": mlp.n_channels, "cuts": described}
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
+def _weight(linear: Linear) -> Tensor:
     try:
-        yield
+        return finite(linear.weight.detach(), "weight")
     except NotFiniteError as error:
-        raise NotFiniteError(f"{name}: {error}; is the base model damaged?") from None
+        raise NotFiniteError(f"{linear.name}: {error}; is the base model damaged?") from None
 
 
 def _shared_out(units: Sequence[tuple[Linear, ...]], group: Group) -> list[int]:
@@ -295,8 +258,3 @@ def _shared_out(units: Sequence[tuple[Linear, ...]], group: Group) -> list[int]:
         return sum(a.out_features * a.in_features * min(a.out_features, a.in_features) for a in units[i])
 
     return sorted(sorted(range(len(units)), key=flops, reverse=True)[group.share])
-
-
-def _in_order(parts: Iterator[list[tuple[int, Row]]]) -> list[Row]:
-    """The rows of all processes, by index."""
-    return [row for _, row in sorted((i, row) for part in parts for i, row in part)]

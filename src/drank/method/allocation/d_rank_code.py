@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drank.method.allocation.knapsack import InfeasibleBudgetError, relax
-from drank.method.allocation.rules import effective_rank_options
+from drank.method.allocation.rules import effective_rank_offer
 from drank.method.allocation.units import (
     DEFAULT,
     Allocation,
@@ -74,7 +74,13 @@ def released(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu =
         ranks |= kind.named(kind.stepped(eq7, budget) if dynamic else kind.lowered(uniform, budget))
         if dynamic and grouped and members[0].role == "value":
             stepped_again.append(kind)
-        _check_feasible(members, ranks, budget, size_ratio)
+        least = sum(min(int(DEFAULT.price(u, ranks[u.name])), u.dense_price) for u in members)
+        if least > budget:
+            nearest = f"{least / budget_of(members, 1.0):.4f}"
+            raise InfeasibleBudgetError(
+                f"{members[0].kind}: size_ratio {size_ratio} leaves {budget} parameters to this type, below the least "
+                f"possible {least} (rank 1 everywhere); raise size_ratio to {nearest} or more"
+            )
     exchanged = ranks | _exchanged(ordered, ranks, beta)
     for kind in stepped_again:
         before, after = kind.ranks(ranks), kind.ranks(exchanged)
@@ -82,7 +88,7 @@ def released(units: Sequence[Unit], size_ratio: float, beta: float, menu: Menu =
         exchanged |= kind.named(kind.stepped(after, budget))
     choices = {u.name: _choice(u, exchanged[u.name]) for u in units}
     total = budget_of(units, size_ratio)
-    bound = relax([effective_rank_options(u, DEFAULT) for u in units], total).bound
+    bound = relax([effective_rank_offer(u, DEFAULT) for u in units], total).bound
     return summed(units, choices, total, bound)
 
 
@@ -190,15 +196,6 @@ def _shared(pool: int, weights: Integers, prices: Integers) -> Integers:
             bought[j] += 1
             left -= cost
     return np.array(bought, dtype=np.int64)
-
-
-def _check_feasible(members: Sequence[Unit], ranks: dict[str, int], budget: int, size_ratio: float) -> None:
-    least = sum(_choice(u, ranks[u.name]).price for u in members)
-    if least > budget:
-        raise InfeasibleBudgetError(
-            f"{members[0].kind}: size_ratio {size_ratio} leaves {budget} parameters to this type, below the least "
-            f"possible {least} (rank 1 everywhere); raise size_ratio to {least / budget_of(members, 1.0):.4f} or more"
-        )
 
 
 def _choice(unit: Unit, rank: int) -> Choice:

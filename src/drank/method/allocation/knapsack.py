@@ -46,12 +46,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Solution:
-    """choices[u] indexes the options of unit u; bound <= optimum <= cost, and gap = (cost - bound) / |cost|."""
+    """choices[u] indexes the options of unit u; bound <= optimum <= cost, and gap = (cost - bound) / |cost|.
+
+    Attributes:
+        multiplier: cost saved per parameter where the relaxation ran out of budget.
+    """
 
     choices: list[int]
     weight: int
     cost: float
     bound: float
+    multiplier: float
 
     @property
     def gap(self) -> float:
@@ -72,12 +77,15 @@ def solve(units: Sequence[Options], budget: int, *, relative_gap: float = 1e-4, 
     Raises:
         InfeasibleBudgetError: even the lightest options do not fit.
     """
-    solution, multiplier = _relaxed(units, budget)
-    kept = _worth_trying(units, solution, multiplier)
-    solution = _within_reach(units, solution, kept, multiplier, budget)
-    if solution.gap <= relative_gap:
-        return solution
-    return _search(units, solution, kept, budget, relative_gap, nodes)
+    first = relax(units, budget)
+    kept = _worth_trying(units, first)
+    # Sums of weights that options worth trying can have differ by multiples of the divisor. A solution of other options
+    # costs more than the first one, so a bound for the largest sum within the budget holds for all.
+    steps = [int(unit.weights[j]) - int(unit.weights[js[0]]) for unit, js in zip(units, kept, strict=True) for j in js]
+    divisor = math.gcd(*steps)
+    out_of_reach = (budget - first.weight) % divisor if divisor else budget - first.weight
+    first = replace(first, bound=min(first.bound + first.multiplier * out_of_reach, first.cost))
+    return first if first.gap <= relative_gap else _search(units, first, kept, budget, relative_gap, nodes)
 
 
 def relax(units: Sequence[Options], budget: int) -> Solution:
@@ -89,14 +97,33 @@ def relax(units: Sequence[Options], budget: int) -> Solution:
     Raises:
         InfeasibleBudgetError: even the lightest options do not fit.
     """
-    return _relaxed(units, budget)[0]
+    choices, steps = _hulls(units)
+    least = sum(int(unit.weights[c]) for unit, c in zip(units, choices, strict=True))
+    if least > budget:
+        raise InfeasibleBudgetError(
+            f"a budget of {budget} parameters is below the least possible {least}; raise size_ratio", least
+        )
+    multiplier, left = 0.0, budget - least
+    for rate, u, i, j in steps:
+        step = int(units[u].weights[j] - units[u].weights[i])
+        if step > left:
+            multiplier = -rate
+            break
+        choices[u] = j
+        left -= step
+    # Lagrange: at any multiplier, no solution costs less than the options do that are best by cost and weighted price.
+    bound = float(sum((u.costs + multiplier * u.weights).min() for u in units) - multiplier * budget)
+    return _solution(units, _fill(units, choices, budget), bound, multiplier)
 
 
 def merged(units: Sequence[Options]) -> tuple[Options, NDArray[np.int64]]:
     """Several units as one: the lower hull of all combinations, and which option of each unit (columns) a row takes.
 
-    The hull of a sum is the sum of the hulls, walked in the order of falling cost per parameter.
+    The hull of a sum is the sum of the hulls, walked in the order of falling cost per parameter. A single unit keeps
+    all of its options.
     """
+    if len(units) == 1:
+        return units[0], np.arange(len(units[0].weights))[:, None]
     lightest, steps = _hulls(units)
     picks = np.empty((len(steps) + 1, len(units)), dtype=np.int64)
     picks[0] = lightest
@@ -106,19 +133,6 @@ def merged(units: Sequence[Options]) -> tuple[Options, NDArray[np.int64]]:
     weights = np.sum([u.weights[picks[:, c]] for c, u in enumerate(units)], axis=0)
     costs = np.sum([u.costs[picks[:, c]] for c, u in enumerate(units)], axis=0)
     return Options(weights, costs), picks
-
-
-def _relaxed(units: Sequence[Options], budget: int) -> tuple[Solution, float]:
-    """First solution and the multiplier of the relaxation."""
-    lightest = sum(int(u.weights.min()) for u in units)
-    if lightest > budget:
-        raise InfeasibleBudgetError(
-            f"a budget of {budget} parameters is below the least possible {lightest}; raise size_ratio", lightest
-        )
-    choices, multiplier = _rounded_down(units, budget)
-    # Lagrange: at any multiplier, no solution costs less than the options do that are best by cost and weighted price.
-    bound = float(sum((u.costs + multiplier * u.weights).min() for u in units) - multiplier * budget)
-    return _solution(units, _fill(units, choices, budget), bound), multiplier
 
 
 def _hulls(units: Sequence[Options]) -> tuple[list[int], list[tuple[float, int, int, int]]]:
@@ -154,19 +168,6 @@ def _slope(weights: Any, costs: Any, i: int, j: int) -> float:
     return float((costs[i] - costs[j]) / weight) if weight else np.inf
 
 
-def _rounded_down(units: Sequence[Options], budget: int) -> tuple[list[int], float]:
-    """Optimum of the linear relaxation, rounded down, and its multiplier: the slope at which the budget ran out."""
-    choices, steps = _hulls(units)
-    left = budget - sum(int(unit.weights[c]) for unit, c in zip(units, choices, strict=True))
-    for rate, u, i, j in steps:
-        step = int(units[u].weights[j] - units[u].weights[i])
-        if step > left:
-            return choices, -rate
-        choices[u] = j
-        left -= step
-    return choices, 0.0
-
-
 def _fill(units: Sequence[Options], choices: list[int], budget: int) -> list[int]:
     """Spend the rest: the unit and option that save most among all that fit, until none does."""
     choices = list(choices)
@@ -186,33 +187,20 @@ def _fill(units: Sequence[Options], choices: list[int], budget: int) -> list[int
         choices[u] = j
 
 
-def _solution(units: Sequence[Options], choices: list[int], bound: float) -> Solution:
+def _solution(units: Sequence[Options], choices: list[int], bound: float, multiplier: float) -> Solution:
     weight = sum(int(u.weights[c]) for u, c in zip(units, choices, strict=True))
     cost = float(sum(u.costs[c] for u, c in zip(units, choices, strict=True)))
-    return Solution(choices, weight, cost, min(bound, cost))
+    return Solution(choices, weight, cost, min(bound, cost), multiplier)
 
 
-def _worth_trying(units: Sequence[Options], first: Solution, multiplier: float) -> list[list[int]]:
+def _worth_trying(units: Sequence[Options], first: Solution) -> list[list[int]]:
     """Options of each unit with a reduced cost below the gap of the first solution, and that solution's own."""
     gap = (first.cost - first.bound) * (1 + 1e-9)
     kept = []
     for unit, choice in zip(units, first.choices, strict=True):
-        reduced = unit.costs + multiplier * unit.weights
+        reduced = unit.costs + first.multiplier * unit.weights
         kept.append(sorted({*np.flatnonzero(reduced - reduced.min() <= gap).tolist(), choice}))
     return kept
-
-
-def _within_reach(
-    units: Sequence[Options], first: Solution, kept: list[list[int]], multiplier: float, budget: int
-) -> Solution:
-    """The same solution with a bound for the largest weight within the budget that options worth trying can have.
-
-    A solution of other options costs more than the first one, so the bound holds for all.
-    """
-    steps = [int(unit.weights[j]) - int(unit.weights[js[0]]) for unit, js in zip(units, kept, strict=True) for j in js]
-    divisor = math.gcd(*steps)
-    out_of_reach = (budget - first.weight) % divisor if divisor else budget - first.weight
-    return replace(first, bound=min(first.bound + multiplier * out_of_reach, first.cost))
 
 
 def _search(
@@ -232,19 +220,15 @@ def _search(
         integrality=np.ones(len(kept), dtype=int),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(weights[None] / budget, ub=1), LinearConstraint(one_each, 1, 1)],
-        options={
-            "mip_rel_gap": relative_gap,
-            "node_limit": nodes,
-            "presolve": False,
-        },  # presolve costs more than it saves
+        options={"mip_rel_gap": relative_gap, "node_limit": nodes, "presolve": False},  # it costs more than it saves
     )
     bound = first.bound if result.mip_dual_bound is None else max(first.bound, result.mip_dual_bound * scale)
     choices = list(first.choices)
     for i in [] if result.x is None else np.flatnonzero(result.x > 0.5):
         u, j = kept[i]
         choices[u] = j
-    if _solution(units, choices, bound).weight <= budget:  # HiGHS holds constraints to 1e-6 only
-        found = _solution(units, _fill(units, choices, budget), bound)  # at its gap HiGHS stops with budget to spare
-        if found.cost <= first.cost:
-            return found
-    return _solution(units, first.choices, bound)
+    first = replace(first, bound=min(bound, first.cost))
+    if sum(int(unit.weights[c]) for unit, c in zip(units, choices, strict=True)) > budget:
+        return first  # HiGHS holds constraints to 1e-6 only
+    found = _solution(units, _fill(units, choices, budget), bound, first.multiplier)  # it may stop with budget to spare
+    return found if found.cost <= first.cost else first

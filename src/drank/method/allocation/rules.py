@@ -15,7 +15,7 @@ The rules (docs/method.md has the derivations):
 * ``lems``: the same, with every unit's curve scaled to a measured loss and weighed by depth (LEMS, ICML 2026).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +34,8 @@ from drank.method.allocation.units import (
     dense_choice,
     summed,
 )
-from drank.method.precisions import FULL
+
+Cost = Callable[[NDArray[np.int64] | None, int], NDArray[np.float64] | float]  # of (ranks, bits); None is dense
 
 
 def dense(units: Sequence[Unit]) -> Allocation:
@@ -51,20 +52,19 @@ def uniform(units: Sequence[Unit], size_ratio: float, menu: Menu = DEFAULT) -> A
     Raises:
         InfeasibleBudgetError: a unit cannot have even its smallest rank within its share.
     """
+    if size_ratio >= 1:
+        return dense(units)
     choices = {}
     for unit in units:
         rank = menu.rank_at(unit, size_ratio)
-        if size_ratio >= 1:
-            choices[unit.name] = dense_choice(unit, 0.0)
-        elif rank is not None:
-            choices[unit.name] = menu.choice(unit, rank, float(unit.dense_price - menu.price(unit, rank)))
-        else:
+        if rank is None:
             ranks = menu.ranks(unit)
             least = int(menu.price(unit, int(ranks[0]))) if len(ranks) else unit.dense_price
             raise InfeasibleBudgetError(
                 f"{unit.name}: size_ratio {size_ratio} of {unit.dense_price} parameters is less than its smallest rank "
                 f"costs ({least}); the least possible is {least / unit.dense_price:.4f}"
             )
+        choices[unit.name] = menu.choice(unit, rank, float(unit.dense_price - menu.price(unit, rank)))
     budget = budget_of(units, size_ratio)
     return summed(units, choices, budget, float(budget_of(units, 1.0) - budget))
 
@@ -95,14 +95,14 @@ def effective_rank(units: Sequence[Unit], size_ratio: float, beta: float, menu: 
         gift = gifts.get(kind, 0.0)
         whole = size_ratio * sum(u.dense_price for u in members)
         budget = whole - gift + (returned * gift / pool if gift else 0.0) + left
-        options = [effective_rank_options(u, menu) for u in members]
-        solution = solve(options, int(budget + 1e-6))
-        chosen = _choices(members, menu, options, solution.choices)
+        offers = [effective_rank_offer(u, menu) for u in members]
+        solution = solve(offers, int(budget + 1e-6))
+        chosen = _chosen(offers, solution.choices)
         left = budget - solution.weight
         bound += solution.bound
         if is_value and pool:
             share = pool / sum(u.role == "value" for u in units) + left / len(members)
-            chosen = {u.name: _grown(u, menu, chosen[u.name], share) for u in members}
+            chosen = {o.unit.name: o.within(chosen[o.unit.name].price + share) for o in offers}
             returned -= sum(c.price for c in chosen.values()) - solution.weight - left
             left = 0.0
             bound += sum(c.objective_share for c in chosen.values()) - solution.cost
@@ -125,10 +125,19 @@ def least_loss(units: Sequence[Unit | Block], size_ratio: float, menu: Menu = DE
     Raises:
         InfeasibleBudgetError: the budget does not pay for the smallest rank everywhere.
     """
-    budget = menu.budget(units, size_ratio)
-    if menu.in_bytes:
-        return replace(_least_loss(units, budget, menu), budget=budget_of(units, 1.0), bytes_budget=budget)
-    return _least_loss(units, budget, menu)
+    budget = budget_of(units, size_ratio, in_bytes=menu.in_bytes)
+    offers = [_cuts(unit, menu) for unit in units]
+    search = relax if any(isinstance(unit, Block) for unit in units) else solve
+    solution = search(offers, budget)
+    choices: dict[str, Choice] = {}
+    cuts: dict[str, int] = {}
+    for unit, offer, option in zip(units, offers, solution.choices, strict=True):
+        cut = int(offer.cuts[option])
+        choices |= _chosen(offer.matrices[cut], offer.picks[option].tolist())
+        if isinstance(unit, Block):
+            cuts[unit.name] = cut
+    found = replace(summed(units, choices, budget, solution.bound), cuts=cuts)
+    return replace(found, budget=budget_of(units, 1.0), bytes_budget=budget) if menu.in_bytes else found
 
 
 def depth_weight(layer: int, n_layers: int, slope: float, exponent: float = 0.0) -> float:
@@ -166,7 +175,7 @@ def lems(
         InfeasibleBudgetError: the budget does not pay for the smallest ranks.
     """
     n_layers, least = 1 + max(u.layer for u in units), 0.3 if size_ratio >= 0.5 else 0.1
-    budget, menus, options = budget_of(units, size_ratio), [], []
+    offers = []
     for unit in units:
         if not divergence.get(unit.name):
             raise ValueError(
@@ -176,102 +185,78 @@ def lems(
         tail = float(unit.energies[DEFAULT.rank_at(unit, ratio) :].sum())
         scale = depth_weight(unit.layer, n_layers, slope, exponent) * measured / tail if tail else 0.0
         share = unit.dense_price / (unit.out_features + unit.in_features) / unit.full_rank
-        menus.append(replace(menu, floor=least * share, cap=0.95 * share))
-        options.append(_loss_options(replace(unit, energies=unit.energies * scale), menus[-1]))
-    solution = solve(options, budget)
-    picks = zip(units, menus, options, solution.choices, strict=True)
-    choices = {u.name: _chosen(u, own, offered, pick) for u, own, offered, pick in picks}
-    return summed(units, choices, budget, solution.bound)
-
-
-def _least_loss(units: Sequence[Unit | Block], budget: int, menu: Menu) -> Allocation:
-    if not any(isinstance(u, Block) for u in units):
-        matrices = [u for u in units if isinstance(u, Unit)]
-        options = [_loss_options(u, menu) for u in matrices]
-        solution = solve(options, budget)
-        return summed(units, _choices(matrices, menu, options, solution.choices), budget, solution.bound)
-    offers = [_offer(u, menu) for u in units]
-    solution = relax([offer.options for offer in offers], budget)
-    choices: dict[str, Choice] = {}
-    cuts: dict[str, int] = {}
-    for unit, offer, pick in zip(units, offers, solution.choices, strict=True):
-        cut, indices = int(offer.cuts[pick]), offer.picks[pick]
-        matrices = list(unit.cuts[cut]) if isinstance(unit, Block) else [unit]
-        choices |= _choices(matrices, menu, [_loss_options(m, menu) for m in matrices], indices.tolist())
-        if isinstance(unit, Block):
-            cuts[unit.name] = cut
-    return replace(summed(units, choices, budget, solution.bound), cuts=cuts)
+        weighed = replace(unit, energies=unit.energies * scale)
+        offers.append(_loss_offer(weighed, replace(menu, floor=least * share, cap=0.95 * share)))
+    budget = budget_of(units, size_ratio)
+    solution = solve(offers, budget)
+    return summed(units, _chosen(offers, solution.choices), budget, solution.bound)
 
 
 @dataclass(frozen=True)
-class _Offer:
-    """Options of a block; option j is cut cuts[j] with option picks[j, i] of its matrix i."""
+class Offer(Options):
+    """Options of one matrix, for each of the menu's bits: its ranks, ascending, and last the dense matrix, if it may
+    stay or no rank makes it smaller.
+    """
 
-    options: Options
+    unit: Unit
+    menu: Menu
+
+    def choice(self, option: int) -> Choice:
+        """The choice that an option stands for."""
+        ranks, cost = self.menu.ranks(self.unit), float(self.costs[option])
+        which, index = divmod(option, len(self.costs) // len(self.menu.bits))
+        bits = self.menu.bits[which]
+        if index == len(ranks):
+            return dense_choice(self.unit, cost, bits)
+        return self.menu.choice(self.unit, int(ranks[index]), cost, bits)
+
+    def within(self, price: float) -> Choice:
+        """The last option that a price pays for."""
+        return self.choice(int(np.flatnonzero(self.weights <= price + 1e-6)[-1]))
+
+
+def effective_rank_offer(unit: Unit, menu: Menu) -> Offer:
+    """R_u / k_u of the ranks offered, R_u / full rank of the dense matrix."""
+    return _offer(unit, menu, lambda ranks, bits: unit.effective_rank / (unit.full_rank if ranks is None else ranks))
+
+
+def _loss_offer(unit: Unit, menu: Menu) -> Offer:
+    tails = np.append(unit.energies[::-1].cumsum()[::-1], 0.0)
+
+    def loss(ranks: NDArray[np.int64] | None, bits: int) -> NDArray[np.float64] | float:
+        return unit.base_loss + (0.0 if ranks is None else tails[ranks]) + unit.rounded(ranks, bits)
+
+    return _offer(unit, menu, loss)
+
+
+def _offer(unit: Unit, menu: Menu, cost: Cost) -> Offer:
+    ranks = menu.ranks(unit)
+    offered = [ranks, None] if menu.dense or not len(ranks) else [ranks]
+    weights = [np.atleast_1d(menu.weight(unit, k, bits)) for bits in menu.bits for k in offered]
+    costs = [np.atleast_1d(cost(k, bits)) for bits in menu.bits for k in offered]
+    return Offer(np.concatenate(weights), np.concatenate(costs), unit, menu)
+
+
+def _chosen(offers: Sequence[Offer], options: Sequence[int]) -> dict[str, Choice]:
+    return {offer.unit.name: offer.choice(option) for offer, option in zip(offers, options, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Cuts(Options):
+    """Options of a unit: option j is cut cuts[j] with option picks[j, i] of its matrix i, matrices[cuts[j]][i]."""
+
     cuts: NDArray[np.int64]
     picks: NDArray[np.int64]
+    matrices: list[list[Offer]]
 
 
-def _offer(unit: Unit | Block, menu: Menu) -> _Offer:
-    if isinstance(unit, Unit):
-        options = _loss_options(unit, menu)
-        every = np.arange(len(options.weights))
-        return _Offer(options, np.zeros_like(every), every[:, None])
-    offers = [merged([_loss_options(m, menu) for m in matrices]) for matrices in unit.cuts]
-    return _Offer(
-        Options(
-            np.concatenate([options.weights for options, _ in offers]),
-            np.concatenate([options.costs for options, _ in offers]),
-        ),
-        np.concatenate([np.full(len(picks), cut) for cut, (_, picks) in enumerate(offers)]),
-        np.concatenate([picks for _, picks in offers]),
+def _cuts(unit: Unit | Block, menu: Menu) -> _Cuts:
+    matrices = [[_loss_offer(matrix, menu) for matrix in cut] for cut in unit.cuts]
+    options, picks = zip(*map(merged, matrices), strict=True)
+    return _Cuts(
+        np.concatenate([of_cut.weights for of_cut in options]),
+        np.concatenate([of_cut.costs for of_cut in options]),
+        np.repeat(np.arange(len(picks)), [len(of_cut) for of_cut in picks]),
+        np.concatenate(picks),
+        matrices,
     )
-
-
-def _loss_options(unit: Unit, menu: Menu) -> Options:
-    ranks = menu.ranks(unit)
-    tails = np.append(unit.energies[::-1].cumsum()[::-1], 0.0)[ranks]
-    offered = [
-        _options(
-            unit,
-            menu,
-            unit.base_loss + tails + unit.rounded(ranks, bits),
-            unit.base_loss + unit.rounded(None, bits),
-            bits,
-        )
-        for bits in menu.bits
-    ]
-    weights, costs = zip(*((options.weights, options.costs) for options in offered), strict=True)
-    return Options(np.concatenate(weights), np.concatenate(costs))
-
-
-def effective_rank_options(unit: Unit, menu: Menu) -> Options:
-    """R_u / k_u of the ranks offered, R_u / full rank of the dense matrix."""
-    return _options(unit, menu, unit.effective_rank / menu.ranks(unit), unit.effective_rank / unit.full_rank)
-
-
-def _options(unit: Unit, menu: Menu, costs: NDArray[np.float64], dense_cost: float, bits: int = FULL) -> Options:
-    """The ranks of the menu and, last, the dense matrix."""
-    weights = np.asarray(menu.weight(unit, menu.ranks(unit), bits), dtype=np.int64)
-    if len(weights) and not menu.dense:
-        return Options(weights, costs)
-    return Options(np.append(weights, menu.weight(unit, None, bits)), np.append(costs, dense_cost))
-
-
-def _choices(units: Sequence[Unit], menu: Menu, options: list[Options], picks: list[int]) -> dict[str, Choice]:
-    return {u.name: _chosen(u, menu, o, pick) for u, o, pick in zip(units, options, picks, strict=True)}
-
-
-def _chosen(unit: Unit, menu: Menu, options: Options, index: int) -> Choice:
-    """The choice that an option stands for; the menu's bits have as many options each."""
-    ranks, cost = menu.ranks(unit), float(options.costs[index])
-    which, index = divmod(index, len(options.costs) // len(menu.bits))
-    bits = menu.bits[which]
-    return dense_choice(unit, cost, bits) if index == len(ranks) else menu.choice(unit, int(ranks[index]), cost, bits)
-
-
-def _grown(unit: Unit, menu: Menu, choice: Choice, extra: float) -> Choice:
-    """The choice that the price of this one and ``extra`` parameters buy."""
-    options = effective_rank_options(unit, menu)
-    affordable = np.flatnonzero(options.weights <= choice.price + extra + 1e-6)
-    return _chosen(unit, menu, options, int(affordable[-1]))

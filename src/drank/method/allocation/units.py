@@ -53,32 +53,11 @@ class Menu:
         return PRICES[self.storage](unit.out_features, unit.in_features, rank)
 
     def weight(self, unit: "Unit", rank: Integer | None, bits: int) -> Integer:
-        """Price of this rank, or of the dense matrix for None, in the budget's unit."""
-        if self.in_bytes:
-            return self.size(unit, rank, bits)
-        return unit.dense_price if rank is None else self.price(unit, rank)
-
-    def size(self, unit: "Unit", rank: Integer | None, bits: int) -> Integer:
-        """Bytes of this rank, or of the dense matrix for None, without a bias."""
-        form = "dense" if rank is None else self.storage
-        return bytes_of(form, unit.out_features, unit.in_features, 0 if rank is None else rank, bits, self.group)
-
-    def size_of(self, unit: "Unit", choice: "Choice") -> int:
-        """Bytes of a choice."""
-        return int(self.size(unit, None if choice.form == "dense" else choice.rank, choice.bits))
-
-    @property
-    def counts_bytes(self) -> bool:
-        """True if parameters of 16 bits do not tell the size: the budget is one of bytes, or bits are below 16."""
-        return self.in_bytes or self.bits != (FULL,)
-
-    def budget(self, units: "Sequence[Unit | Block]", share: float) -> int:
-        """A share of all units at full size, rounded down, in the budget's unit."""
-        return int(share * self.whole(units) + 1e-6)
-
-    def whole(self, units: "Sequence[Unit | Block]") -> int:
-        """All units at full size and 16 bits, in the budget's unit."""
-        return sum(u.dense_price for u in units) * (FULL // 8 if self.in_bytes else 1)
+        """Price of this rank, or of the dense matrix for None, in the budget's unit; a bias costs nothing."""
+        if not self.in_bytes:
+            return unit.dense_price if rank is None else self.price(unit, rank)
+        form, k = ("dense", 0) if rank is None else (self.storage, rank)
+        return bytes_of(form, unit.out_features, unit.in_features, k, bits, self.group)
 
     def ranks(self, unit: "Unit") -> NDArray[np.int64]:
         """Ranks that cost less than the dense matrix, ascending; none for a matrix too thin to factor."""
@@ -124,6 +103,11 @@ class Unit:
     effective_rank: float
     base_loss: float = 0.0
     rounding: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def cuts(self) -> "tuple[tuple[Unit, ...], ...]":
+        """As those of a block: the one thing that a matrix is offered as is itself."""
+        return ((self,),)
 
     @property
     def dense_price(self) -> int:
@@ -190,7 +174,7 @@ class Allocation:
 
     def matrices(self, units: "Sequence[Unit | Block]") -> list[Unit]:
         """The matrices that have choices: units themselves, and those of a block's cut."""
-        return [m for u in units for m in (u.cuts[self.cuts[u.name]] if isinstance(u, Block) else (u,))]
+        return [matrix for unit in units for matrix in unit.cuts[self.cuts.get(unit.name, 0)]]
 
     @property
     def gap(self) -> float:
@@ -222,9 +206,9 @@ def by_kind(units: Sequence[Unit]) -> list[list[Unit]]:
     return list(kinds.values())
 
 
-def budget_of(units: Sequence[Unit | Block], size_ratio: float) -> int:
-    """Parameters that may be kept, rounded down."""
-    return int(size_ratio * sum(u.dense_price for u in units) + 1e-6)
+def budget_of(units: Sequence[Unit | Block], size_ratio: float, *, in_bytes: bool = False) -> int:
+    """Parameters, or bytes, that may be kept of all units at full size and 16 bits, rounded down."""
+    return int(size_ratio * (sum(u.dense_price for u in units) * (FULL // 8 if in_bytes else 1)) + 1e-6)
 
 
 def summed(units: Sequence[Unit | Block], choices: dict[str, Choice], budget: int, bound: float) -> Allocation:
