@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from drank.audit import audit
 from drank.model.layers import FactorLinear, PivotLinear
-from drank.model.lora import CURVE, Healing, Plan, matrices
+from drank.model.saved import CURVE
+from drank.model.training import Adapters, Plan, Scales, Training, matrices
 from drank.project.checkpoint import Checkpoint
 from drank.project.files import file_sha256, read_json, write_json, write_text
 from drank.project.params import Healing as HealingSection
@@ -29,6 +31,7 @@ from tests import tiny
 from tests.compressed import LLAMA, filled, write
 from tests.conftest import run
 
+SHA256 = {"compressed": "0" * 64, "dense": "1" * 64, "text": "2" * 64}
 PLAN = Plan(n_windows=6, batch_windows=2, epochs=2, learning_rate=1e-2, seed=0)
 
 
@@ -69,12 +72,16 @@ def test_the_learning_rate_rises_once_and_falls_and_is_never_zero(n_windows, bat
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
 
 
-def test_merging_gives_the_model_that_was_trained_without_a_new_tensor():
+BOTH = pytest.mark.parametrize("added", [Adapters(rank=2, alpha=4), Scales()])
+
+
+@BOTH
+def test_merging_gives_the_model_that_was_trained_without_a_new_tensor(added):
     model, ids = compressed().float(), windows()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    untouched = {name: tensor.clone() for name, tensor in model.state_dict().items() if "layers" not in name}
+    untouched = {name: t.clone() for name, t in model.state_dict().items() if "layers" not in name and t.ndim > 1}
     before = model(input_ids=ids).logits
-    healing = Healing(model, compressed().float(), ids, PLAN, rank=2, alpha=4)
+    healing = Training(model, compressed().float(), ids, PLAN, added)
     assert torch.equal(healing.model(input_ids=ids).logits, before)
     list(healing.steps())
     trained = healing.model(input_ids=ids).logits
@@ -86,12 +93,13 @@ def test_merging_gives_the_model_that_was_trained_without_a_new_tensor():
         assert torch.equal(merged.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize(("added", "share"), [(Adapters(rank=4, alpha=8), 0.98), (Scales(), 0.996)])
 @pytest.mark.parametrize("objective", ["text", "distillation"])
-def test_what_is_learned_gets_better(objective):
+def test_what_is_learned_gets_better(objective, added, share):
     ids, teacher = windows(), tiny.llama(initializer_range=0.2).bfloat16()
     model = compressed()
     plan = Plan(n_windows=6, batch_windows=2, epochs=8, learning_rate=2e-2, seed=0)
-    healing = Healing(model, teacher if objective == "distillation" else None, ids, plan, rank=4, alpha=8)
+    healing = Training(model, teacher if objective == "distillation" else None, ids, plan, added)
 
     @torch.no_grad()
     def loss():
@@ -104,11 +112,12 @@ def test_what_is_learned_gets_better(objective):
     before = loss()
     steps = list(healing.steps())
     assert [step.number for step in steps] == list(range(1, 25))
-    assert loss() < 0.98 * before
+    assert loss() < share * before
 
 
-def test_an_interrupted_run_ends_with_the_same_bits():
-    whole, first, second = (Healing(compressed(), None, windows(), PLAN, rank=2, alpha=4) for _ in range(3))
+@BOTH
+def test_an_interrupted_run_ends_with_the_same_bits(added):
+    whole, first, second = (Training(compressed(), None, windows(), PLAN, added) for _ in range(3))
     losses, steps = [step.loss for step in whole.steps()], first.steps()
     begun = [next(steps).loss for _ in range(4)]
     second.resume(copy.deepcopy(first.state()))
@@ -116,6 +125,27 @@ def test_an_interrupted_run_ends_with_the_same_bits():
     ours, theirs = whole.merge().state_dict(), second.merge().state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_scales_by_hand():
+    """diag(a) W diag(b) of a matrix, a g of a norm's gains; all else is frozen, and nothing is left of them."""
+    model = compressed().float()
+    layer, ids = model.model.layers[0], windows()
+    norm, W = layer.input_layernorm.weight.clone(), layer.self_attn.q_proj.weight.clone()
+    training = Training(model, None, ids, PLAN, Scales())
+    linear, gains = layer.self_attn.q_proj, layer.input_layernorm
+    a, b = linear.parametrizations.weight[0].factors
+    (c,) = gains.parametrizations.weight[0].factors
+    with torch.no_grad():
+        a[3], b[2], c[1] = 2.0, 3.0, 5.0
+    scaled = [p for name, p in compressed().named_parameters() if "layers" in name or p.ndim == 1]
+    assert sum(p.numel() for p in training.trained.values()) == sum(sum(p.shape) for p in scaled)
+    merged = training.merge()
+    assert linear.weight[3, 2] == pytest.approx(6 * float(W[3, 2]))
+    assert linear.weight[3, 5] == pytest.approx(2 * float(W[3, 5]))
+    assert linear.weight[0, 2] == pytest.approx(3 * float(W[0, 2]))
+    assert gains.weight[1] == 5 * norm[1]
+    assert merged.state_dict().keys() == compressed().state_dict().keys()
 
 
 def test_a_basis_of_several_modules_is_left_as_it_is():
@@ -232,7 +262,7 @@ def test_a_model_of_which_nothing_was_compressed_is_refused_before_it_is_trained
     """Such as a variant at size_ratio 1.0, or one whose ranks on offer all cost more than its matrices."""
     text, asked = {"tokens": torch.arange(300)}, HealingSection(**HEALED | {"n_windows": 2, "window_length": 16})
     with pytest.raises(HealingError, match="no matrix was compressed"):
-        heal(lambda *_: tiny.llama(), text, asked, torch.float32, "0" * 64, Checkpoint(tmp_path, {}), progress)
+        heal(lambda *_: tiny.llama(), text, asked, "float32", SHA256, partial(Checkpoint, tmp_path), progress)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +276,9 @@ def test_a_text_too_short_and_a_loss_that_is_no_number_are_told_by_their_paramet
     """And nothing is written: a result without a finite loss would be no result."""
     text = {"tokens": torch.arange(300)}
     asked = HealingSection(**HEALED | {"n_windows": 2, "window_length": 16, "objective": "text"} | change)
-    folder, kept = write(tiny.llama(), LLAMA, tmp_path / "model"), Checkpoint(tmp_path / "checkpoint", {})
+    folder, kept = write(tiny.llama(), LLAMA, tmp_path / "model"), partial(Checkpoint, tmp_path / "checkpoint")
     with pytest.raises(HealingError, match=message):
-        heal(lambda *_: AutoModelForCausalLM.from_pretrained(folder), text, asked, torch.float32, "", kept, progress)
+        heal(lambda *_: AutoModelForCausalLM.from_pretrained(folder), text, asked, "float32", SHA256, kept, progress)
 
 
 def test_the_dense_model_is_not_healed(tmp_path):

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drank.model.quantizer  # noqa: F401  registers the format
-from drank.model.lora import CURVE
 from drank.model.precision import agreed_dtype
+
+CURVE = "healing.json"  # the loss by step, in the folder of a healed model
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,11 @@ def weights_sha256(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """:func:`weights_sha256` of a model's folder."""
+    return weights_sha256({file.name: file_sha256(file) for file in folder.glob("*.safetensors")})
+
+
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder for the time of a ``with`` block; leftovers of a killed run are removed first.

@@ -448,6 +448,10 @@ class Preset(Section):
 
 
 class Healing(Section):
+    trains: Literal["adapters", "scales"] = "adapters"
+    """The numbers that are trained. `adapters`: a low-rank matrix beside every matrix (LoRA); `scales`: a factor per
+    row and column of every matrix and per gain of every norm: few numbers, which learn from few windows. Both go into
+    the stored numbers at the end, and sizes stay as they are."""
     objective: Literal["text", "distillation"]
     """The lesson taken from the calibration text's documents that are not held out. `text`: its next tokens;
     `distillation`: the dense model's predictions of them."""
@@ -461,9 +465,9 @@ class Healing(Section):
     """Windows per step."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """The highest; it rises over the first twentieth of the steps and falls to zero, linearly."""
-    rank: Count
-    """Rank of the adapters (LoRA) beside every matrix, which are merged at the end: sizes stay as they are."""
-    alpha: Count
+    rank: Count | None = None
+    """Rank of `adapters`."""
+    alpha: Count | None = None
     """An adapter counts `alpha / rank` times."""
     seed: Seed = 0
     """Draws windows, their order and the adapters' first values."""
@@ -471,6 +475,12 @@ class Healing(Section):
     """CPU threads. The bytes of the result are promised for a fixed number only."""
     device: Device = "cpu"
     """Where training runs. The bytes of the result are those of the device."""
+
+    rules = {
+        "`rank` and `alpha` are those of `adapters`, which need both.":
+            _holds("trains rank alpha",
+                lambda h: (h.rank is None and h.alpha is None) if h.trains == "scales" else (h.rank and h.alpha)),
+    }  # fmt: skip
 
 
 class Variant(Section):

@@ -36,6 +36,21 @@ class Factors(Protocol):
     def rows(self, name: str, n_rows: int, /) -> Tensors: ...
 
 
+def compressed(
+    model: Any,
+    allocation: Mapping[str, Any],
+    metric: str,
+    provenance: Mapping[str, Any],
+    spectrum: Factors,
+    covariances: Mapping[str, Mapping[str, Tensor]],
+    described: Callable[[], Mapping[str, Any]],
+) -> Any:
+    """:func:`compress` as an allocation of a spectrum in ``metric`` has it, rounded as :func:`rounding_of` says."""
+    rounding = rounding_of(allocation, metric, covariances, described)
+    embedding_bits = allocation.get("embedding_bits", FULL)
+    return compress(model, allocation["units"], spectrum, provenance, rounding, embedding_bits)
+
+
 @torch.no_grad()
 def compress(
     model: Any,
@@ -83,15 +98,17 @@ def rounding_of(
     allocation: Mapping[str, Any],
     metric: str,
     covariances: Mapping[str, Mapping[str, Tensor]],
-    owners: Mapping[str, str],
+    described: Callable[[], Mapping[str, Any]],
 ) -> Rounding:
     """How an allocation wants its matrices rounded.
 
     Args:
         metric: that of its spectrum; output gradients count if they do there.
-        covariances: the tensors that the step ``covariance`` stored.
-        owners: for every linear the one under whose name its input is stored.
+        covariances: the tensors that the step ``covariance`` stored; ``described`` reads its summary, which tells for
+            every linear the one under whose name its input is stored.
     """
+    if "precision" not in allocation:
+        return NEAREST
     group = allocation["group_size"]
     if allocation["rounding"] == "nearest":
         return Rounding(group)
@@ -99,6 +116,7 @@ def rounding_of(
     def read(name: str) -> Tensor:
         return covariances[name]["covariance"]
 
+    owners = described()["owners"]
     gradients = (lambda name: read(f"gradients/{name}")) if METRICS[metric].gradients else None
     return Rounding(group, lambda name: read(f"inputs/{owners[name]}"), gradients)
 

@@ -7,12 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from drank.model.lora import Healing as Training
-from drank.model.lora import Plan
-from drank.model.precision import name_of
+from drank.model.precision import compute_dtype, name_of
 from drank.model.text import draw_windows
+from drank.model.training import TRAINED, Plan, Training
 from drank.model.vocabulary import check_windows
 from drank.project.params import Healing
+from drank.project.processes import process_group
 
 STEPS_PER_CHECKPOINT = 10
 
@@ -35,9 +35,9 @@ def heal(
     load: Callable[[str, torch.dtype], Any],
     text: Mapping[str, Tensor],
     asked: Healing,
-    passes: torch.dtype,
-    before: str,
-    checkpoint: Checkpoint,
+    compute: str,
+    sha256: Mapping[str, str],
+    open_checkpoint: Callable[[Mapping[str, Any]], Checkpoint],
     progress: Callable[..., Any],
 ) -> tuple[Any, Curve]:
     """The trained model in its stored types, and the loss curve: ``step``, ``loss``, ``learning_rate``.
@@ -45,13 +45,25 @@ def heal(
     Args:
         load: (name, dtype) -> the model, on the CPU; the name is ``compressed``, or ``dense`` of the teacher.
         text: ``tokens`` and, if windows have it in front, the ``begin`` token.
-        passes: the type of passes.
-        before: SHA-256 of the compressed model's weights, which config.json then has.
+        compute: the type of passes, or ``auto``.
+        sha256: of the weights, by name as of ``load``, and of the ``text``; that of ``compressed`` goes to config.json.
+        open_checkpoint: that of the training that these inputs make.
 
     Raises:
         HealingError: no matrix was compressed, the text is shorter than a window, or the loss is not finite.
         TokenError: the model lacks an embedding of the text.
     """
+    with process_group(asked.threads, asked.device):
+        torch.use_deterministic_algorithms(True)
+        passes = compute_dtype(compute, asked.device)
+        identity = {"inputs": dict(sha256), "healing": asked.model_dump(mode="json"), "dtype": name_of(passes)}
+        return _heal(load, text, asked, passes, sha256["compressed"], open_checkpoint(identity), progress)
+
+
+def _heal(
+    load: Callable[[str, torch.dtype], Any], text: Mapping[str, Tensor], asked: Healing, passes: torch.dtype,
+    before: str, checkpoint: Checkpoint, progress: Callable[..., Any],
+) -> tuple[Any, Curve]:  # fmt: skip
     begin = int(text["begin"]) if "begin" in text else None
     if (n_tokens := len(text["tokens"])) < asked.window_length - ("begin" in text):
         raise HealingError(
@@ -67,7 +79,8 @@ def heal(
     check_windows(model, windows, "data/sampling/calibration_text.safetensors", "healing.window_length")
     teacher = load("dense", passes).eval().to(asked.device) if asked.objective == "distillation" else None
     plan = Plan(asked.n_windows, asked.batch_windows, asked.epochs, asked.learning_rate, asked.seed)
-    training = Training(model, teacher, windows.to(asked.device), plan, asked.rank, asked.alpha)
+    added = TRAINED[asked.trains](asked.rank, asked.alpha)
+    training = Training(model, teacher, windows.to(asked.device), plan, added)
     curve: Curve = []
     if found := checkpoint.read():
         curve, state = found
