@@ -13,6 +13,7 @@ from drank.steps.evaluation import evaluate, origin
 
 def main(variant: str, root: Path = Path()) -> None:
     params, inputs = read_params(root / "params.yaml"), Inputs(root)
+    params.variant(variant)  # refuses a name that is none
     asked, drawn = params.evaluation, inputs / "data/sampling"
     if launched(asked.processes, "evaluation", variant, root):
         return

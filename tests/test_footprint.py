@@ -183,18 +183,15 @@ def test_peak_of_spectra(shape, metric, tmp_path):
     units = "block" if metric == "kfac" else "matrix"
     asked = {"calibration_seed": 0, "metric": metric, "damping": 1e-4}
     asked = Spectrum(units=units, **asked | ({"cuts": Setting.cuts} if units == "block" else {}))
-    covariances, writer = calibrated(tmp_path, linears), spectrum._Writer(TensorFolder(tmp_path), asked)
-
-    def metrics():  # anew each time: the latest metric of inputs is kept
-        return spectrum._Metrics(
-            asked, TensorFolder(covariances), {linear.name: linear.name for linear in linears}, "cpu"
-        )
-
-    single = max(peak(lambda down=down: spectrum._unit((down,), metrics(), writer)) for down in linears[-3:])
+    described = {"owners": {linear.name: linear.name for linear in linears}}
+    covariances = TensorFolder(calibrated(tmp_path, linears))
+    work = spectrum._Work(asked, covariances, described, "cpu", TensorFolder(tmp_path))
+    # Metrics are made anew each time: those of inputs are kept.
+    single = max(peak(lambda down=down: work.unit((down,), work.metrics())) for down in linears[-3:])
     assert single == pytest.approx(footprint.spectrum_memory(shape, False)["unit"], rel=0.15)
     if units == "block":
         (mlp,) = find_mlps(model, linears)
-        block = peak(lambda: spectrum._block(mlp, asked.cuts, metrics(), writer))
+        block = peak(lambda: work.block(mlp, work.metrics()))
         assert block == pytest.approx(footprint.spectrum_memory(shape, True)["unit"], rel=0.15)
 
 

@@ -1,5 +1,6 @@
 """Every shipped preset, and a user's own, through the stages on a tiny model: sizes, sharing, reload, release."""
 
+import json
 import shutil
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """Windows that a model has no embeddings for are refused by name, whatever its config calls their numbers."""
 
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -81,8 +82,8 @@ def test_healing_refuses_its_own_window_length_and_ids_of_another_vocabulary(tmp
     def healed(asked, token):
         model, text = tiny.gpt2(), {"tokens": torch.full((900,), token)}
         model.config.quantization_config = {"quant_method": "drank"}
-        checkpoint = Checkpoint(tmp_path, {})
-        heal(lambda name, dtype: model.to(dtype), text, asked, torch.float32, "0" * 64, checkpoint, progress)
+        kept, sha256 = partial(Checkpoint, tmp_path), {"compressed": "0" * 64}
+        heal(lambda name, dtype: model.to(dtype), text, asked, "float32", sha256, kept, progress)
 
     asked = Healing(**HEALING)
     with pytest.raises(TokenError, match="healing.window_length is 300, but the model has 256 positions"):
