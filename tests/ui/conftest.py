@@ -12,8 +12,10 @@ from tests.toy import Runs, serving
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Nothing but the pages that are asked for: no profile of before, no GPU, no calls home.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
 
 
 def missing() -> str | None:
@@ -79,8 +81,11 @@ def open_page(page, server):
     """Open a page of MLflow by its path behind `#`, in its mode for models and without the panel of its assistant."""
 
     def open_it(path: str, **query: str):
-        whole = path if path.startswith(LOCAL_UI) else f"{LOCAL_UI}/#{path}?workflowType=machine_learning"
-        page.goto(whole.replace(LOCAL_UI, server) + "".join(f"&{key}={value}" for key, value in query.items()))
+        if path.startswith(LOCAL_UI):
+            page.goto(path.replace(LOCAL_UI, server) + "".join(f"&{key}={value}" for key, value in query.items()))
+        else:
+            pairs = "&".join(f"{key}={value}" for key, value in (query | {"workflowType": "machine_learning"}).items())
+            page.goto(f"{server}/#{path}?{pairs}")
         page.get_by_role("button", name="Close", exact=True).first.click()
         return page
 

@@ -147,8 +147,8 @@ def memory(shape: Shape, setting: Setting, kfac: bool, offload: bool) -> dict[st
 
 
 # Bytes that a unit of spectrum, or an MLP with its cuts, takes in float64, over the square of the MLP's size. On small
-# models of such proportions (hidden size .29 to .37 of the MLP's) 20 to 21 were counted, and 66 to 82.
-UNIT, MLP = 21, 73
+# models of such proportions (hidden size .29 to .37 of the MLP's) 20 to 21 were counted, and 58 to 74.
+UNIT, MLP = 21, 66
 
 
 def spectrum_memory(shape: Shape, blocks: bool, threads: int = 1) -> dict[str, int]:

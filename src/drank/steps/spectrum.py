@@ -199,28 +199,31 @@ class _Work:
             if suffix:
                 self.store[f"cuts/{mlp.name}{suffix}"] = {"alive": rows.cpu(), "down": down.float().cpu()}
             for linear in mlp.before:
-                of_rows, weight = next(grams[linear.name]), W[linear.name][rows].float()
+                of_rows, weight = next(grams[linear.name]), W[linear.name][rows]
                 G = sides[linear.name][1].covariance
                 if len(rows) > linear.in_features:
                     spectrum = gram_spectrum(of_rows, H)
                 else:
-                    spectrum = whitened_spectrum(weight, H, Metric(G[rows][:, rows]))
+                    spectrum = whitened_spectrum(weight.float(), H, Metric(G[rows][:, rows]))
                 row = self.write(linear.name + suffix, (linear,), weight, spectrum)
                 by_row = [of_bits[rows] for of_bits in rounded[linear.name]]
                 matrices.append(row | self.rounding(by_row, G.diagonal()[rows]))
-            H_rows, weight = Metric(H_down.covariance[rows][:, rows]), down.float()
-            if len(weight) <= len(rows):
+            if len(down) <= len(rows):
                 spectrum = gram_spectrum(gram, G_down)
             else:
-                spectrum = whitened_spectrum(weight, H_rows, G_down)
-            row = self.write(mlp.down.name + suffix, (mlp.down,), weight, spectrum) | {"base_loss": loss}
-            row |= self.rounding(self.rounded(weight, H_rows), G_down.covariance.diagonal())
+                spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[rows][:, rows]), G_down)
+            row = self.write(mlp.down.name + suffix, (mlp.down,), down, spectrum) | {"base_loss": loss}
+            row |= self.rounding(self.rounded(down.float(), H_down, rows), G_down.covariance.diagonal())
             cuts.append({"channels": len(rows), "matrices": [*matrices, row]})
         return {"name": mlp.name, "channels": mlp.n_channels, "cuts": cuts}
 
-    def rounded(self, weight: Tensor, H: Metric) -> list[Tensor]:
-        """Loss of rounding every row to each number of bits, before the gradients weigh it."""
-        return expected_by_row(weight, self.grids, H.covariance) if self.grids else []
+    def rounded(self, weight: Tensor, H: Metric, inputs: Tensor | slice = slice(None)) -> list[Tensor]:
+        """Loss of rounding every row to each number of bits, before the gradients weigh it.
+
+        Args:
+            inputs: those of the metric that the weight has columns for.
+        """
+        return expected_by_row(weight, self.grids, H.covariance[inputs][:, inputs]) if self.grids else []
 
     def rounding(self, by_row: Sequence[Tensor], gradients: Tensor) -> Row:
         """Losses of rounding in the unit of dropped energies, which are twice the nats.
