@@ -118,3 +118,16 @@ def test_healing_takes_a_third_of_what_kfac_lost_and_kfac_stays_ahead_of_d_rank_
         assert after[key] < other[key]
     assert after["bytes"] <= 1.01 * other["bytes"]
     assert after["parameters"] == before["parameters"]
+
+
+def test_the_figures_of_few_numbers_are_those_of_the_committed_results():
+    folder = REPOSITORY / "experiments/scales/results"
+    found = {file.stem: read_json(file) for file in folder.glob("*.json")}
+    shown = {row[0].strip("`"): row[1:] for row in rows_of(AFTER.partition("\n## Few numbers")[2]) if row[0][0] == "`"}
+    assert shown.keys() == found.keys() - {"dense"}
+    for name, row in shown.items():
+        ratios = over_dense(found, name)
+        assert row == [
+            " / ".join(f"{found[name][key]:.2f}" for key in KEYS),
+            " / ".join(f"{value:.3f}" for value in ratios),
+        ]
