@@ -21,6 +21,8 @@ def test_committed_copies_of_the_pipeline_are_those_that_the_command_writes(tmp_
         assert (tmp_path / file).read_text() == (REPOSITORY / file).read_text(), (
             "run python -m experiments.tools.copies"
         )
+    for folder in made:
+        read_params(REPOSITORY / folder / "params.yaml")
 
 
 def test_every_preset_is_there_at_every_size_and_the_headline_rows_with_three_draws_of_windows():
