@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from drank.project import files
-from drank.project.checkpoint import Checkpoint
 from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import TensorFolder, file_sha256, folder_sha256, read_json
@@ -40,6 +39,7 @@ def main(variant: str, root: Path = Path()) -> None:
         if asked.healing:
             from drank.model.precision import load_model
             from drank.model.saved import CURVE
+            from drank.project.checkpoint import Checkpoint
             from drank.steps.healing import heal
 
             text, models = inputs / "data/sampling/calibration_text.safetensors", {"compressed": folder, "dense": base}

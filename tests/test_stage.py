@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from drank.project.command import run_stage
 from drank.project.files import FileError
 from tests import tiny
+from tests.conftest import run
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -80,3 +81,9 @@ def test_raw_writes_the_model_and_every_text_and_drops_another(tmp_path, command
     assert documents == tiny.documents(120, 1)
     weights = load_file(tmp_path / "data/raw/model/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_stages_that_may_have_no_weights_to_compute_start_without_torch():
+    """It takes seconds; a dense variant is compressed by links alone."""
+    code = "import sys, stages.allocation, stages.compression, stages.release; print('torch' in sys.modules)"
+    assert run(REPOSITORY, sys.executable, "-c", code, real=True).stdout.strip() == "False"

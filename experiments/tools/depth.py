@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from transformers import AutoModelForCausalLM
 
 from drank.cli.options import CommandError, Root
 from drank.model.divergence import divergence_from
-from drank.model.precision import agreed_dtype
+from drank.model.precision import agreed_dtype, load_model
 from drank.project.command import run_app
 from drank.project.files import TensorFolder, read_arrays, read_json, read_tensors
 from drank.project.params import Params, read_params
@@ -54,7 +53,7 @@ def trial(params: Params, variant: str, n_windows: int, root: Path) -> Callable[
     windows = read_tensors(root / f"data/sampling/calibration/{seed}.safetensors")["windows"][-n_windows:]
     torch.set_num_threads(on.threads)
     dtype = agreed_dtype(params.compute.dtype, on.device, lambda own: [own])
-    model: Any = AutoModelForCausalLM.from_pretrained(root / "data/raw/model", dtype=dtype).eval().to(on.device)
+    model = load_model(root / "data/raw/model", dtype, on.device)
     divergence = divergence_from(model, windows.to(on.device))
 
     def measure(slope: float, exponent: float) -> float:

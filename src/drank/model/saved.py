@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import drank.model.quantizer  # noqa: F401  registers the format
-from drank.model.precision import agreed_dtype
+from drank.model.precision import agreed_dtype, load_model
 
 CURVE = "healing.json"  # the loss by step, in the folder of a healed model
 
@@ -26,9 +26,8 @@ class Saved:
 
 def load(folder: Path, dtype: str, device: str, gather: Callable[[str], list[str]]) -> Saved:
     """The model of a folder on a device, for passes in a type that ``agreed_dtype`` chooses."""
-    computed_in = agreed_dtype(dtype, device, gather)
     return Saved(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=computed_in).eval().to(device),
+        load_model(folder, agreed_dtype(dtype, device, gather), device),
         AutoTokenizer.from_pretrained(folder),
         sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         json.loads((folder / CURVE).read_text(encoding="utf-8")) if (folder / CURVE).is_file() else None,

@@ -22,7 +22,7 @@ class Facts:
 
     @cached_property
     def params(self) -> Params:
-        """Those that are given, or else of params.yaml."""
+        """The given parameters, or those of params.yaml."""
         return self.given or read_params(self.root / "params.yaml")
 
     @cached_property
@@ -37,7 +37,7 @@ class Facts:
 
     @property
     def sources(self) -> dict[str, str]:
-        """The same of params.yaml."""
+        """Sources by name, as params.yaml has them."""
         return sources_of(self.params.model_dump())
 
     @cached_property
@@ -62,13 +62,13 @@ class Facts:
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """By stage; empty where the model's sizes are not known."""
+        """Costs by stage; empty where the model's sizes are not known."""
         model = read_model(self.folder) if self.folder else None
         return costs(self.params, model, read_test_windows(self.params, self.root)) if model else {}
 
     @property
     def left(self) -> dict[str, Cost]:
-        """Those of stages whose output is not there."""
+        """Costs of the stages whose output is missing."""
         return {name: cost for name, cost in self.costs.items() if not (self.root / out_of(name)).exists()}
 
     def document(self, name: str) -> dict[str, Any]:

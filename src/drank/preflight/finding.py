@@ -1,4 +1,4 @@
-"""What checks find."""
+"""A finding of a check, and how grave it is."""
 
 from dataclasses import dataclass
 from typing import Literal
