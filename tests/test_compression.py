@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import drank.model.quantizer  # noqa: F401
 from drank.method.channels import remove_channels
 from drank.method.pivot import pivot_rows
 from drank.method.spectrum import factors, whitened_spectrum
+from drank.model import quantizer
+from drank.model.format import parse
 from drank.model.groups import find_groups, find_mlps
 from drank.model.linears import find_linears
 from drank.steps.compression import UnsafePivotError, compress
@@ -176,3 +177,11 @@ def test_a_matrix_of_zeros_is_stored_as_one_row_of_zeros(tmp_path):
     zero = find_linears(model, ["layers.0.self_attn.q_proj"])
     compress(model, [row(zero, "pivot", 1)], vectors_of([tuple(zero)]), {})
     assert not reloaded(model, tmp_path).model.layers[0].self_attn.q_proj.dense_weight().any()
+
+
+def test_specs_are_parsed_once_per_compression_and_saving(tmp_path, monkeypatch):
+    model, parsed = tiny.llama(), []
+    monkeypatch.setattr(quantizer, "parse", lambda section: parsed.append(section) or parse(section))
+    rows = [row(linear, "pivot", 9) for linear in singles(model)]
+    compress(model, rows, vectors_of(singles(model)), {}).save_pretrained(tmp_path)
+    assert len(parsed) == 1

@@ -3,7 +3,11 @@
 import json
 import shutil
 import subprocess
+from collections import Counter
+from pathlib import Path
 
+import pytest
+import stages.release
 from google.protobuf.json_format import ParseDict
 from huggingface_hub import ModelCard
 from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
@@ -134,3 +138,17 @@ def test_a_killed_release_leaves_the_old_folder(project, tmp_path):
     assert done.returncode == 1
     assert "error: results/kfac-80.json: damaged, or changed since evaluation@kfac-80 wrote it" in done.stderr
     assert {f.name: file_sha256(f) for f in (root / "data/models/kfac-80").iterdir()} == before
+
+
+@pytest.mark.pipeline
+def test_release_reads_weights_once_for_dvc_and_once_for_its_own_hashes(project, monkeypatch):
+    opened, real = Counter(), Path.open
+
+    def counted(self, *arguments, **options):
+        opened[self.parent.name, self.name] += 1
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", counted)
+    stages.release.main("kfac-80", project)
+    assert opened["kfac-80", "model.safetensors"] == 2
+    assert opened["model", "model.safetensors"] == 2
