@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drank.model.divergence import token_divergence
+from drank.model.divergence import divergence, token_divergence
 from tests import tiny
 
 
@@ -41,3 +41,17 @@ def test_against_torch_on_real_models_and_zero_for_the_same(generator):
     assert token_divergence(model, other, windows) == pytest.approx(expected.item(), rel=1e-4)
     assert token_divergence(model, model, windows) == 0
     assert token_divergence(other, model, windows) > 0
+
+
+def test_its_gradient_is_that_of_torch(generator):
+    """Of the logits that are found, in their dtype; the expected ones have none."""
+    expected, found = (torch.randn(7, 50, generator=generator, dtype=torch.float64) for _ in range(2))
+    ours, theirs = (found.float().clone().requires_grad_() for _ in range(2))
+    (3 * divergence(expected.float(), ours)).backward()
+    p, q = expected.float().log_softmax(-1), theirs.log_softmax(-1)
+    (3 * F.kl_div(q, p, log_target=True, reduction="sum") / 7).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    half = found.bfloat16().requires_grad_()
+    divergence(expected.bfloat16(), half).backward()
+    assert half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(3 * half.grad.float(), theirs.grad, rtol=0.05, atol=2e-3)

@@ -1,9 +1,9 @@
 """How differently two models predict the same text. Knows tensors and modules; files belong to the caller."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -40,6 +40,26 @@ def divergence_from(model: nn.Module, windows: Int[Tensor, "windows tokens"]) ->
 
 
 def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:
-    r"""Mean over tokens of :math:`\sum_v p_v (\log p_v - \log q_v)` in nats; logits of p are expected, of q found."""
-    p, q = expected.float().log_softmax(-1), found.float().log_softmax(-1)
-    return F.kl_div(q, p, log_target=True, reduction="sum") / len(found)
+    r"""Mean over tokens of :math:`\sum_v p_v (\log p_v - \log q_v)` in nats; logits of p are expected, of q found.
+
+    Its gradient, (q - p) / tokens, goes to ``found`` alone, in the dtype of those logits.
+    """
+    return _Divergence.apply(expected, found)
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient is made with the loss, so that nothing of a vocabulary's width waits in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, expected: Tensor, found: Tensor) -> Tensor:
+        log_p, log_q = expected.float().log_softmax(-1), found.float().log_softmax(-1)
+        p = log_p.exp()
+        loss = (p * log_p.sub_(log_q)).sum() / len(found)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(log_q.exp_().sub_(p).div_(len(found)).to(found.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *of_loss: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * of_loss[0]
