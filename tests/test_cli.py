@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import drank
 from drank.cli.pipeline import table_of_variants
 from drank.planning.plan import TIMELESS
 from drank.project.tolerance import DTYPE_TOLERANCE
@@ -120,3 +122,20 @@ def test_mlflow_run_changes_a_ratio_and_logs_the_new_state(project):
     pipeline, variants = Runs(project).one_state()
     assert (pipeline.data.tags["dvc.lock_sha256"], set(variants)) == (lock_sha256(project), set(VARIANTS))
     assert "0.6" in (project / "results/d-rank-80.json").read_text()
+
+
+def test_it_says_its_version(project):
+    assert command(project, "drank", "--version", real=True).stdout == f"drank {drank.__version__}\n"
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("drank diff d", {"dense", "d-rank-80"}), ("drank promote x", set())])
+def test_a_shell_completes_names_of_variants(project, typed, offered):
+    """As bash asks for it; names come from params.yaml, and none where that cannot be read."""
+    environment = {"_DRANK_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": "2"}
+    program = [str(BIN / "drank")]
+    ask = partial(
+        subprocess.run, program, env=os.environ | conftest.QUIET | environment, capture_output=True, text=True
+    )
+    assert offered <= set(ask(cwd=project).stdout.split())
+    (project / "params.yaml").write_text("variants: [")
+    assert ask(cwd=project).stdout.split() == []

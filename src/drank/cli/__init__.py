@@ -1,11 +1,14 @@
 """The command ``drank``. Commands import what they need when they are called, so that ``--help`` is quick."""
 
+from typing import Annotated
+
 import typer
 
+from drank import __version__
 from drank.cli import audit, bench, check, diff, export, params, pipeline, promote
 from drank.project.command import quieten_libraries, run_app
 
-commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+commands = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
     pipeline.run, pipeline.track, audit.audit, check.check, diff.diff, bench.bench, params.params, export.export,
     promote.promote,
@@ -19,6 +22,16 @@ def app() -> None:
     run_app(commands)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"drank {__version__}")
+        raise typer.Exit
+
+
 @commands.callback()
-def describe() -> None:
+def describe(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which version this is.")
+    ] = False,
+) -> None:
     """Compress a language model by truncated SVD, compare the variants of params.yaml, and say what made a model."""

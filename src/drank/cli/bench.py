@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drank.cli.options import Root, console, weights_bytes
+from drank.cli.options import Root, console, variants, weights_bytes
 from drank.project.command import quieten_libraries
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ class Conditions:
 def bench(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VARIANT]...", help="Variants of params.yaml, or folders of models; all variants."),
+        typer.Argument(
+            metavar="[VARIANT]...",
+            help="Variants of params.yaml, or folders of models; all variants.",
+            autocompletion=variants,
+        ),
     ] = None,
     root: Root = Path(),
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, and of each window.")] = 256,

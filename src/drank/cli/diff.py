@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drank.cli.options import Root, console
+from drank.cli.options import Root, console, variants
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,10 +22,12 @@ def diff(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="A variant of params.yaml, the folder of a model, a git revision, or an experiment."
+            metavar="A",
+            help="A variant of params.yaml, the folder of a model, a git revision, or an experiment.",
+            autocompletion=variants,
         ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same.", autocompletion=variants)],
     root: Root = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document instead of tables.")] = False,
     picture: Annotated[

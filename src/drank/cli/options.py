@@ -14,6 +14,18 @@ Root = Annotated[
 ]
 
 
+def variants(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of variants that begin so: what a shell completes. A params.yaml that cannot be read has none to offer."""
+    import yaml
+
+    try:
+        text = (context.params.get("root") or Path()).joinpath("params.yaml").read_text(encoding="utf-8")
+        named = yaml.safe_load(text)["variants"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return []
+    return [name for name in named if str(name).startswith(incomplete)]
+
+
 class CommandError(ValueError):
     """A program that a command runs has failed; it has said why on the terminal itself."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drank.cli.options import Root
+from drank.cli.options import Root, variants
 from drank.project.git import file_at, resolve
 from drank.project.git import run as git
 
@@ -34,7 +34,9 @@ class TagError(ValueError):
 
 
 def promote(
-    variant: Annotated[str, typer.Argument(help="A variant of params.yaml, reproduced and committed.")],
+    variant: Annotated[
+        str, typer.Argument(help="A variant of params.yaml, reproduced and committed.", autocompletion=variants)
+    ],
     root: Root = Path(),
 ) -> None:
     """Make a variant the champion: an alias of MLflow's registered model, and a tag of git. No weights are copied."""
