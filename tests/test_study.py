@@ -99,7 +99,7 @@ def test_the_experiment_of_healing_has_the_model_text_and_preset_of_the_shipped_
 def test_the_figures_of_healing_are_those_of_the_committed_results():
     shown = {row[0].strip("`"): row[1:] for row in rows_of(AFTER) if row[0].startswith("`")}
     assert shown.keys() == HEALING.keys()
-    tokens = {name: "" for name in shown}
+    tokens = dict.fromkeys(shown, "")
     for name, variant in read_params(REPOSITORY / "experiments/healing.yaml").variants.items():
         if healing := variant.healing:
             tokens[name] = f"{healing.n_windows * healing.window_length * healing.epochs / 1000:.0f} k"
