@@ -22,10 +22,11 @@ def app() -> None:
     run_app(commands)
 
 
-def _say_version(asked: bool) -> None:
+def _say_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"drank {__version__}")
         raise typer.Exit
+    return asked
 
 
 @commands.callback()
