@@ -132,10 +132,8 @@ def test_it_says_its_version(project):
 def test_a_shell_completes_names_of_variants(project, typed, offered):
     """As bash asks for it; names come from params.yaml, and none where that cannot be read."""
     environment = {"_DRANK_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": "2"}
-    program = [str(BIN / "drank")]
-    ask = partial(
-        subprocess.run, program, env=os.environ | conftest.QUIET | environment, capture_output=True, text=True
-    )
-    assert offered <= set(ask(cwd=project).stdout.split())
+    told = {"env": os.environ | conftest.QUIET | environment, "capture_output": True, "text": True}
+    ask = partial(subprocess.run, [str(BIN / "drank")], cwd=project, **told)
+    assert set(ask().stdout.split()) == offered
     (project / "params.yaml").write_text("variants: [")
-    assert ask(cwd=project).stdout.split() == []
+    assert ask().stdout.split() == []
