@@ -1,8 +1,8 @@
 """Where does a step of healing spend its time? Ratios to the step as it is.
 
 ``python -m benchmarks.healing_step``. A random Llama of SmolLM2-135M's sizes learns its teacher's predictions of 1,024
-tokens, by a matrix of its own in every layer and no more. The ways take turns: torch's fused attention in the place of
-the plain one, windows of 512 tokens in the place of 256, and the divergence by torch's autograd in the place of ours.
+tokens, by a matrix of its own in every layer and no more. The ways take turns: plain attention in the place of torch's
+fused one, windows of 512 tokens in the place of 256, and the divergence by torch's autograd in the place of ours.
 The limit is the products' arithmetic at the speed of a large product.
 """
 
@@ -56,11 +56,11 @@ def main() -> None:
         layer.self_attn.q_proj.weight.requires_grad_(True)
     taken = partial(step, student, teacher)
     ways = {
-        "as it is": partial(taken, "eager", 256, divergence),
-        "fused attention": partial(taken, "sdpa", 256, divergence),
-        "windows of 512": partial(taken, "eager", 512, divergence),
-        "divergence by autograd": partial(taken, "eager", 256, by_autograd),
-        "all three": partial(taken, "sdpa", 512, by_autograd),
+        "as it is": partial(taken, "sdpa", 256, divergence),
+        "plain attention": partial(taken, "eager", 256, divergence),
+        "windows of 512": partial(taken, "sdpa", 512, divergence),
+        "divergence by autograd": partial(taken, "sdpa", 256, by_autograd),
+        "both": partial(taken, "sdpa", 512, by_autograd),
         "product": product(dtype, SIDE),
     }
     times = interleaved(ways, asked.rounds)

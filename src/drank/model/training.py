@@ -139,10 +139,6 @@ class Training:
         added: Adapters | Scales,
     ) -> None:
         torch.manual_seed(plan.seed)
-        if windows.device.type == "cpu":  # torch's fused attention has a slow backward pass there (docs/performance.md)
-            reading: list[Any] = [model] if teacher is None else [model, teacher]
-            for each in reading:
-                each.set_attn_implementation("eager")
         self.added, self.model = added, added.add(model)
         self.teacher, self.windows, self.plan = teacher, windows, plan
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
