@@ -9,10 +9,12 @@ from stages import compression, release
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from drank.audit import audit
-from drank.cli.export import ExportError, export
+from drank.cli.export import GgufType, export
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
 from drank.project.sources import SourceError
-from drank.steps.release import CHECKSUMS
+from drank.serving.export import EXPORT, ExportError
+from drank.serving.gguf import CONVERTER
+from drank.steps.release import CHECKSUMS, STATEMENT
 from tests import compressed, tiny
 
 IDS = torch.arange(2, 50).view(2, 24)
@@ -78,7 +80,8 @@ def test_a_released_folder_becomes_a_plain_one_with_the_same_bytes_each_time(pro
     base = project / "data/raw/model"
     size = (base / "model.safetensors").stat().st_size / 1e6
     assert f"{tmp_path / 'first'}: {size:.1f} MB, plain; nothing is saved in size" in capsys.readouterr().out
-    assert {f.name for f in (tmp_path / "first").iterdir()} == {f.name for f in base.iterdir()} | {"README.md"}
+    papers = {"README.md", "allocation.json", STATEMENT, EXPORT, CHECKSUMS}
+    assert {f.name for f in (tmp_path / "first").iterdir()} == {f.name for f in base.iterdir()} | papers
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
     # In float32 arithmetic, where the rounding of the products to bfloat16 is all that differs: 2^-9 of a weight.
@@ -148,7 +151,7 @@ SPOILT = {
         edit(quant_method="gptq"), FileError,
         "config.json: quantization_config.quant_method: Input should be 'drank'",
     ),
-    "without --dense": (lambda f: None, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
+    "without --dense": (lambda f: None, ExportError, "`import drank`, so copy it as it is .* exactly one of --dense, "),
     "there already": (lambda f: (f.parent / "plain").mkdir(), ExportError, "plain: exists already"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ExportError, "no weights"),
     "no tokenizer": (without_tokenizer, SourceError, "its tokenizer cannot be loaded; copy that of the base"),
@@ -165,3 +168,28 @@ def test_what_cannot_be_exported_is_explained_and_nothing_is_written(llama, tmp_
     with pytest.raises(error, match=message):
         export(tmp_path / "model", tmp_path / "plain", dense=case != "without --dense")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_forms_and_options_that_do_not_fit_are_refused_by_name(llama, tmp_path, monkeypatch):
+    monkeypatch.delenv(CONVERTER, raising=False)
+    for asked, message in (
+        ({"dense": True, "remote_code": True}, "exactly one of --dense, --onnx, --openvino, --gguf, --remote-code"),
+        ({"dense": True, "int8": True}, "int8 True: --dense takes no option"),
+        ({"gguf": GgufType.BF16}, r"no convert_hf_to_gguf\.py there; DRANK_GGUF_CONVERTER must name the folder"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export(llama, tmp_path / "plain", **asked)
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form].packages])
+def test_a_package_that_is_missing_is_named_with_the_extra_before_anything_is_loaded(
+    form, llama, tmp_path, monkeypatch
+):
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("drank.serving.export.version", none)
+    monkeypatch.setattr("drank.serving.export.write", None)
+    with pytest.raises(ExportError, match=rf"--{form} needs the package drank: pip install 'drank\["):
+        describe(llama, form, {})

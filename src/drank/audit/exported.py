@@ -178,9 +178,7 @@ def check_weights(
             ledger.check("weights", partial(_again, exported, released, again), ("released folder",), "artefacts")
 
 
-def _released(
-    exported: Exported, record: Record | None, root: Path | None, rebuilt: Path | None, place: Path
-) -> str:
+def _released(exported: Exported, record: Record | None, root: Path | None, rebuilt: Path | None, place: Path) -> str:
     """The released folder, as links in ``place``, against the papers of the export."""
     papers = exported.papers
     if rebuilt is not None:
@@ -222,7 +220,11 @@ def _again(exported: Exported, released: Path, place: Path) -> str:
     differing = [name for name, file in files.items() if file_sha256(file) != made[name]]
     if not differing:
         return f"the released folder, exported again, has the same bytes in {len(files)} files"
-    other = [f"{key} {papers.versions.get(key)}, here {here}" for key, here in now.items() if papers.versions.get(key) != here]
+    other = [
+        f"{key} {papers.versions.get(key)}, here {here}"
+        for key, here in now.items()
+        if papers.versions.get(key) != here
+    ]
     told = f"the released folder, exported again, has other bytes in {', '.join(differing)}"
     if other:
         raise UncheckableError(f"{told}, but the export was made by {'; '.join(other)}")

@@ -19,7 +19,9 @@ class GgufType(StrEnum):
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder of a model.")],
     destination: Annotated[Path, typer.Argument(help="The folder to write; there must be nothing yet.")],
-    dense: Annotated[bool, typer.Option("--dense", help="Plain, multiplied out; for tools that know no factors.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Plain, multiplied out; for tools that know no factors.")
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="ONNX with its factors, for ONNX Runtime.")] = False,
     openvino: Annotated[bool, typer.Option("--openvino", help="OpenVINO with its factors.")] = False,
     gguf: Annotated[GgufType | None, typer.Option(help="GGUF, multiplied out, for llama.cpp.")] = None,
@@ -41,7 +43,10 @@ def export(
     papers = describe(model, form, options)
     with replacing_folder(destination) as folder:
         write(model, folder, papers)
-    for place, pattern, told in ((model, "*.safetensors", ""), (destination, FORMS[form].weights, f"{FORMS[form].told}")):
+    for place, pattern, told in (
+        (model, "*.safetensors", ""),
+        (destination, FORMS[form].weights, f"{FORMS[form].told}"),
+    ):
         size = sum(file.stat().st_size for file in place.glob(pattern))
         typer.echo(f"{place}: {size / 1e6:.1f} MB, {told or 'as it is'}")
 

@@ -76,9 +76,7 @@ def describe(model: Path, form: str, options: Mapping[str, Any]) -> ExportDocume
     """
     check(form, options)
     options = {name: values[0] for name, values in FORMS[form].options.items()} | dict(options)
-    return ExportDocument(
-        format_version=1, form=form, options=options, versions=versions(form), **origin(model, form)
-    )
+    return ExportDocument(format_version=1, form=form, options=options, versions=versions(form), **origin(model, form))
 
 
 def check(form: str, options: Mapping[str, Any]) -> None:
@@ -147,7 +145,9 @@ def write(model: Path, folder: Path, papers: ExportDocument) -> None:
 def as_metadata(papers: ExportDocument) -> dict[str, str]:
     """Papers as pairs of text under ``drank.``: what is no text is JSON."""
     fields = papers.model_dump(exclude_none=True).items()
-    return {PREFIX + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in fields}
+    return {
+        PREFIX + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in fields
+    }
 
 
 def from_metadata(pairs: Mapping[str, Any], where: str) -> ExportDocument:
