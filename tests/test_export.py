@@ -1,7 +1,11 @@
 """drank export: plain folders that predict what the compressed ones predict, and whatever their weights' files are."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -9,10 +13,11 @@ from stages import compression, release
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from drank.audit import audit
+from drank.audit.exported import parse_metadata
 from drank.cli.export import GgufType, export
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
 from drank.project.sources import SourceError
-from drank.serving.export import EXPORT, ExportError
+from drank.serving.export import EXPORT, FORMS, ExportError, describe
 from drank.serving.gguf import CONVERTER
 from drank.steps.release import CHECKSUMS, STATEMENT
 from tests import compressed, tiny
@@ -182,14 +187,59 @@ def test_forms_and_options_that_do_not_fit_are_refused_by_name(llama, tmp_path, 
     assert not (tmp_path / "plain").exists()
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form].packages])
-def test_a_package_that_is_missing_is_named_with_the_extra_before_anything_is_loaded(
-    form, llama, tmp_path, monkeypatch
-):
-    def none(name):
-        raise PackageNotFoundError(name)
+@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form].extra])
+def test_a_missing_package_is_named_with_its_extra_before_anything_is_loaded(form, llama, monkeypatch):
+    def installed(name):
+        if name == "onnx":
+            raise PackageNotFoundError(name)
+        return version("drank")
 
-    monkeypatch.setattr("drank.serving.export.version", none)
-    monkeypatch.setattr("drank.serving.export.write", None)
-    with pytest.raises(ExportError, match=rf"--{form} needs the package drank: pip install 'drank\["):
+    monkeypatch.setattr("drank.serving.export.version", installed)
+    with pytest.raises(ExportError, match=rf"--{form} needs the package onnx: pip install 'drank\[{form}\]'"):
         describe(llama, form, {})
+
+
+@pytest.mark.skipif(not os.environ.get(CONVERTER), reason=f"{CONVERTER} names no folder of llama.cpp's converter")
+@pytest.mark.parametrize(("kind", "least", "most"), [("f32", 0, 1e-6), ("bf16", 1e-3, 1e-2), ("q8_0", 1e-3, 5e-2)])
+def test_a_gguf_file_predicts_what_the_plain_folder_predicts(kind, least, most, llama, tmp_path):
+    """But for the rounding of this folder's numbers of 32 bits; twice the same bytes."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(model)
+    export(model, tmp_path / "plain", dense=True)
+    for name in ("first", "second"):
+        export(model, tmp_path / name, gguf=GgufType(kind))
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "second")
+    options = {"gguf_file": "model.gguf", "dtype": torch.float32}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "first", **options)(input_ids=IDS).logits
+    expected = logits(tmp_path / "plain")
+    distance = ((found - expected).square().mean().sqrt() / expected.std()).item()
+    assert least <= distance < most
+    papers = read_json(tmp_path / "first" / EXPORT)
+    assert (papers["form"], papers["options"], papers["variant"]) == ("gguf", {"type": kind}, VARIANT)
+    assert parse_metadata(tmp_path / "first/model.gguf").model_dump(exclude_none=True) == papers
+
+
+@pytest.mark.skipif(not os.environ.get(CONVERTER), reason=f"{CONVERTER} names no folder of llama.cpp's converter")
+def test_what_llama_cpps_converter_refuses_is_told_in_its_words(llama, tmp_path):
+    with pytest.raises(ExportError, match="failed with status 1: (.|\n)*BPE pre-tokenizer was not recognized"):
+        export(llama, tmp_path / "gguf", gguf=GgufType.BF16)
+    assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_remote_code_loads_in_a_process_that_never_imported_drank_and_only_where_it_is_trusted(
+    architecture, folders, tmp_path
+):
+    export(folders[architecture], tmp_path / "model", remote_code=True)
+    load = "import sys; from transformers import AutoModelForCausalLM as A; assert 'drank' not in sys.modules; "
+    load += f"print(A.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code={{}}).config.quantization_config)"
+    home = {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", load.format(trust)], env=os.environ | home, capture_output=True, text=True
+        )
+        for trust in (True, False)
+    ]
+    assert "DrankConfig" in done[0].stdout, done[0].stderr
+    assert "Unknown quantization type, got drank" in done[1].stderr
+    assert torch.equal(logits(tmp_path / "model"), logits(folders[architecture]))

@@ -37,12 +37,12 @@ class Exported(Folder):
         return parse_metadata(self.path) if self.file else read_document(self.path / EXPORT, ExportDocument)
 
     @property
-    def md5(self) -> str:  # type: ignore[override]
+    def md5(self) -> str:
         """The hash that DVC has for the released folder."""
         return self.papers.model_md5 or "none"
 
     @cached_property
-    def quantization(self) -> Quantization | None:  # type: ignore[override]
+    def quantization(self) -> Quantization | None:
         """None where layers are not those of the released folder's config.json."""
         return Folder(self.path).quantization if self.is_compressed else None
 
@@ -58,7 +58,7 @@ class Exported(Folder):
 
 
 def exported_at(path: Path) -> Exported | None:
-    """The export that a path leads to: a file in a folder with papers stands for the folder. None if it is no export."""
+    """The export that a path leads to, None if there is none: a file in a folder with papers stands for the folder."""
     folder = path.parent if path.is_file() else path
     return Exported(folder) if (folder / EXPORT).is_file() else Exported(path) if path.is_file() else None
 
@@ -220,11 +220,7 @@ def _again(exported: Exported, released: Path, place: Path) -> str:
     differing = [name for name, file in files.items() if file_sha256(file) != made[name]]
     if not differing:
         return f"the released folder, exported again, has the same bytes in {len(files)} files"
-    other = [
-        f"{key} {papers.versions.get(key)}, here {here}"
-        for key, here in now.items()
-        if papers.versions.get(key) != here
-    ]
+    other = [f"{key} {then}, here {now.get(key)}" for key, then in papers.versions.items() if now.get(key) != then]
     told = f"the released folder, exported again, has other bytes in {', '.join(differing)}"
     if other:
         raise UncheckableError(f"{told}, but the export was made by {'; '.join(other)}")

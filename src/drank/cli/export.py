@@ -19,9 +19,7 @@ class GgufType(StrEnum):
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder of a model.")],
     destination: Annotated[Path, typer.Argument(help="The folder to write; there must be nothing yet.")],
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Plain, multiplied out; for tools that know no factors.")
-    ] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Plain, multiplied out, for tools without factors.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="ONNX with its factors, for ONNX Runtime.")] = False,
     openvino: Annotated[bool, typer.Option("--openvino", help="OpenVINO with its factors.")] = False,
     gguf: Annotated[GgufType | None, typer.Option(help="GGUF, multiplied out, for llama.cpp.")] = None,
@@ -43,12 +41,9 @@ def export(
     papers = describe(model, form, options)
     with replacing_folder(destination) as folder:
         write(model, folder, papers)
-    for place, pattern, told in (
-        (model, "*.safetensors", ""),
-        (destination, FORMS[form].weights, f"{FORMS[form].told}"),
-    ):
-        size = sum(file.stat().st_size for file in place.glob(pattern))
-        typer.echo(f"{place}: {size / 1e6:.1f} MB, {told or 'as it is'}")
+    made = FORMS[form]
+    for place, pattern, told in ((model, "*.safetensors", "as it is"), (destination, made.weights, made.told)):
+        typer.echo(f"{place}: {sum(file.stat().st_size for file in place.glob(pattern)) / 1e6:.1f} MB, {told}")
 
 
 def check(model: Path, destination: Path, forms: list[str]) -> str:

@@ -145,9 +145,7 @@ def write(model: Path, folder: Path, papers: ExportDocument) -> None:
 def as_metadata(papers: ExportDocument) -> dict[str, str]:
     """Papers as pairs of text under ``drank.``: what is no text is JSON."""
     fields = papers.model_dump(exclude_none=True).items()
-    return {
-        PREFIX + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in fields
-    }
+    return {PREFIX + k: json.dumps(v, sort_keys=True) if k in NO_TEXTS else v for k, v in fields}
 
 
 def from_metadata(pairs: Mapping[str, Any], where: str) -> ExportDocument:

@@ -55,7 +55,14 @@ def write(model: Path, folder: Path, *, provenance: Mapping[str, str], type: str
             plain = model
         else:
             save_dense(model, plain)
-        command = [sys.executable, converter(), "--outtype", type, "--model-name", provenance["drank.variant"]]
+        command: list[str | Path] = [
+            sys.executable,
+            converter(),
+            "--outtype",
+            type,
+            "--model-name",
+            provenance["drank.variant"],
+        ]
         done = subprocess.run([*command, "--outfile", converted, plain], capture_output=True, text=True)
         if done.returncode != 0:
             last = "\n".join(done.stderr.splitlines()[-3:])

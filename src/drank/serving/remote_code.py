@@ -10,7 +10,7 @@ from drank.serving.export import ExportError
 from drank.steps.release import CHECKSUMS
 
 MODULE = "configuration_drank"
-# transformers knows the models of a configuration by its class: re-exported it is that one, a subclass would be unknown.
+# transformers knows a configuration's models by its class: a re-exported one is known, a subclass would not be.
 CODE = "import drank\nfrom {module} import {name}\n"
 KEY = '  "auto_map": {{"AutoConfig": "' + MODULE + '.{name}"}},\n'
 WRITTEN = re.compile(re.escape(CODE).replace(r"\{module\}", r"transformers(\.\w+)*").replace(r"\{name\}", r"\w+Config"))
