@@ -19,7 +19,8 @@ from drank.serving.export import EXPORT
 from drank.serving.gguf import CONVERTER
 from drank.serving.remote_code import MODULE
 from drank.steps.release import CHECKSUMS, STATEMENT, checksums
-from tests.conftest import run
+from tests import tiny
+from tests.conftest import reproduce, run
 from tests.test_audit import BYTE_CHANGES, OTHER, VARIANT, broken, edit, findings, link_of
 
 pytestmark = pytest.mark.pipeline
@@ -31,6 +32,22 @@ FORMS = {
     "openvino": ({"openvino": True}, "" if importlib.util.find_spec("openvino") else "openvino is not installed"),
     "gguf": ({"gguf": GgufType.BF16}, "" if os.environ.get(CONVERTER) else f"{CONVERTER} names no converter"),
 }
+
+
+@pytest.fixture(scope="module")
+def project(request, tmp_path_factory):
+    """The reproduced project; with a tokenizer that llama.cpp's converter knows, another one, where there is one."""
+    root = tmp_path_factory.mktemp("module") / "project"
+    if FORMS["gguf"][1]:
+        shutil.copytree(request.getfixturevalue("reproduced"), root, symlinks=True)
+    else:
+        reproduce(root, with_bytes)
+    return root
+
+
+def with_bytes(root):
+    tiny.project(root)
+    tiny.byte_tokenizer().save_pretrained(root / "source/model")
 
 
 @pytest.fixture(scope="module")
