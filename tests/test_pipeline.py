@@ -190,8 +190,9 @@ LAYERS = {
     "planning": {"planning", "project", "model", "steps", "method"},
     "preflight": {"preflight", "planning", "project", "tracking"},
     "tracking": {"tracking", "project", "views"},
-    "audit": {"audit", "project", "model", "steps", "tracking"},
-    "cli": {"cli", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
+    "serving": {"serving", "project", "model", "steps"},
+    "audit": {"audit", "serving", "project", "model", "steps", "tracking"},
+    "cli": {"cli", "audit", "serving", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
 }
 
 

@@ -38,6 +38,21 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
 
 
+def byte_tokenizer():
+    """A BPE of 320 tokens that falls back to bytes, as Llama 2 has one: llama.cpp's converter knows it by its form."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(documents(200, 0), trainer)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+
+
 def llama(**changes):
     """A random two-layer Llama with grouped key/value heads, 4 over 2."""
     from transformers import LlamaConfig, LlamaForCausalLM
