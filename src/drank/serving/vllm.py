@@ -123,8 +123,7 @@ class Parts(LinearMethodBase):
             if spec is not None and spec.basis not in (None, name):
                 _share(module, self.config.parts[spec.basis])
         for tensor in self.inlets:
-            holder, _, own = tensor.rpartition(".")
-            delattr(layer.get_submodule(holder), own)
+            del layer._parameters[tensor]
         layer.weight = layer.parts[0].weight  # vLLM looks at its type and device
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -206,10 +205,8 @@ def _inlet(layer: nn.Module, tensor: str, parts: Mapping[Any, nn.Module]) -> Non
 
     inlet = nn.Parameter(torch.empty(0), requires_grad=False)
     inlet.weight_loader = load  # type: ignore[attr-defined]
-    holder, _, own = tensor.rpartition(".")
-    if holder and not hasattr(layer, holder):
-        layer.add_module(holder, nn.Module())
-    layer.get_submodule(holder).register_parameter(own, inlet)
+    # register_parameter refuses dots; a part may have a `basis`, and another of the same layer a `basis.weight`.
+    layer._parameters[tensor] = inlet
 
 
 def _share(module: Any, owner: Any) -> None:
