@@ -1,37 +1,38 @@
-"""vLLM serves a compressed folder as it is. Its entry point ``vllm.general_plugins`` calls :func:`register`, in every
-process; nothing here is imported unless vLLM runs.
+"""vLLM serves a compressed folder as it is. Its entry point ``vllm.general_plugins`` calls :func:`register` in each of
+its processes; nothing here is imported unless vLLM runs.
 
-vLLM puts linears that share their input into one layer (queries, keys and values; gate and up), and gives each tensor
-of a checkpoint to that layer together with the name of its part. Here such a layer holds our own modules, one per
-part, and calls them one after the other; so every form is served, at any precision, by the arithmetic of
-``drank.model.layers``.
+vLLM puts linears that share their input into one layer (queries, keys and values; gate and up). Here such a layer holds
+drank's own modules, one per linear of the folder, and calls them one after the other: every form is served, at any
+precision, by the arithmetic of ``drank.model.layers``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from drank.model.format import SCALES, FormatError, Spec, parse
-from drank.model.forms import check_specs, class_of, embedding_shapes, grid_of, keys_of
-
-# Fused layer of vLLM -> the modules of a folder that it is made of, by what vLLM calls the part. A folder may have a
-# module of the fused name itself (Phi-3); then it is one part.
-FUSED: dict[str, Mapping[Any, str]] = {
-    "qkv_proj": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
-    "gate_up_proj": {0: "gate_proj", 1: "up_proj"},
-}
+from drank.model.checksums import check_released
+from drank.model.format import FormatError, Spec
+from drank.model.forms import class_of, grid_of, keys_of
+from drank.model.layers import RoundedEmbedding, RoundedHead
+from drank.model.quantizer import DrankConfig
 
 
 class UnsupportedError(ValueError):
-    """vLLM was asked for something that the factors cannot do there; the message says what, and the way out."""
+    """vLLM was asked for something that it cannot do with factors; the message names it, and the way out."""
 
 
 def register() -> None:
@@ -44,13 +45,17 @@ class Factored(QuantizationConfig):
 
     def __init__(self, specs: Mapping[str, Spec]) -> None:
         super().__init__()
-        self.specs, self.parts = dict(specs), dict[str, Any]()
+        self.specs, self.modules = dict(specs), dict[str, nn.Module]()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Factored":
-        specs = parse(config).modules
-        check_specs(specs)
-        return cls(specs)
+        return cls(DrankConfig(**config).specs)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Compares the folder with its checksums: vLLM calls this once it knows where the folder is."""
+        check_released(Path(model_name).glob("*.safetensors"))
+        if getattr(hf_config, "model_type", None) == "gpt2":
+            raise UnsupportedError(f"vLLM transposes the matrices of GPT-2 when it reads them, factors too; {WAY_OUT}")
 
     @staticmethod
     def get_name() -> str:
@@ -70,27 +75,39 @@ class Factored(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer computes; None leaves it to vLLM."""
+        refuse_unsupported(get_current_vllm_config())
         if isinstance(layer, VocabParallelEmbedding):
-            return Embedding(self.specs[prefix]) if prefix in self.specs else None
+            # Some architectures do not tell their embedding its name: there is one, and it is not the head.
+            tables = [name for name, spec in self.specs.items() if spec.form == "embedding"]
+            name = next((n for n in tables if (n == prefix) == isinstance(layer, ParallelLMHead)), None)
+            return None if name is None else Embedding(name, self.specs[name])
+        if isinstance(layer, RoutedExperts):
+            raise UnsupportedError(f"{prefix}: mixtures of experts are not served in factors; {WAY_OUT}")
         if not isinstance(layer, LinearBase):
             return None
+        names = self._names(layer, prefix)
+        return Linears(self, names) if self.specs.keys() & {*names.values()} else UnquantizedLinearMethod()
+
+    def _names(self, layer: LinearBase, prefix: str) -> dict[Any, str]:
+        """The folder's linears in a layer, by what vLLM calls each part of it. A folder may have the layer's own name
+        (Phi-3's fused queries, keys and values); else the table of the architecture says what is fused."""
         parent, _, own = prefix.rpartition(".")
-        fused = {} if prefix in self.specs else FUSED.get(own, {})
-        names = {part: f"{parent}.{module}" for part, module in fused.items()} or {None: prefix}
-        if not self.specs.keys() & set(names.values()):
-            return UnquantizedLinearMethod()
-        return Parts(self, names)
+        fused = self.packed_modules_mapping.get(own, [own])
+        if prefix in self.specs or fused == [own]:
+            return {None: prefix}
+        parts = "qkv" if isinstance(layer, QKVParallelLinear) else range(len(fused))
+        return {part: f"{parent}.{name}" for part, name in zip(parts, fused, strict=True)}
 
 
-class Parts(LinearMethodBase):
-    """The modules of a layer: their outputs, one behind the other."""
+class Linears(LinearMethodBase):
+    """The linears of a layer: their outputs, one behind the other."""
 
     def __init__(self, config: Factored, names: Mapping[Any, str]) -> None:
         self.config, self.names = config, names
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: Sequence[int],
         input_size: int,
@@ -98,120 +115,118 @@ class Parts(LinearMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        refuse_tensor_parallel()
-        sizes = dict(zip(self.names, output_partition_sizes, strict=True))
-        made = {part: self._module(part, input_size, sizes[part], params_dtype) for part in self.names}
-        layer.parts = nn.ModuleList(made.values())
-        # vLLM looks for tensors in the layer itself; it is given empty ones whose loader knows where they belong.
-        self.inlets = sorted({tensor for module in made.values() for tensor in _tensors(module)})
-        for tensor in self.inlets:
-            _inlet(layer, tensor, made)
-        self.config.parts |= {self.names[part]: module for part, module in made.items()}
+        sizes = output_partition_sizes if len(self.names) > 1 else [output_size]
+        modules = {
+            part: self._module(name, input_size, size, layer.has_bias, params_dtype)
+            for (part, name), size in zip(self.names.items(), sizes, strict=True)
+        }
+        kept = {module.out_features / size for module, size in zip(modules.values(), sizes, strict=True)}
+        if len(kept) > 1:
+            raise FormatError(f"{', '.join(self.names.values())} keep different shares of their outputs: {kept}")
+        self.missing = _hold(layer, modules, self.names)
+        self.config.modules |= {self.names[part]: module for part, module in modules.items()}
 
-    def _module(self, part: Any, n_in: int, n_out: int, dtype: torch.dtype) -> nn.Module:
-        spec = self.config.specs.get(self.names[part])
+    def _module(self, name: str, n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> Any:
+        spec = self.config.specs.get(name)
         if spec is None:
-            return nn.Linear(n_in, n_out, bias=False, dtype=dtype)
+            return nn.Linear(n_in, n_out, bias, dtype=dtype)
         n_in, n_out = spec.in_features, spec.out_features
         if spec.form == "dense" and spec.bits is None:
-            return nn.Linear(n_in, n_out, bias=False, dtype=dtype)
-        return class_of(spec)(n_in, n_out, spec.rank or 0, False, dtype=dtype, grid=grid_of(spec), **keys_of(spec))
+            return nn.Linear(n_in, n_out, bias, dtype=dtype)
+        return class_of(spec)(n_in, n_out, spec.rank or 0, bias, dtype=dtype, grid=grid_of(spec), **keys_of(spec))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        for name, module in zip(self.names.values(), layer.parts, strict=True):
+        for name, module in zip(self.names.values(), layer.linears, strict=True):
             spec = self.config.specs.get(name)
             if spec is not None and spec.basis not in (None, name):
-                _share(module, self.config.parts[spec.basis])
-        for tensor in self.inlets:
-            del layer._parameters[tensor]
-        layer.weight = layer.parts[0].weight  # vLLM looks at its type and device
+                shared = _basis(self.config.modules[spec.basis])
+                for key, tensor in shared.items():
+                    parent, _, own = key.rpartition(".")
+                    setattr(module.get_submodule(parent), own, tensor)
+                self.missing -= {f"{name}.{key}" for key in shared}
+        _refuse_missing(self.missing)
+        layer.bias = None  # vLLM's own, which nothing filled: each linear has its part of it
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = torch.cat([module(x) for module in layer.parts], -1) if len(layer.parts) > 1 else layer.parts[0](x)
-        return y if bias is None else y + bias
+        return layer.linears[0](x) if len(layer.linears) == 1 else torch.cat([part(x) for part in layer.linears], -1)
 
 
 class Embedding(QuantizeMethodBase):
-    """Embeddings or a head in 8 bits, multiplied out once: vLLM looks rows up in a table, and ties it to the head."""
+    """Embeddings in 8 bits, an output head, or both where they are tied."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.tokens, self.stored = spec.out_features, dict[str, Tensor]()
+    def __init__(self, name: str, spec: Spec) -> None:
+        self.name, self.spec = name, spec
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: Sequence[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **_: Any,
-    ) -> None:
-        refuse_tensor_parallel()
-        table = nn.Parameter(
-            torch.zeros(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype), requires_grad=False
-        )
-        scales = nn.Parameter(torch.empty(0), requires_grad=False)
+    def create_weights(self, layer: Any, *_: Any, params_dtype: torch.dtype, **__: Any) -> None:
+        sizes = self.spec.in_features, self.spec.out_features
+        table, head = RoundedEmbedding(*sizes, dtype=params_dtype), RoundedHead(*sizes, dtype=params_dtype)
+        head.weight, head.weight_scales = table.weight, table.weight_scales
+        self.missing = _hold(layer, {None: table}, {None: self.name})
+        layer.head = head
 
-        def keep(key: str) -> Callable[..., None]:
-            def load(_: Tensor, loaded: Tensor) -> None:
-                self.stored[key] = loaded
-                if len(self.stored) == len(embedding_shapes(1, 1)):
-                    rows = self.stored["weight"][..., 0] * self.stored[f"weight{SCALES}"]
-                    table.data[: self.tokens] = rows  # vLLM may have rounded the number of tokens up
-                    self.stored.clear()
-
-            return load
-
-        for key, parameter in (("weight", table), (f"weight{SCALES}", scales)):
-            parameter.weight_loader = keep(key)  # type: ignore[attr-defined]
-            layer.register_parameter(key, parameter)
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        layer.linears, layer.head, self.missing = embed_tokens.linears, embed_tokens.head, set()
+        return layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        delattr(layer, f"weight{SCALES}")
+        _refuse_missing(self.missing)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, layer.weight, bias)
+        return layer.head(x) if bias is None else layer.head(x) + bias
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
-        return F.embedding(ids, layer.weight)
+        return layer.linears[0](ids)
 
 
-def refuse_tensor_parallel() -> None:
-    """Raises UnsupportedError where vLLM cuts layers among several devices."""
-    if (n := get_tensor_model_parallel_world_size()) > 1:
-        raise UnsupportedError(
-            f"tensor_parallel_size is {n}: factors are not cut among devices; serve with tensor_parallel_size 1, or the "
-            f"folder that 'drank export --dense' writes"
-        )
+WAY_OUT = "serve the folder that 'drank export --dense' writes"
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+def refuse_unsupported(config: VllmConfig) -> None:
+    """Raises UnsupportedError where vLLM would cut or change the layers."""
+    parallel = config.parallel_config
+    for option, value, most in (
+        ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
+        ("lora_config", config.lora_config, None),
+        ("speculative_config", config.speculative_config, None),
+    ):
+        if value != most:
+            raise UnsupportedError(f"{option} is {value}; a compressed folder is served with {most}, or {WAY_OUT}")
 
 
-def _inlet(layer: nn.Module, tensor: str, parts: Mapping[Any, nn.Module]) -> None:
-    """An empty parameter of the layer, whose loader fills that tensor of a part."""
+def _hold(layer: Any, modules: Mapping[Any, nn.Module], names: Mapping[Any, str]) -> set[str]:
+    """Give a layer these modules and vLLM's loader a way into them; the tensors that are to come, by full name.
 
-    def load(_: Tensor, loaded: Tensor, part: Any = None) -> None:
-        own = _tensors(parts[part]).get(tensor)
-        if own is None or own.shape != loaded.shape:
-            told = "none" if own is None else tuple(own.shape)
-            raise FormatError(
-                f"{tensor} has shape {tuple(loaded.shape)} where config.json makes it {told}: the folder is damaged, "
-                f"copy it again"
-            )
-        own.data.copy_(loaded)
+    The loader hands a layer its tensors under their own names, each with the part that it is of. vLLM's own loading of
+    fused layers would look for one parameter per name, and has no place for a `basis` in one part and a `basis.weight`
+    in another.
+    """
+    layer.linears = nn.ModuleList(modules.values()).requires_grad_(False)
+    missing = {f"{names[part]}.{key}" for part, module in modules.items() for key in module.state_dict()}
 
-    inlet = nn.Parameter(torch.empty(0), requires_grad=False)
-    inlet.weight_loader = load  # type: ignore[attr-defined]
-    # register_parameter refuses dots; a part may have a `basis`, and another of the same layer a `basis.weight`.
-    layer._parameters[tensor] = inlet
+    def load(weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+        for key, loaded in weights:
+            part = getattr(loaded, "shard_id", None)
+            name, own = f"{names[part]}.{key}", modules[part].state_dict().get(key)
+            if own is None or own.shape != loaded.shape:
+                told = "none" if own is None else tuple(own.shape)
+                raise FormatError(
+                    f"{name} is stored with shape {tuple(loaded.shape)}, but config.json makes it {told}: it is not that "
+                    f"of these weights, copy the folder again"
+                )
+            own.copy_(loaded)
+            missing.discard(name)
+            yield key
+
+    layer.load_weights = load
+    return missing
 
 
-def _share(module: Any, owner: Any) -> None:
-    """Give a module the basis of its owner."""
-    holder, _, own = module.basis_name.rpartition(".")
-    for name, tensor in owner.get_submodule(holder).named_parameters(recurse=False):
-        if name.startswith(own):
-            setattr(module.get_submodule(holder), name, tensor)
+def _basis(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors of a basis, rounded or not, in a module that shares it."""
+    return {key: tensor for key, tensor in module.named_parameters() if key.startswith("basis")}
+
+
+def _refuse_missing(names: set[str]) -> None:
+    if names:
+        raise FormatError(f"{min(names)} is in no weight file: the folder is incomplete, copy it again")
