@@ -191,6 +191,7 @@ LAYERS = {
     "preflight": {"preflight", "planning", "project", "tracking"},
     "tracking": {"tracking", "project", "views"},
     "audit": {"audit", "project", "model", "steps", "tracking"},
+    "serving": {"serving", "model"},
     "cli": {"cli", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
 }
 

@@ -1,5 +1,5 @@
-"""vLLM itself serves compressed folders: every form gives the tokens that transformers gives. In an environment of its own:
-`make test-vllm`."""
+"""vLLM itself serves compressed folders: every form gives the tokens that transformers gives, or is refused by name.
+In an environment of its own: `make test-vllm`."""
 
 import json
 import os
@@ -8,21 +8,25 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import drank  # noqa: F401  registers the format
 from tests import tiny
-from tests.compressed import spec, write
+from tests.compressed import GPT2, spec, write
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` has it")
-pytestmark = pytest.mark.timeout(900)
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
+pytestmark = pytest.mark.timeout(1200)
 
-PROMPT, NEW = [5, 17, 101, 42, 7, 9], 10
+CHAMPION = Path(__file__).parents[1] / "data/models/kfac-80"
+PROMPTS, NEW = [[5, 17, 101, 42, 7, 9], [201, 3, 3, 60], [250]], 10
 # vLLM's attention on a CPU wants heads of 32 numbers at least.
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"vocab_size": 320, "num_hidden_layers": 2, "max_position_embeddings": 256}
 QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
          "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
@@ -31,43 +35,65 @@ def layer(i, name):
     return f"model.layers.{i}.{name}"
 
 
-def sharing(name, n_out, n_in, rank, **more):
-    """Two layers' matrices with one basis: in factors, and where `first` and `kept` are given in pivot form."""
-    return {"basis": layer(0, name), **spec("factors", n_out, n_in, rank), **more}
+def shared(name, form, sizes, *own, **more):
+    """Specs of two layers' matrices that have one basis; `own` has the keys of each alone."""
+    return {layer(i, name): spec(form, *sizes, basis=layer(0, name), **keys, **more) for i, keys in enumerate(own)}
 
 
+ROWS = {"first": 0, "kept": 12}, {"first": 12, "kept": 8}
 # Every form, MLPs of unequal widths, parts of one fused layer in different forms, and a part that stayed as it was.
-LLAMA = {
-    layer(0, "self_attn.q_proj"): spec("factors", 128, 128, 30),
-    layer(1, "self_attn.q_proj"): spec("factors", 128, 128, 30, basis=layer(0, "self_attn.q_proj")),
-    layer(0, "self_attn.k_proj"): spec("pivot", 64, 128, 20, basis=layer(0, "self_attn.k_proj"), first=0, kept=12),
-    layer(1, "self_attn.k_proj"): spec("pivot", 64, 128, 20, basis=layer(0, "self_attn.k_proj"), first=12, kept=8),
+FORMS = {
+    **shared("self_attn.q_proj", "factors", (128, 128, 30), {}, {}),
+    **shared("self_attn.k_proj", "pivot", (64, 128, 20), *ROWS),
     layer(0, "self_attn.o_proj"): spec("pivot", 128, 128, 40),
     layer(0, "mlp.gate_proj"): spec("pivot", 96, 128, 40, in_order=True),
     layer(0, "mlp.up_proj"): spec("pivot", 96, 128, 33),
     layer(0, "mlp.down_proj"): spec("dense", 128, 96),
-    layer(1, "mlp.gate_proj"): spec("dense", 160, 128),
-    layer(1, "mlp.up_proj"): spec("factors", 160, 128, 25),
-    layer(1, "mlp.down_proj"): spec("factors", 128, 160, 25),
+    layer(1, "mlp.gate_proj"): spec("dense", 161, 128),
+    layer(1, "mlp.up_proj"): spec("factors", 161, 128, 25),
+    layer(1, "mlp.down_proj"): spec("factors", 128, 161, 25),
 }
+# The same in few bits, and the embedding, to which the head is tied.
+FEW_BITS = {
+    **shared("self_attn.q_proj", "factors", (128, 128, 30), {}, {}, bits=8, group=16),
+    **shared("self_attn.k_proj", "pivot", (64, 128, 20), *ROWS, bits=4, group=10),
+    layer(0, "self_attn.v_proj"): spec("dense", 64, 128, bits=3, group=32),
+    layer(0, "self_attn.o_proj"): spec("pivot", 128, 128, 40, bits=8, group=8),
+    layer(0, "mlp.gate_proj"): spec("pivot", 96, 128, 40, in_order=True, bits=4, group=8),
+    layer(0, "mlp.up_proj"): spec("dense", 96, 128, bits=8, group=16),
+    layer(0, "mlp.down_proj"): spec("dense", 128, 96, bits=4, group=16),
+    "model.embed_tokens": spec("embedding", 320, 128, bits=8),
+}  # fmt: skip
 
 
 def llama():
-    return tiny.llama(**SIZES), LLAMA
+    return tiny.llama(**SIZES), FORMS
+
+
+def few_bits():
+    return tiny.llama(**SIZES), FEW_BITS
 
 
 def qwen():
-    """Biases of queries, keys and values."""
+    """Biases of queries, keys and values; an embedding and a head of its own in 8 bits."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_hidden_layers=2, max_position_embeddings=256, **SIZES))
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
-    own = ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj")
-    sizes = {"self_attn.q_proj": (128, 128), "self_attn.v_proj": (64, 128), "mlp.gate_proj": (192, 128)}
-    return model.eval(), {layer(i, name): spec("pivot", *sizes[name], 24) for i in range(2) for name in own}
+    specs = {layer(i, "self_attn.q_proj"): spec("pivot", 128, 128, 24) for i in range(2)}
+    specs |= {layer(i, "self_attn.v_proj"): spec("dense", 64, 128, bits=8, group=16) for i in range(2)}
+    specs |= {name: spec("embedding", 320, 128, bits=8) for name in ("model.embed_tokens", "lm_head")}
+    return model.eval(), specs
+
+
+def biased():
+    """Biases of MLPs, too, some of channels that are left."""
+    model = tiny.llama(**SIZES, attention_bias=True, mlp_bias=True)
+    specs = {layer(0, f"mlp.{name}_proj"): spec("factors", 96, 128, 30) for name in ("gate", "up")}
+    return model, specs | {layer(0, "mlp.down_proj"): spec("pivot", 128, 96, 30)}
 
 
 def phi():
@@ -75,83 +101,181 @@ def phi():
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    config = Phi3Config(vocab_size=320, num_hidden_layers=2, max_position_embeddings=256,
-                        original_max_position_embeddings=256, pad_token_id=0, **SIZES)  # fmt: skip
+    config = Phi3Config(**SIZES, original_max_position_embeddings=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     specs = {layer(i, "self_attn.qkv_proj"): spec("factors", 256, 128, 40) for i in range(2)}
-    specs |= {layer(0, "mlp.gate_up_proj"): spec("pivot", 2 * 160, 128, 50), layer(0, "mlp.down_proj"): spec("dense", 128, 160)}
+    specs |= {
+        layer(0, "mlp.gate_up_proj"): spec("pivot", 2 * 160, 128, 50),
+        layer(0, "mlp.down_proj"): spec("dense", 128, 160),
+    }
     return Phi3ForCausalLM(config).eval(), specs
 
 
-def gemma():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def gemma(generation="Gemma3Text", **more):
+    import transformers
 
     torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=320, num_hidden_layers=2, max_position_embeddings=256, head_dim=32, sliding_window=64,
-                          query_pre_attn_scalar=32, **SIZES)  # fmt: skip
+    config = getattr(transformers, f"{generation}Config")(**SIZES, head_dim=32, **more)
     specs = {layer(i, "self_attn.q_proj"): spec("factors", 128, 128, 30) for i in range(2)}
     specs |= {layer(1, "mlp.up_proj"): spec("pivot", 192, 128, 60)}
-    return Gemma2ForCausalLM(config).eval(), specs
+    return getattr(transformers, f"{generation.removesuffix('Text')}ForCausalLM")(config).eval(), specs
+
+
+def gemma2():
+    return gemma("Gemma2", sliding_window=64, query_pre_attn_scalar=32)
+
+
+SERVED = {
+    "llama": llama,
+    "few bits": few_bits,
+    "qwen": qwen,
+    "biases": biased,
+    "phi": phi,
+    "gemma 2": gemma2,
+    "gemma 3": gemma,
+}
+
+
+def incomplete(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"{layer(0, 'mlp.up_proj')}.coefficients"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_rank(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules"][layer(0, "self_attn.o_proj")]["rank"] = 39
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def damaged(folder):
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+
+
+REFUSED = {
+    "incomplete": (llama, incomplete, "mlp.up_proj.coefficients is in no weight file: the folder is incomplete"),
+    "another rank": (llama, other_rank, "o_proj.coefficients is stored as torch.float32 of shape (88, 40), but config"),
+    "damaged": (llama, damaged, "model.safetensors: damaged, or changed since it was released"),
+    "gpt2": (lambda: (tiny.gpt2(), GPT2), None, "gpt2: vLLM transposes the matrices"),
+}  # fmt: skip
+
+# One process after the other would spend most of its time on imports.
+PROGRAM = f"""
+import gc, json, sys
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+asked = SamplingParams(temperature=0, max_tokens={NEW}, ignore_eos=True)
+for folder in sys.argv[2:]:
+    try:
+        llm = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True, **json.loads(sys.argv[1]))
+        prompts = [{{"prompt_token_ids": prompt}} for prompt in {PROMPTS}]
+        found = [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, asked, use_tqdm=False)]
+        del llm
+    except Exception as error:
+        found = str(error)
+    print("FOUND", json.dumps([folder, found]), flush=True)
+    gc.collect()
+    cleanup_dist_env_and_memory()
+"""
+
+
+def served(folders, processes="0", **options):
+    """Tokens by folder, or the message where there are none; and all that was printed."""
+    program = [sys.executable, "-c", PROGRAM, json.dumps(options), *map(str, folders)]
+    environment = os.environ | QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": processes}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return dict(map(json.loads, lines)), done.stdout + done.stderr
 
 
 def expected(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.tensor([PROMPT])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
-    return found[0, len(PROMPT) :].tolist()
+    model.generation_config.eos_token_id = None  # go on, as vLLM is told to
+    prompts = [torch.tensor([prompt]) for prompt in PROMPTS]
+    answers = [model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :] for ids in prompts]
+    return [answer.tolist() for answer in answers]
 
 
-PROGRAM = f"""
-import json, sys
-from vllm import LLM, SamplingParams
-llm = LLM(model=sys.argv[1], dtype="float32", max_model_len=64, enforce_eager=True, **json.loads(sys.argv[2]))
-asked = SamplingParams(temperature=0, max_tokens={NEW}, ignore_eos=True)
-print("TOKENS", json.dumps(llm.generate([{{"prompt_token_ids": {PROMPT}}}], asked)[0].outputs[0].token_ids))
-"""
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, family in SERVED.items():
+        write(*family(), root / name)
+    for name, (family, harm, _) in REFUSED.items():
+        write(*family(), root / name)
+        if harm:
+            harm(root / name)
+    return root
 
 
-def served(folder, **options):
-    program = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(options)]
-    done = subprocess.run(program, env=os.environ | QUIET, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    return json.loads(lines[0].removeprefix("TOKENS ")) if lines else done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def answers(folders):
+    champion = [CHAMPION] if CHAMPION.is_dir() else []
+    return served([*(folders / name for name in (*SERVED, *REFUSED)), *champion])
 
 
-@pytest.mark.parametrize("family", [llama, qwen, phi, gemma])
-def test_every_form_gives_the_tokens_of_transformers(family, tmp_path):
-    folder = write(*family(), tmp_path / "model")
-    assert served(folder) == expected(folder)
+@pytest.mark.parametrize("name", SERVED)
+def test_every_form_gives_the_tokens_of_transformers(name, folders, answers):
+    found, printed = answers
+    assert found.get(str(folders / name)) == expected(folders / name), printed[-3000:]
 
 
-def test_tensor_parallelism_is_refused_by_name(tmp_path):
-    folder = write(*llama(), tmp_path / "model")
-    assert "tensor_parallel_size is 2: factors are not cut among devices" in served(folder, tensor_parallel_size=2)
+@pytest.mark.skipif(not CHAMPION.is_dir(), reason="`make run` has not made data/models/kfac-80 here")
+def test_the_default_model_gives_the_tokens_of_transformers(answers):
+    found, printed = answers
+    assert found.get(str(CHAMPION)) == expected(CHAMPION), printed[-3000:]
 
 
-def test_a_server_answers_over_http(tmp_path):
-    folder = write(*llama(), tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port),
-               "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "64", "--served-model-name", "tiny"]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(program, env=os.environ | QUIET, stdout=log, stderr=log)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 300
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_cannot_be_served_is_refused_by_name(name, folders, answers):
+    found, printed = answers
+    message = found.get(str(folders / name), printed[-3000:])
+    assert REFUSED[name][2] in str(message)
+
+
+def test_tensor_parallelism_is_refused_by_name(folders):
+    _, printed = served([folders / "llama"], tensor_parallel_size=2)
+    assert "tensor_parallel_size is 2; a compressed folder is served with 1" in printed
+
+
+class Server:
+    """vLLM's own server of a folder, on a free port of the loopback interface."""
+
+    def __init__(self, folder, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address, self.log = f"http://127.0.0.1:{port}", log
+        options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
+        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options]
+        self.process = subprocess.Popen(
+            [*program, "--served-model-name", "tiny"],
+            env=os.environ | QUIET,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self):
+        deadline = time.monotonic() + 600
         while True:
-            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline
             try:
-                urllib.request.urlopen(f"{address}/health")
-                break
+                urllib.request.urlopen(f"{self.address}/health")
+                return self
             except OSError:
                 time.sleep(1)
-        asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": NEW, "ignore_eos": True,
-                 "return_token_ids": True}  # fmt: skip
-        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"})
-        answer = json.load(urllib.request.urlopen(request))
-        assert answer["choices"][0]["token_ids"] == expected(folder)
-    finally:
-        server.terminate()
-        server.wait(60)
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(60)
+
+    def tokens(self, prompt):
+        asked = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": NEW, "ignore_eos": True}
+        body = json.dumps(asked | {"return_token_ids": True}).encode()
+        request = urllib.request.Request(f"{self.address}/v1/completions", body, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))["choices"][0]["token_ids"]
+
+
+def test_a_server_answers_over_http_with_a_compiled_model(folders, tmp_path):
+    with Server(folders / "few bits", tmp_path / "log") as server:
+        assert [server.tokens(prompt) for prompt in PROMPTS] == expected(folders / "few bits")

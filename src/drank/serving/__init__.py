@@ -1,1 +1,1 @@
-"""Other programs that run a compressed model: what each needs to take the factors as they are."""
+"""Programs that run the factors: one module per runtime."""

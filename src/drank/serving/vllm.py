@@ -55,7 +55,7 @@ class Factored(QuantizationConfig):
         """Compares the folder with its checksums: vLLM calls this once it knows where the folder is."""
         check_released(Path(model_name).glob("*.safetensors"))
         if getattr(hf_config, "model_type", None) == "gpt2":
-            raise UnsupportedError(f"vLLM transposes the matrices of GPT-2 when it reads them, factors too; {WAY_OUT}")
+            raise UnsupportedError(f"gpt2: vLLM transposes the matrices as it reads them, factors too; {WAY_OUT}")
 
     @staticmethod
     def get_name() -> str:
@@ -75,12 +75,14 @@ class Factored(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer computes; None leaves it to vLLM."""
-        refuse_unsupported(get_current_vllm_config())
+        vllm = get_current_vllm_config()
+        refuse_unsupported(vllm)
         if isinstance(layer, VocabParallelEmbedding):
-            # Some architectures do not tell their embedding its name: there is one, and it is not the head.
-            tables = [name for name, spec in self.specs.items() if spec.form == "embedding"]
-            name = next((n for n in tables if (n == prefix) == isinstance(layer, ParallelLMHead)), None)
-            return None if name is None else Embedding(name, self.specs[name])
+            # Some architectures tell only their head its name; the other embedding is that inside the decoder.
+            inside = (name for name, spec in self.specs.items() if spec.form == "embedding" and "." in name)
+            tied = isinstance(layer, ParallelLMHead) and vllm.model_config.hf_text_config.tie_word_embeddings
+            name = next(inside, "") if tied or not prefix else prefix
+            return Embedding(name, self.specs[name]) if name in self.specs else None
         if isinstance(layer, RoutedExperts):
             raise UnsupportedError(f"{prefix}: mixtures of experts are not served in factors; {WAY_OUT}")
         if not isinstance(layer, LinearBase):
@@ -208,11 +210,11 @@ def _hold(layer: Any, modules: Mapping[Any, nn.Module], names: Mapping[Any, str]
         for key, loaded in weights:
             part = getattr(loaded, "shard_id", None)
             name, own = f"{names[part]}.{key}", modules[part].state_dict().get(key)
-            if own is None or own.shape != loaded.shape:
-                told = "none" if own is None else tuple(own.shape)
+            if own is None or (own.shape, own.is_floating_point()) != (loaded.shape, loaded.is_floating_point()):
+                told = "has none" if own is None else f"makes it {own.dtype} of shape {tuple(own.shape)}"
                 raise FormatError(
-                    f"{name} is stored with shape {tuple(loaded.shape)}, but config.json makes it {told}: it is not that "
-                    f"of these weights, copy the folder again"
+                    f"{name} is stored as {loaded.dtype} of shape {tuple(loaded.shape)}, but config.json {told}: it is "
+                    f"not that of these weights, copy the folder again"
                 )
             own.copy_(loaded)
             missing.discard(name)
