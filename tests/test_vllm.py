@@ -151,11 +151,14 @@ def damaged(folder):
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
 
 
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 REFUSED = {
-    "incomplete": (llama, incomplete, "mlp.up_proj.coefficients is in no weight file: the folder is incomplete"),
-    "another rank": (llama, other_rank, "o_proj.coefficients is stored as torch.float32 of shape (88, 40), but config"),
-    "damaged": (llama, damaged, "model.safetensors: damaged, or changed since it was released"),
-    "gpt2": (lambda: (tiny.gpt2(), GPT2), None, "gpt2: vLLM transposes the matrices"),
+    "incomplete": (llama, incomplete, {}, "mlp.up_proj.coefficients is in no weight file: the folder is incomplete"),
+    "another rank": (llama, other_rank, {}, "coefficients is stored as torch.float32 of shape (88, 40), but config"),
+    "damaged": (llama, damaged, {}, "model.safetensors: damaged, or changed since it was released"),
+    "gpt2": (lambda: (tiny.gpt2(), GPT2), None, {}, "gpt2: vLLM transposes the matrices"),
+    "adapters": (llama, None, {"enable_lora": True}, "enable_lora is on: a compressed folder is served on one"),
+    "speculation": (llama, None, {"speculative_config": NGRAMS}, "speculative_config is given: a compressed"),
 }  # fmt: skip
 
 # One process after the other would spend most of its time on imports.
@@ -164,9 +167,9 @@ import gc, json, sys
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 asked = SamplingParams(temperature=0, max_tokens={NEW}, ignore_eos=True)
-for folder in sys.argv[2:]:
+for folder, options in json.loads(sys.argv[1]).items():
     try:
-        llm = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True, **json.loads(sys.argv[1]))
+        llm = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True, **options)
         prompts = [{{"prompt_token_ids": prompt}} for prompt in {PROMPTS}]
         found = [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, asked, use_tqdm=False)]
         del llm
@@ -178,10 +181,10 @@ for folder in sys.argv[2:]:
 """
 
 
-def served(folders, processes="0", **options):
-    """Tokens by folder, or the message where there are none; and all that was printed."""
-    program = [sys.executable, "-c", PROGRAM, json.dumps(options), *map(str, folders)]
-    environment = os.environ | QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": processes}
+def served(options):
+    """Tokens by folder, or the message where there are none; and all that was printed. Given are options by folder."""
+    program = [sys.executable, "-c", PROGRAM, json.dumps({str(folder): own for folder, own in options.items()})]
+    environment = os.environ | QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     return dict(map(json.loads, lines)), done.stdout + done.stderr
@@ -200,7 +203,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for name, family in SERVED.items():
         write(*family(), root / name)
-    for name, (family, harm, _) in REFUSED.items():
+    for name, (family, harm, _, _) in REFUSED.items():
         write(*family(), root / name)
         if harm:
             harm(root / name)
@@ -209,8 +212,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(folders):
-    champion = [CHAMPION] if CHAMPION.is_dir() else []
-    return served([*(folders / name for name in (*SERVED, *REFUSED)), *champion])
+    options = {folders / name: {} for name in SERVED} | {folders / name: row[2] for name, row in REFUSED.items()}
+    return served(options | ({CHAMPION: {}} if CHAMPION.is_dir() else {}))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -229,12 +232,13 @@ def test_the_default_model_gives_the_tokens_of_transformers(answers):
 def test_a_folder_that_cannot_be_served_is_refused_by_name(name, folders, answers):
     found, printed = answers
     message = found.get(str(folders / name), printed[-3000:])
-    assert REFUSED[name][2] in str(message)
+    assert REFUSED[name][3] in str(message)
 
 
-def test_tensor_parallelism_is_refused_by_name(folders):
-    _, printed = served([folders / "llama"], tensor_parallel_size=2)
-    assert "tensor_parallel_size is 2; a compressed folder is served with 1" in printed
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_several_devices_are_refused_by_name(option, folders):
+    _, printed = served({folders / "llama": {option: 2}})
+    assert f"{option} is 2: a compressed folder is served on one device" in printed
 
 
 class Server:

@@ -186,14 +186,16 @@ WAY_OUT = "serve the folder that 'drank export --dense' writes"
 def refuse_unsupported(config: VllmConfig) -> None:
     """Raises UnsupportedError where vLLM would cut or change the layers."""
     parallel = config.parallel_config
-    for option, value, most in (
-        ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
-        ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
-        ("lora_config", config.lora_config, None),
-        ("speculative_config", config.speculative_config, None),
-    ):
-        if value != most:
-            raise UnsupportedError(f"{option} is {value}; a compressed folder is served with {most}, or {WAY_OUT}")
+    asked = {
+        f"tensor_parallel_size is {parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
+        f"pipeline_parallel_size is {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
+        "enable_lora is on": config.lora_config is not None,
+        "speculative_config is given": config.speculative_config is not None,
+    }
+    for option in (option for option, given in asked.items() if given):
+        raise UnsupportedError(
+            f"{option}: a compressed folder is served on one device, without adapters and drafts. Leave it out, or {WAY_OUT}"
+        )
 
 
 def _hold(layer: Any, modules: Mapping[Any, nn.Module], names: Mapping[Any, str]) -> set[str]:
