@@ -194,7 +194,8 @@ def refuse_unsupported(config: VllmConfig) -> None:
     }
     for option in (option for option, given in asked.items() if given):
         raise UnsupportedError(
-            f"{option}: a compressed folder is served on one device, without adapters and drafts. Leave it out, or {WAY_OUT}"
+            f"{option}: a compressed folder is served on one device, without adapters and drafts; leave it out, or "
+            f"{WAY_OUT}"
         )
 
 
