@@ -33,7 +33,7 @@ def project(toy_project):
 
 
 def promote(root: Path, variant: str) -> str:
-    """Output of the command, after a commit where dvc.yaml had another champion; its error, if it has one, is raised."""
+    """Output of the command, after a commit where dvc.yaml had another champion; an error is raised."""
     result = CliRunner().invoke(commands, ["promote", variant, "--root", str(root)])
     if isinstance(result.exception, UncommittedError) and "then promote again" in str(result.exception):
         commit(root)
@@ -95,7 +95,9 @@ def test_a_folder_is_one_version_whatever_is_promoted_when_and_the_tag_follows_t
         promote(project, variant)
         champion = Runs(project).client.get_model_version_by_alias("drank", "champion")
         assert (champion.tags["drank.variant"], int(champion.version)) == (variant, version)
-        assert f"variant: {variant}\n" in run(project, "git", "tag", "-l", "--format=%(contents)", f"champion@v{tagged}.*")
+        assert f"variant: {variant}\n" in run(
+            project, "git", "tag", "-l", "--format=%(contents)", f"champion@v{tagged}.*"
+        )
 
     def seen():
         return run(project, "git", "for-each-ref", "refs/tags"), [dict(version) for version in versions(project)]
@@ -224,7 +226,7 @@ def test_variants_of_experiments_are_tracked_and_compared_by_dvc_alike(project):
 
 
 def test_dvc_gets_the_champion_from_a_repository_by_version_and_stage(project, tmp_path):
-    """`dvc artifacts get` as somebody without drank runs it: from another folder, out of a remote, cache and all gone."""
+    """`dvc artifacts get` as somebody without drank runs it, from another folder; the remote alone has the weights."""
 
     def got(*options: str) -> str:
         here = tmp_path / "-".join(("got", *options)).replace("/", "-")
@@ -254,9 +256,13 @@ def test_a_new_champion_is_written_into_dvc_yaml_in_one_line_and_must_be_committ
     for said in (r"is data/models/dense now, .* `git commit -m 'Champion: dense'", "not committed as they are"):
         with pytest.raises(UncommittedError, match=said):
             command("dense", project)
-    assert (project / "dvc.yaml").read_text() == before.replace("path: data/models/d-rank-80", "path: data/models/dense")
+    assert (project / "dvc.yaml").read_text() == before.replace(
+        "path: data/models/d-rank-80", "path: data/models/dense"
+    )
     assert not run(project, "git", "tag")
     (project / "dvc.yaml").write_text(before[: before.index("artifacts:")])
     commit(project)
-    with pytest.raises(TagError, match="(?s)no artifact `champion` .* add it, and commit it:.* path: data/models/dense"):
+    with pytest.raises(
+        TagError, match="(?s)no artifact `champion` .* add it, and commit it:.* path: data/models/dense"
+    ):
         command("dense", project)

@@ -42,7 +42,7 @@ def promote(
     ],
     root: Root = Path(),
 ) -> None:
-    """Make a variant the champion: in MLflow's registry by an alias, in DVC's by a tag of git. No weights are copied."""
+    """Make a variant the champion: an alias in MLflow's registry, and a tag of git for DVC's. No weights are copied."""
     from drank.project.params import read_params
     from drank.tracking import open_store, prepare, set_champion
     from drank.tracking.projection import git_tags, held_state

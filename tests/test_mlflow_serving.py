@@ -1,4 +1,4 @@
-"""Programs that serve released folders, each the real one, against transformers' `generate`."""
+"""MLflow's own server over released folders, against transformers' `generate`."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import sys
 import tempfile
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import mlflow
 import pytest
