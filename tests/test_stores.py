@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from drank.cli import commands
-from drank.cli.promote import TagError
+from drank.cli.promote import TagError, UncommittedError, declare
 from drank.cli.promote import promote as command
 from drank.preflight import preflight
 from drank.project import git
@@ -28,7 +28,7 @@ from drank.tracking.names import LONGEST_NAME, LONGEST_PARAM, name_of, named
 from drank.tracking.store import Store, sqlite_file, sqlite_uri
 from tests import conftest
 from tests.test_promote import promote
-from tests.toy import REPOSITORY, VARIANTS, Runs, run, serving
+from tests.toy import REPOSITORY, VARIANTS, Runs, commit, run, serving
 
 SOURCE = REPOSITORY / "src"
 
@@ -255,6 +255,9 @@ def with_hook(root):
 
 def test_where_git_refuses_nothing_moves(toy_project):
     promote(toy_project, "dense")
+    with pytest.raises(UncommittedError):
+        declare(toy_project, "d-rank-80")
+    commit(toy_project)
     kept = shutil.copytree(toy_project / ".git", toy_project.parent / "kept")
     for refuse in (
         config(("tag.gpgSign", "true"), ("gpg.program", "/nowhere/gpg")),
