@@ -128,7 +128,7 @@ def test_no_secret_of_an_address_is_said(toy_project, monkeypatch, capfd, addres
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(NOBODY))
     assert WORD not in "".join(finding.text for finding in preflight(toy_project))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for asked in (["track"], ["promote", "dense"]):
+    for asked in (["track"], ["promote", "d-rank-80"]):
         monkeypatch.setattr("sys.argv", ["drank", *asked, "--root", str(toy_project)])
         with pytest.raises(SystemExit) as end:
             run_app(commands)
