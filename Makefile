@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 # What touches the insides of transformers, mlflow, dvc and lm-eval: the part of the tests that their versions can break.
 VERSION_TESTS := $(patsubst %,tests/test_%.py,hooks plugin loading modules offload substitution sources export evaluation \
-	stage pipeline remote tracking promote audit)
+	stage pipeline remote tracking promote audit mlflow_serving)
 
 .PHONY: run test test-ui test-vllm test-oldest test-newest check lock clean
 
