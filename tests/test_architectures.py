@@ -20,7 +20,8 @@ from drank.project.files import read_json
 from tests import tiny
 
 # Fused matrices, biases, norms in other places, Conv1D, and experts, whose weights stay as they are.
-ARCHITECTURES = "llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt2", "gpt_neox", "olmo2", "mixtral"
+MIXTURES = "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"
+ARCHITECTURES = "llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt2", "gpt_neox", "olmo2", *MIXTURES
 SPECTRA = {
     "input-pairs": {"metric": "input", "units": "group", "layers": 2, "even_with_grouped_heads": True},
     "kfac": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5]},

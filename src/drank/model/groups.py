@@ -8,8 +8,19 @@ from torch import nn
 from drank.model.linears import Linear
 
 # Matrices that read the residual stream; what they share across layers is a basis of their inputs. Output and down
-# projections read what is private to their layer (D-Rank, section 4; Basis Sharing, section 3).
-GROUPED_ROLES = ("query", "key", "value", "query_key_value", "gate", "up", "gate_up")
+# projections read what is private to their layer (D-Rank, section 4; Basis Sharing, section 3), and so do those that
+# read a latent.
+GROUPED_ROLES = (
+    "query",
+    "key",
+    "value",
+    "query_key_value",
+    "query_latent",
+    "key_value_latent",
+    "gate",
+    "up",
+    "gate_up",
+)
 
 
 @dataclass(frozen=True)

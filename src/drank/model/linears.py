@@ -23,6 +23,11 @@ ENDS = {
     "query": "q_proj Wq",
     "key": "k_proj Wk",
     "value": "v_proj Wv",
+    # Multi-head latent attention (DeepSeek): what makes a latent of the residual stream, and what reads one.
+    "query_latent": "q_a_proj",
+    "key_value_latent": "kv_a_proj_with_mqa",
+    "query_of_latent": "q_b_proj",
+    "key_value_of_latent": "kv_b_proj",
     "query_key_value": "qkv_proj query_key_value c_attn Wqkv",
     "output": "o_proj out_proj attn.Wo attention.dense self_attention.dense self_attn.dense attn.c_proj",
     "gate": "gate_proj feed_forward.w1",
