@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from drank.model.linears import Linear
+from drank.model.linears import Linear, in_list
 
 # Matrices that read the residual stream; what they share across layers is a basis of their inputs. Output and down
 # projections read what is private to their layer (D-Rank, section 4; Basis Sharing, section 3), and so do those that
@@ -41,9 +41,9 @@ def find_groups(
 ) -> list[tuple[Linear, ...]]:
     """Tuples of up to ``n_layers`` linears of one kind and shape in consecutive layers; single ones where none is due.
 
-    Kinds outside GROUPED_ROLES stay single. So does everything where the model has grouped key/value heads (the paper's
-    rule for grouped-query attention), unless ``even_with_grouped_heads``. Tuples are in the order of their first
-    linears.
+    Kinds outside GROUPED_ROLES stay single, and so do experts, whose numbers say nothing across layers. So does
+    everything where the model has grouped key/value heads (the paper's rule for grouped-query attention), unless
+    ``even_with_grouped_heads``. Tuples are in the order of their first linears.
     """
     if has_grouped_heads(linears) and not even_with_grouped_heads:
         n_layers = 1
@@ -53,7 +53,7 @@ def find_groups(
         key = linear.kind, linear.out_features, linear.in_features
         group = last.get(key, [])
         follows = bool(group) and len(group) < n_layers and linear.layer == group[-1].layer + 1
-        if linear.role in GROUPED_ROLES and follows:
+        if linear.role in GROUPED_ROLES and follows and not in_list(linear.name):
             group.append(linear)
         else:
             last[key] = [linear]

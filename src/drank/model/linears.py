@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drank.model.experts import ExpertsAsLinears
+
 # Ends of modules' names by role. A linear that is not listed is compressed like any other; only rules that name a role
 # (query/key -> value rebalancing, groups, MLPs that lose channels) pass it by.
 ENDS = {
@@ -109,8 +111,8 @@ def survey(
 
     Never compressed, whatever the patterns: the output head, what is outside a numbered layer, weights of which
     another module has the same, modules that do more than W x + b, and matrices of one row or column. Weights that
-    belong to no linear are those of experts, as transformers keeps them (experts, out, in), of routers and
-    of convolutions.
+    belong to no linear are those of experts, as transformers keeps them (experts, out, in) and ``experts.unfuse`` has
+    not taken them apart, of routers and of convolutions.
 
     Args:
         targets: class names (``Linear``), module names or ends of them (``q_proj``, ``mlp.up_proj``), or regular
@@ -160,7 +162,8 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
     """For each linear the name of the first linear that reads the same tensor (itself, where it reads alone).
 
     Found by looking, not by name: one forward pass over ids (batch, tokens), comparing the very tensor objects. An
-    expert, a linear in a numbered list within its layer, may see none of these few tokens; it then reads alone.
+    expert, a linear in a numbered list within its layer, may see none of these few tokens; it then reads alone, but for
+    those of ``ExpertsAsLinears``, each of which is shown a token.
 
     Raises:
         UnreachedError: a linear that is no expert is not called in the forward pass.
@@ -174,11 +177,19 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
         for linear in linears:
             hooks.enter_context(linear.module.register_forward_pre_hook(remember(linear.name)))
         model(input_ids=ids, use_cache=False)
-    missed = [x.name for x in linears if x.name not in seen and len(re.findall(r"\.\d+\.", x.name)) < 2]
+        for experts in model.modules():
+            if isinstance(experts, ExpertsAsLinears):
+                experts.show_all()
+    missed = [x.name for x in linears if x.name not in seen and not in_list(x.name)]
     if missed:
         raise unreached("no token went through", missed)
     owners: dict[int, str] = {}
     return {x.name: owners.setdefault(id(seen.get(x.name, x.module)), x.name) for x in linears}
+
+
+def in_list(name: str) -> bool:
+    """True for a linear in a numbered list within its layer, as experts are."""
+    return len(re.findall(r"\.\d+\.", name)) > 1
 
 
 def unreached(what: str, names: Sequence[str]) -> UnreachedError:
@@ -226,8 +237,8 @@ def _reasons(
         yield others and f"the same tensor as {_starred(others[0])}"
         yield kind in peculiar and f"{kind.__name__} computes something else than W x + b"
         yield min(_shape(module)) == 1 and "a single row or column: no rank is smaller"
-        yield not any(_matches(pattern, name, module) for pattern in targets) and "matches no target"
-        yield from (f"ignored: {pattern}" for pattern in ignore if _matches(pattern, name, module))
+        yield not any(matches(pattern, name, module) for pattern in targets) and "matches no target"
+        yield from (f"ignored: {pattern}" for pattern in ignore if matches(pattern, name, module))
 
     found = {name: next(filter(None, reasons(name, module)), None) for name, module in owners.items()}
     return {name: reason for name, reason in found.items() if reason}
@@ -287,7 +298,7 @@ def _starred(name: str) -> str:
 def _check_patterns(key: str, patterns: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
     for pattern in patterns:
         try:
-            found = any(_matches(pattern, name, module) for name, module in modules.items())
+            found = any(matches(pattern, name, module) for name, module in modules.items())
         except re.error as error:
             raise PatternError(f"covariance.{key}: {pattern!r} is no regular expression: {error}") from None
         if not found:
@@ -299,7 +310,8 @@ def _check_patterns(key: str, patterns: Iterable[str], modules: Mapping[str, nn.
             )
 
 
-def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+def matches(pattern: str, name: str, module: nn.Module) -> bool:
+    """True if a pattern of ``targets`` or ``ignore`` is of the module of that name."""
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     if name == pattern or name.endswith("." + pattern):

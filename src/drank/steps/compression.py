@@ -12,6 +12,7 @@ from drank.method.pivot import pivot_rows, split_group
 from drank.method.precisions import FULL
 from drank.method.spectrum import factors
 from drank.method.threads import side_by_side
+from drank.model.experts import expert_of, unfuse
 from drank.model.folding import Origin, Stored, Tensors, fold_channel_order
 from drank.model.layers import places
 from drank.model.linears import is_conv1d
@@ -74,6 +75,7 @@ def compress(
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
+    unfuse(model, [name for unit in units for name in unit["members"]])
     width = max((max(unit["out_features"], unit["in_features"]) for unit in units), default=0)
     of_units = side_by_side(lambda unit: list(_stored(model, unit, spectrum, rounding.group)), units, width)
     stored = [module for modules in of_units for module in modules]
@@ -134,7 +136,8 @@ def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors, group:
         origins = [_origin(weight, **channels) for weight in weights]
     if form == "dense":
         for name, weight, origin in zip(members, weights, origins, strict=True):
-            if removed or origin:
+            # One that is dense is told too: by the names in config.json the loader knows which experts are linears.
+            if removed or origin or expert_of(model, name):
                 yield Stored(name, {"form": form, **sizes}, removed or {"weight": weight}, origin)
         return
     left, right = factors(torch.cat(weights), **spectrum.rows(f"factors/{unit['factors']}", unit["rank"]))

@@ -18,6 +18,7 @@ from drank.method.spectrum import Metric, effective_rank, gram_spectrum, whitene
 from drank.method.spectrum import Spectrum as Factored
 from drank.method.threads import side_by_side
 from drank.model.divergence import divergence_from
+from drank.model.experts import unfuse
 from drank.model.groups import Mlp, find_groups, find_mlps
 from drank.model.linears import Linear, find_linears
 from drank.model.perplexity import perplexity, window_nats
@@ -63,7 +64,10 @@ def factorise(
         sensitivity windows, by linear and ratio ``sensitivity``, the perplexity with that linear truncated, or
         ``divergence``, how far predictions move then.
     """
-    linears, work = find_linears(model, on.targets, on.ignore), _Work(asked, covariances, described, on.device, store)
+    work, owners = _Work(asked, covariances, described, on.device, store), described["owners"]
+    unfuse(model, owners)
+    # An expert that saw too few tokens has no covariance, and stays as it is.
+    linears = [linear for linear in find_linears(model, on.targets, on.ignore) if linear.name in owners]
     mlps = find_mlps(model, linears) if UNITS[asked.units].loses_channels else []
     of_mlps = [(*mlp.before, mlp.down) for mlp in mlps]
     in_mlps = {linear.name for matrices in of_mlps for linear in matrices}
@@ -75,7 +79,6 @@ def factorise(
         metrics = work.metrics()
         return [(i, work.unit(groups[i], metrics) if i < n else work.block(mlps[i - n], metrics)) for i in indices]
 
-    owners = described["owners"]
     inputs = [list(same) for _, same in groupby(_shared_out(members, group), lambda i: owners[members[i][0].name])]
     # A GPU has one matrix at a time.
     width = max(max(x.out_features, x.in_features) for x in linears) if on.device == "cpu" else math.inf
