@@ -69,6 +69,10 @@ def test_mlps_with_and_without_a_gate():
     assert first.name == "model.layers.0.mlp"
     assert [linear.kind for linear in first.before] == ["gate_proj", "up_proj"]
     assert (first.down.kind, first.n_channels, second.down.layer) == ("down_proj", 64, 1)
+    fused = mlps(tiny.decoder("phi3"), ["re:.*"])[0]
+    assert [linear.kind for linear in fused.before] == ["gate_up_proj"]
+    assert fused.rows(fused.before[0], torch.tensor([0, 5])).tolist() == [0, 5, 64, 69]
+    assert first.rows(first.before[1], torch.tensor([0, 5])).tolist() == [0, 5]
     gpt2 = mlps(tiny.gpt2(), ["re:.*"])
     assert [[linear.kind for linear in mlp.before] for mlp in gpt2] == [["c_fc"], ["c_fc"]]
 

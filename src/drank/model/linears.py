@@ -37,6 +37,8 @@ ENDS = {
     "gate_up": "gate_up_proj mlp.Wi",
     "down": "down_proj fc2 fc_out dense_4h_to_h mlp.c_proj mlp.Wo feed_forward.w2",
 }
+# Rows per channel of the matrices before an MLP's nonlinearity.
+PARTS = {"gate": 1, "up": 1, "gate_up": 2}
 ROLES = {end: role for role, ends in ENDS.items() for end in ends.split()}
 
 

@@ -33,7 +33,7 @@ from drank.model.experts import fuse, unfuse
 from drank.model.format import FORMAT_VERSION, SCALES, ZEROS, FormatError, Spec, parse
 from drank.model.forms import check_specs, class_of, grid_of, keys_of
 from drank.model.layers import LowRankLinear, RoundedEmbedding, RoundedHead
-from drank.model.linears import role_of
+from drank.model.linears import PARTS, role_of
 
 METHOD = "drank"
 # Keys that transformers looks for in any quantization_config, and would do to ours.
@@ -406,7 +406,7 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
         return new
     n_out, n_in = _sizes(original)
     # A fused gate and up projection is split in the middle: each half gets its own zeros.
-    parts = 2 if role_of(name) == "gate_up" else 1
+    parts = PARTS.get(role_of(name) or "", 1)
     weight = weight.T if isinstance(module, Conv1D) else weight
     weight = _padded(F.pad(weight, (0, n_in - weight.shape[1])), n_out, parts)
     new.weight.copy_(weight.T if isinstance(new, Conv1D) else weight)

@@ -15,7 +15,7 @@ from drank.method.threads import side_by_side
 from drank.model.experts import expert_of, unfuse
 from drank.model.folding import Origin, Stored, Tensors, fold_channel_order
 from drank.model.layers import places
-from drank.model.linears import is_conv1d
+from drank.model.linears import PARTS, is_conv1d
 from drank.model.quantizer import attach
 from drank.model.rounded import Rounding, rounded, rounded_embeddings
 
@@ -187,17 +187,20 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor, Sequence[str]], Laid]] = {"factors"
 
 
 def _removed_channels(module: Any, unit: Mapping[str, Any], spectrum: Factors) -> tuple[Tensors, Tensor | None]:
-    """Weight, and bias if any, of an MLP's matrix after the removal of channels, and the numbers of those kept; nothing
-    where none was removed."""
+    """Weight, and bias if any, of an MLP's matrix after the removal of channels, and the numbers of its rows that are
+    kept, or of the columns of down; nothing where none was removed."""
     weight = _weight(module)
     if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
         return {}, None
-    down = unit["role"] == "down"
-    cut = spectrum[f"cuts/{unit['name'].rpartition('.')[0]}.{unit['in_features' if down else 'out_features']}"]
-    tensors = {"weight": cut["down"] if down else weight[cut["alive"]]}
-    if module.bias is not None and not down:
-        tensors["bias"] = module.bias[cut["alive"]]
-    return tensors, cut["alive"]
+    mlp, down, parts = unit["name"].rpartition(".")[0], unit["role"] == "down", PARTS.get(unit["role"], 1)
+    cut = spectrum[f"cuts/{mlp}.{unit['in_features'] if down else unit['out_features'] // parts}"]
+    if down:
+        return {"weight": cut["down"]}, cut["alive"]
+    rows = torch.cat([cut["alive"] + start for start in range(0, len(weight), len(weight) // parts)])
+    tensors = {"weight": weight[rows]}
+    if module.bias is not None:
+        tensors["bias"] = module.bias[rows]
+    return tensors, rows
 
 
 def _weight(module: Any) -> Tensor:

@@ -194,14 +194,18 @@ class _Work:
         kept = [round(mlp.n_channels * (1 - share)) for share in self.asked.cuts]
         offered = remove_channels(W[mlp.down.name], H_down.covariance, G_down, kept)
         alive = [cut.alive for cut in offered]
-        grams = {x.name: row_grams(W[x.name], sides[x.name][1].covariance, alive) for x in mlp.before}
+        grams = {
+            x.name: row_grams(W[x.name], sides[x.name][1].covariance, [mlp.rows(x, channels) for channels in alive])
+            for x in mlp.before
+        }
         rounded = {linear.name: self.rounded(W[linear.name].float(), H) for linear in mlp.before}
         cuts = []
-        for rows, down, loss, gram in offered:
-            suffix, matrices = "" if len(rows) == mlp.n_channels else f".{len(rows)}", []
+        for channels, down, loss, gram in offered:
+            suffix, matrices = "" if len(channels) == mlp.n_channels else f".{len(channels)}", []
             if suffix:
-                self.store[f"cuts/{mlp.name}{suffix}"] = {"alive": rows.cpu(), "down": down.float().cpu()}
+                self.store[f"cuts/{mlp.name}{suffix}"] = {"alive": channels.cpu(), "down": down.float().cpu()}
             for linear in mlp.before:
+                rows = mlp.rows(linear, channels)
                 of_rows, weight = next(grams[linear.name]), W[linear.name][rows]
                 G = sides[linear.name][1].covariance
                 if len(rows) > linear.in_features:
@@ -211,13 +215,13 @@ class _Work:
                 row = self.write(linear.name + suffix, (linear,), weight, spectrum)
                 by_row = [of_bits[rows] for of_bits in rounded[linear.name]]
                 matrices.append(row | self.rounding(by_row, G.diagonal()[rows]))
-            if len(down) <= len(rows):
+            if len(down) <= len(channels):
                 spectrum = gram_spectrum(gram, G_down)
             else:
-                spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[rows][:, rows]), G_down)
+                spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[channels][:, channels]), G_down)
             row = self.write(mlp.down.name + suffix, (mlp.down,), down, spectrum) | {"base_loss": loss}
-            row |= self.rounding(self.rounded(down.float(), H_down, rows), G_down.covariance.diagonal())
-            cuts.append({"channels": len(rows), "matrices": [*matrices, row]})
+            row |= self.rounding(self.rounded(down.float(), H_down, channels), G_down.covariance.diagonal())
+            cuts.append({"channels": len(channels), "matrices": [*matrices, row]})
         return {"name": mlp.name, "channels": mlp.n_channels, "cuts": cuts}
 
     def rounded(self, weight: Tensor, H: Metric, inputs: Tensor | slice = slice(None)) -> list[Tensor]:
