@@ -207,6 +207,17 @@ def test_a_folder_whose_experts_alone_are_compressed_loads_saves_and_becomes_pla
     assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
 
 
+def test_experts_that_no_spec_names_stay_fused(tmp_path):
+    """A folder of before, or one whose experts were ignored."""
+    name = "model.layers.0.self_attn.o_proj"
+    model = attach(mixture(), {name: spec("factors", 32, 32, 5)}, PROVENANCE)
+    randomise(model.get_submodule(name))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert type(again.get_submodule(EXPERTS)).__name__ == "MixtralExperts"
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_without_drank_such_a_folder_does_not_load(folder):
     code = (
         "import sys\n"
