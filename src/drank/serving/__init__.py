@@ -1,0 +1,1 @@
+"""Programs that run the factors: one module per runtime."""
