@@ -191,7 +191,8 @@ LAYERS = {
     "preflight": {"preflight", "planning", "project", "tracking"},
     "tracking": {"tracking", "project", "views"},
     "audit": {"audit", "project", "model", "steps", "tracking"},
-    "cli": {"cli", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
+    "serving": {"serving", "model", "project"},
+    "cli": {"cli", "serving", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
 }
 
 

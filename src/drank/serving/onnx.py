@@ -59,9 +59,7 @@ def genai_config(model: Any, heads: int, width: int) -> dict[str, Any]:
     return {
         "model": {
             "type": "decoder",  # any decoder whose inputs and outputs are named below
-            "bos_token_id": generation.bos_token_id or 0,
-            "eos_token_id": generation.eos_token_id,
-            "pad_token_id": _first(generation.pad_token_id, generation.eos_token_id),
+            **_special(config.vocab_size, generation),
             "context_length": length,
             "vocab_size": config.vocab_size,
             "decoder": {
@@ -176,7 +174,13 @@ def exported(model: Any, arguments: tuple[Any, ...]) -> Any:
         )
 
 
-def _first(*found: Any) -> int:
-    """The first token id that there is; 0 if there is none."""
-    given = [each[0] if isinstance(each, list) else each for each in found if each is not None]
-    return given[0] if given else 0
+def _special(n_tokens: int, generation: Any) -> dict[str, Any]:
+    """Ids of special tokens, as onnxruntime-genai wants them: all there, and ones that the model has."""
+
+    def ids(name: str) -> list[int]:
+        found = getattr(generation, name)
+        return [i for i in (found if isinstance(found, list) else [found]) if i is not None and i < n_tokens]
+
+    end = ids("eos_token_id") or [n_tokens - 1]
+    pad, begin = ids("pad_token_id") or end, ids("bos_token_id") or end
+    return {"bos_token_id": begin[0], "eos_token_id": end, "pad_token_id": pad[0]}

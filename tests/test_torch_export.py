@@ -1,0 +1,102 @@
+"""torch.export of every form, which ONNX, OpenVINO and AOTInductor stand on."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from drank.method.precisions import Grid
+from drank.model.layers import RoundedEmbedding, RoundedLinear
+from drank.serving.graph import CachedDecoder, GraphError, example, graph_model, load
+from tests import graphs
+from tests.compressed import randomise
+from tests.test_modules import FACTORS, IN_ORDER, PIVOT, SHARED
+
+N_IN = 24
+
+
+def few(kind, **keys):
+    """A layer of 4 bits of random integers."""
+    module = kind(N_IN, 20, 9, True, dtype=torch.float32, grid=Grid(4, 8), **keys)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            nn.init.normal_(parameter, std=0.1)
+        else:
+            parameter.data.random_(0, 256)
+    return module
+
+
+def eight():
+    """An embedding of 8 bits."""
+    module = RoundedEmbedding(N_IN, 20, dtype=torch.float32)
+    module.weight.data.random_(-127, 128)
+    nn.init.normal_(module.weight_scales, std=0.1)
+    return module
+
+
+LAYERS = {
+    "factors": lambda: randomise(FACTORS(N_IN, 20, 9, True)),
+    "pivot": lambda: randomise(PIVOT(N_IN, 20, 9, True)),
+    "pivot in order": lambda: randomise(IN_ORDER(N_IN, 20, 9, False)),
+    "shared pivot": lambda: randomise(SHARED(N_IN, 20, 9, True)),
+    "factors of 4 bits": lambda: few(FACTORS),
+    "pivot of 4 bits": lambda: few(PIVOT),
+    "linear of 4 bits": lambda: few(RoundedLinear),
+    "embedding of 8 bits": eight,
+}  # A head of 8 bits asks how many tokens there are, so that its program is for one number; graphs have a plain one.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", LAYERS)
+def test_a_layer_saved_as_a_program_computes_the_same_for_any_number_of_tokens(form, tmp_path):
+    layer = LAYERS[form]().eval()
+    inputs = [torch.randint(20, (2, n)) if "embedding" in form else torch.randn(2, n, N_IN) for n in (5, 7)]
+    free = {0: Dim("batch", max=8), 1: Dim("tokens", max=64)}
+    torch.export.save(torch.export.export(layer, (inputs[0],), dynamic_shapes=(free,)), tmp_path / "layer.pt2")
+    program = torch.export.load(tmp_path / "layer.pt2").module()
+    for x in inputs:
+        torch.testing.assert_close(program(x), layer(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", graphs.MODELS)
+def test_a_decoder_with_its_cache_as_a_program_computes_what_the_model_computes(name, tmp_path):
+    folder = graphs.write(name, tmp_path)
+    model = graph_model(load(folder))
+    arguments = example(model)
+    D, n = Dim.DYNAMIC, len(arguments[3])
+    shapes = ({0: D, 1: D}, {0: D, 1: D}, {0: D, 1: D}, [({0: D, 2: D}, {0: D, 2: D})] * n)
+    program = torch.export.export(CachedDecoder(model), arguments, dynamic_shapes=shapes, strict=False).module()
+    ids, cache = graphs.prompt(), [tuple(each[:1, :, :0] for each in pair) for pair in arguments[3]]
+    positions = torch.arange(9)[None]
+    _, cache = program(ids[:, :6], torch.ones(1, 6, dtype=torch.long), positions[:, :6], cache)
+    logits, _ = program(ids[:, 6:], torch.ones(1, 9, dtype=torch.long), positions[:, 6:], cache)
+    torch.testing.assert_close(logits[:, 0], graphs.loaded(folder)(ids).logits[:, -1], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_aotinductor_compiles_every_form(tmp_path):
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler, which AOTInductor needs")
+    layers = [make() for form, make in LAYERS.items() if "embedding" not in form]
+
+    class All(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x):
+            return torch.stack([layer(x) for layer in self.layers])
+
+    every, free = All().eval(), {0: Dim("tokens", min=2, max=64)}
+    exported = torch.export.export(every, (torch.randn(5, N_IN),), dynamic_shapes=(free,))
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layers.pt2"))
+    x = torch.randn(7, N_IN)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), every(x), rtol=0, atol=1e-4)
+
+
+def test_numbers_that_no_graph_computes_in_are_refused(tmp_path):
+    with pytest.raises(GraphError, match="bits is 4; a graph has floating-point numbers of 32 or 16 bits"):
+        load(tmp_path, 4)
