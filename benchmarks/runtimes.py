@@ -1,9 +1,9 @@
 """Which runtime makes a compressed model faster than the dense one? Ratios of times, all routes and models in turns.
 
 ``python -m benchmarks.runtimes EXPORTS DENSE COMPRESSED ... [--routes ...] [--prompt 128] [--new 32]``. Folders of
-models, the dense one first; graphs are written into EXPORTS once. "of dense" is the time over that of the dense model by
-the same route, round by round, and "of torch" over that of the same model by the first route; below 1 is faster. The
-prompt is one text; decoding is single tokens behind it, each route with a cache of its own kind.
+models, the dense one first; graphs are written into EXPORTS once. "of dense" is the time over that of the dense model
+by the same route, round by round, and the last column over that of the same model by the first route; below 1 is
+faster. The prompt is one text; decoding is single tokens behind it, each route with a cache of its own kind.
 """
 
 from collections.abc import Callable

@@ -8,11 +8,11 @@ from drank.serving.graph import GraphError
 from drank.serving.onnx import write
 from tests import graphs
 
-for module in ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'drank[onnx]'")
-import onnx
-import onnxruntime
-import onnxruntime_genai
+REASON = "not installed: pip install 'drank[onnx]'"
+onnx = pytest.importorskip("onnx", reason=REASON)
+pytest.importorskip("onnxscript", reason=REASON)
+onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
+onnxruntime_genai = pytest.importorskip("onnxruntime_genai", reason=REASON)
 
 PROVENANCE = {"drank.variant": "kfac-80", "drank.allocation_sha256": "0" * 64}
 N = 8

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from drank.serving import onnx
 from drank.serving.openvino import convert
 from tests import graphs
 
-for module in ("onnx", "onnxscript", "openvino", "nncf"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'drank[openvino]'")
-import openvino
-
-from drank.serving import onnx
+REASON = "not installed: pip install 'drank[openvino]'"
+openvino = pytest.importorskip("openvino", reason=REASON)
+for name in ("onnx", "onnxscript", "nncf"):
+    pytest.importorskip(name, reason=REASON)
 
 PROVENANCE = {"variant": "kfac-80", "allocation_sha256": "0" * 64}
 N = 8

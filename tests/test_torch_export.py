@@ -68,7 +68,10 @@ def test_a_decoder_with_its_cache_as_a_program_computes_what_the_model_computes(
     arguments = example(model)
     D, n = Dim.DYNAMIC, len(arguments[3])
     shapes = ({0: D, 1: D}, {0: D, 1: D}, {0: D, 1: D}, [({0: D, 2: D}, {0: D, 2: D})] * n)
-    program = torch.export.export(CachedDecoder(model), arguments, dynamic_shapes=shapes, strict=False).module()
+    exported = torch.export.export(CachedDecoder(model), arguments, dynamic_shapes=shapes, strict=False)
+    torch.export.save(exported, tmp_path / "decoder.pt2")
+    # torch 2.13 counts arguments wrongly in its checks of sizes where one is a list.
+    program = torch.export.load(tmp_path / "decoder.pt2").module(check_guards=False)
     ids, cache = graphs.prompt(), [tuple(each[:1, :, :0] for each in pair) for pair in arguments[3]]
     positions = torch.arange(9)[None]
     _, cache = program(ids[:, :6], torch.ones(1, 6, dtype=torch.long), positions[:, :6], cache)

@@ -1,7 +1,7 @@
 """A decoder with its cache as inputs and outputs, as the graphs of other runtimes have it.
 
-Factors stay factors: :func:`graph_model` puts every compressed layer into operations that any graph has. Integers of few
-bits are multiplied out, matrix by matrix, which undoes the rounding's saving and nothing else.
+Factors stay factors: :func:`graph_model` puts every compressed layer into operations that any graph has. Integers of
+few bits are multiplied out, matrix by matrix, which undoes the rounding's saving and nothing else.
 """
 
 from pathlib import Path
@@ -32,6 +32,8 @@ class Steps(nn.Module):
 
     It computes what its :class:`LowRankLinear` computes. K and C are plain linears, `inner` and `outer`.
     """
+
+    order: Tensor | None
 
     def __init__(self, layer: LowRankLinear, inner: nn.Linear, outer: nn.Linear) -> None:
         super().__init__()
@@ -106,8 +108,8 @@ def graph_model(model: Any) -> Any:
         elif isinstance(module, RoundedHead | RoundedLinear):
             model.set_submodule(name, linear(_matrix(module, made), module.bias))
         elif isinstance(module, LowRankLinear):
-            assert module.spanning and module.combining
-            inner, outer = (linear(_matrix(module, made, key)) for key in (module.spanning, module.combining))
+            factors = (module.spanning or "", module.combining or "")  # a form of two matrices names both
+            inner, outer = (linear(_matrix(module, made, key)) for key in factors)
             model.set_submodule(name, Steps(module, inner, outer))
     _register_attention()
     if model.config._attn_implementation != "eager":  # what can be replaced is not eager where it was loaded
@@ -139,7 +141,8 @@ def example(model: Any) -> tuple[Any, ...]:
 def linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
     """The linear of these parameters themselves, which other modules may have too."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight, made.bias = weight, bias
+    made.weight = weight
+    made.register_parameter("bias", bias)
     return made
 
 

@@ -122,7 +122,10 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear of (out, in) numbers in 8 bits, as ONNX Runtime multiplies by them: inputs are rounded to 8 bits, too."""
+    """A linear of (out, in) numbers in 8 bits. ONNX Runtime rounds what it is multiplied by to 8 bits, too."""
+
+    q: Tensor
+    scales: Tensor
 
     def __init__(self, q: Tensor, scales: Tensor, n_in: int, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n_out = len(self.q)
-        sizes = {"K": self.n_in, "N": n_out, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+        sizes: dict[str, Any] = {"K": self.n_in, "N": n_out, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits", (x, self.q, self.scales), sizes,
             dtype=x.dtype, shape=(*x.shape[:-1], n_out), version=1,
@@ -141,7 +144,10 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """Embeddings (tokens, width) in the integers of an :class:`Int8Linear`: rows that are looked up are multiplied out."""
+    """Embeddings (tokens, width) in the integers of an :class:`Int8Linear`; only rows looked up are multiplied out."""
+
+    q: Tensor
+    scales: Tensor
 
     def __init__(self, q: Tensor, scales: Tensor, width: int) -> None:
         super().__init__()
