@@ -131,10 +131,16 @@ def example(model: Any) -> tuple[Any, ...]:
         try:
             model(input_ids=ids, past_key_values=cache, use_cache=True)
             past = [(layer.keys, layer.values) for layer in cache.layers]
+        except GraphError:
+            raise
         except (AttributeError, TypeError, ValueError) as error:
             raise GraphError(f"{type(model).__name__}: no cache of keys and values alone: {error}") from None
-    if len(past) != model.config.get_text_config().num_hidden_layers:
-        raise GraphError(f"{type(model).__name__}: {len(past)} layers have keys and values, the model has more")
+    n_layers = model.config.get_text_config().num_hidden_layers
+    if len(past) != n_layers:
+        raise GraphError(
+            f"{type(model).__name__}: {len(past)} of its {n_layers} layers have keys and values, which graphs here need "
+            "of each; `drank export --dense` writes a plain folder for other programs"
+        )
     return ids[:, :3], torch.ones(2, 8, dtype=torch.long), torch.arange(5, 8).expand(2, 3).contiguous(), past
 
 
