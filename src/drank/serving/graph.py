@@ -138,8 +138,8 @@ def example(model: Any) -> tuple[Any, ...]:
     n_layers = model.config.get_text_config().num_hidden_layers
     if len(past) != n_layers:
         raise GraphError(
-            f"{type(model).__name__}: {len(past)} of its {n_layers} layers have keys and values, which graphs here need "
-            "of each; `drank export --dense` writes a plain folder for other programs"
+            f"{type(model).__name__}: {len(past)} of its {n_layers} layers have keys and values, which a graph needs "
+            "of all; `drank export --dense` writes a plain folder for other programs"
         )
     return ids[:, :3], torch.ones(2, 8, dtype=torch.long), torch.arange(5, 8).expand(2, 3).contiguous(), past
 
