@@ -196,7 +196,6 @@ LAYERS = {
     "project": {"project", "method", "model"},  # the tables of choices; of models the format of config.json alone
     "steps": {"method", "model", "project"},  # of the project its parameters and processes alone
     "views": {"views", "project"},
-    "serving": {"serving", "project", "model"},
     "planning": {"planning", "project", "model", "steps", "method"},
     "preflight": {"preflight", "planning", "project", "tracking"},
     "tracking": {"tracking", "project", "views"},
