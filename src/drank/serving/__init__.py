@@ -1,1 +1,1 @@
-"""Programs that run the factors: one module per runtime."""
+"""Other programs that run the factors: one module per program, or per form of ``drank export``."""
