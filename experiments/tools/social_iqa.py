@@ -44,22 +44,21 @@ def main(
     downloads: Annotated[Path, typer.Option(help="Where the sdist lies, or is put.")] = Path("data/downloads"),
 ) -> None:
     """Print accuracy and accuracy by length-normalised likelihood, with standard errors, per folder."""
-    import torch
-
     from drank.model.saved import load
+    from drank.project.processes import process_group
     from drank.steps.evaluation import load_tasks, run_tasks
 
-    torch.set_num_threads(threads)
     asked = items(downloads, n_items)
-    for folder in folders:
-        saved = load(folder, "auto")
-        tasks = load_tasks({TASK: asked}, [TASK], saved.tokenizer)
-        figures = run_tasks(saved.model, saved.tokenizer, tasks, batch)
-        shown = (
-            f"{key} {figures[f'{key}/{TASK}']:.3f} +- {figures[f'{key}_stderr/{TASK}']:.3f}"
-            for key in ("acc", "acc_norm")
-        )
-        print(f"{folder}: {len(asked)} items, {', '.join(shown)}")  # noqa: T201
+    with process_group(threads, "cpu") as group:
+        for folder in folders:
+            saved = load(folder, "auto", "cpu", group.gather)
+            tasks = load_tasks({TASK: asked}, [TASK], saved.tokenizer)
+            figures = run_tasks(saved.model, saved.tokenizer, tasks, batch)
+            shown = [
+                f"{key} {figures[f'{key}/{TASK}']:.3f} +- {figures[f'{key}_stderr/{TASK}']:.3f}"
+                for key in ("acc", "acc_norm")
+            ]
+            typer.echo(f"{folder}: {len(asked)} items, {', '.join(shown)}")
 
 
 if __name__ == "__main__":
