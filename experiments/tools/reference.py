@@ -58,7 +58,7 @@ def _section(key: str, described: Schema, definitions: Schema) -> Iterator[str]:
     yield ""
     yield from _rules(getattr(params, section))
     for name, entry in keys.items():
-        if any("$ref" in option for option in entry.get("anyOf", ())):
+        if any("$ref" in option.get("items", option) for option in entry.get("anyOf", ())):
             yield from _section(f"{key}.{name}", entry, definitions)
 
 
@@ -75,7 +75,7 @@ def _values(schema: Schema) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
-        each = re.sub(r"^(text|number|integer)", r"\1s", _values(schema["items"]))
+        each = re.sub(r"^(?:a )?(text|number|integer|section)\b", r"\1s", _values(schema["items"]))
         return f"list of {each}" + ("; not empty" if schema.get("minItems") else "")
     if schema["type"] == "string":
         return PATTERNS[schema["pattern"]] if "pattern" in schema else "text"

