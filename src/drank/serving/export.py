@@ -53,7 +53,9 @@ GGUF_TYPES = ("bf16", "f16", "f32", "q8_0")
 FORMS = {
     "dense": Form("plain; nothing is saved in size", "*.safetensors", plain=False),
     "onnx": Form("ONNX, with its factors", "*.onnx*", ("onnx", "onnxscript"), "onnx", INT8),
-    "openvino": Form("OpenVINO, with its factors", "*.bin", ("onnx", "onnxscript", "openvino", "nncf"), "openvino", INT8),
+    "openvino": Form(
+        "OpenVINO, with its factors", "*.bin", ("onnx", "onnxscript", "openvino", "nncf"), "openvino", INT8,
+    ),
     "gguf": Form(
         "GGUF, multiplied out: nothing is saved but by its type; factors would need C++ in llama.cpp", "*.gguf",
         ("gguf",), options={"type": GGUF_TYPES},
