@@ -54,7 +54,7 @@ FORMS = {
     "dense": Form("plain; nothing is saved in size", "*.safetensors", plain=False),
     "onnx": Form("ONNX, with its factors", "*.onnx*", ("onnx", "onnxscript"), "onnx", INT8),
     "openvino": Form(
-        "OpenVINO, with its factors", "*.bin", ("onnx", "onnxscript", "openvino", "nncf"), "openvino", INT8,
+        "OpenVINO, with its factors", "*.bin", ("onnx", "onnxscript", "openvino", "nncf"), "openvino", INT8
     ),
     "gguf": Form(
         "GGUF, multiplied out: nothing is saved but by its type; factors would need C++ in llama.cpp", "*.gguf",
