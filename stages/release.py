@@ -6,7 +6,7 @@ from drank.project.command import run_stage
 from drank.project.dvc import Inputs
 from drank.project.files import copy_files, file_sha256, read_json, replacing_folder, write_json, write_text
 from drank.project.params import read_params
-from drank.steps.release import CARD, CHECKSUMS, STATEMENT, card, checksums, inputs_of, statement
+from drank.steps.release import CARD, CHECKSUMS, SERVED, STATEMENT, card, checksums, inputs_of, mlmodel, statement
 
 
 def main(variant: str, root: Path = Path()) -> None:
@@ -18,8 +18,9 @@ def main(variant: str, root: Path = Path()) -> None:
     digests = {file.name: file_sha256(file) for file in source.iterdir()}
     with replacing_folder(root / "data/models" / variant) as folder:
         copy_files(source, folder)
-        write_text(folder / CARD, card(parameters, allocation, results))
-        digests[CARD] = file_sha256(folder / CARD)
+        for name, text in {CARD: card(parameters, allocation, results), SERVED: mlmodel()}.items():
+            write_text(folder / name, text)
+            digests[name] = file_sha256(folder / name)
         made = statement(parameters, digests, files, allocation, results, read_json(source / "config.json"))
         write_json(folder / STATEMENT, made)
         write_text(folder / CHECKSUMS, checksums(digests | {STATEMENT: file_sha256(folder / STATEMENT)}))

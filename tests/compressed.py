@@ -2,6 +2,7 @@
 
 import torch
 
+from drank.model.format import SCALES
 from drank.model.quantizer import attach
 from tests import tiny
 
@@ -51,9 +52,12 @@ def filled(kind, tensors, **keys):
 
 @torch.no_grad()
 def randomise(module):
-    """Random parameters and, where there is one, a random order of outputs."""
-    for parameter in module.parameters():
-        parameter.normal_(std=0.3)
+    """Random parameters, integers of few bits too, and, where there is one, a random order of outputs."""
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            parameter.random_()
+        else:
+            parameter.normal_(std=0.003 if name.endswith(SCALES) else 0.3)
     if getattr(module, "places", None) is not None:
         module.places.copy_(torch.randperm(module.out_features))
     return module

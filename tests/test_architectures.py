@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import drank.model.quantizer  # noqa: F401
 from drank.audit import audit
+from drank.model.experts import fused_experts, unfuse
 from drank.model.linears import UnreachedError, find_linears
 from drank.project.files import read_json
 from tests import tiny
 
 # Fused matrices, biases, norms in other places, Conv1D, and experts, whose weights stay as they are.
-ARCHITECTURES = "llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt2", "gpt_neox", "olmo2", "mixtral"
+MIXTURES = "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"
+ARCHITECTURES = "llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt2", "gpt_neox", "olmo2", *MIXTURES
 SPECTRA = {
     "input-pairs": {"metric": "input", "units": "group", "layers": 2, "even_with_grouped_heads": True},
     "kfac": {"metric": "kfac", "units": "block", "damping": 1e-4, "cuts": [0.0, 0.25, 0.5]},
@@ -33,6 +35,7 @@ PRESETS = {
     "kfac": {"spectrum": "kfac", "allocation": "least_loss", "storage": "pivot"},
     "pairs-pivot": {"spectrum": "kfac-pairs", "allocation": "least_loss", "storage": "pivot"},
 }
+DENSE = {"spectrum": "kfac-pairs", "allocation": "dense", "storage": "factors"}
 IDS = torch.arange(3, 23)[None]
 
 
@@ -40,12 +43,12 @@ def write_params(root, **changes):
     document = yaml.safe_load(tiny.PARAMS)
     document["sampling"] |= {"n_windows": 4, "window_length": 32}
     document["spectrum"] = {name: {"calibration_seed": 0} | asked for name, asked in SPECTRA.items()}
-    document["presets"] = PRESETS
+    document["presets"] = PRESETS | {"dense": DENSE}
     document["variants"] = {
         f"{name}-{percent}": {"preset": name, "spectrum": preset["spectrum"], "size_ratio": percent / 100}
         for name, preset in PRESETS.items()
         for percent in (70, 98)
-    }
+    } | {"dense": {"preset": "dense", "spectrum": "kfac-pairs", "size_ratio": 1.0}}
     document["evaluation"]["tasks"] = []
     document["covariance"] |= changes
     (root / "params.yaml").write_text(yaml.safe_dump(document))
@@ -103,7 +106,10 @@ def test_an_architecture_with_a_preset_is_as_large_as_allocated_reloads_and_pass
     found = read_json(project / f"data/allocation/{variant}.json")
     dense, model = load(project / "data/raw/model"), load(project / f"data/models/{variant}")
     assert found["price"] <= found["budget"]
-    assert sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"])) == found["targeted_parameters"]
+    unfuse(dense, fused_experts(dense))
+    starved = [row["parameters"] for row in found["left_dense"] if "an expert that saw" in row["reason"]]
+    linears = sum(linear.weight.numel() for linear in find_linears(dense, ["re:.*"]))
+    assert linears == found["targeted_parameters"] + sum(starved)
     left = sum(row["parameters"] for row in found["left_dense"])
     assert left + found["targeted_parameters"] == dense.num_parameters(), "every parameter is in one of the two"
     assert without_biases(dense) - without_biases(model) == found["targeted_parameters"] - found["price"]
@@ -111,9 +117,22 @@ def test_an_architecture_with_a_preset_is_as_large_as_allocated_reloads_and_pass
     again = load(tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert torch.isfinite(logits(model)).all()
-    links = {link.name: link for link in audit(project / f"data/models/{variant}", None).links}
+    assert_holds(project / f"data/models/{variant}")
+
+
+def assert_holds(folder):
+    links = {link.name: link for link in audit(folder, None).links}
     assert links.pop("dvc.lock").finding == "cannot be checked here"
     assert [link for link in links.values() if link.finding != "holds"] == []
+
+
+def test_a_dense_variant_is_the_base_model_and_passes_an_audit(project):
+    """Tensors of some, such as the experts of a Mixtral, have the names of older checkpoints there."""
+    for stage in (allocation, compression, evaluation, release):
+        stage.main("dense", project)
+    folder = project / "data/models/dense"
+    assert_holds(folder)
+    assert (folder / "model.safetensors").read_bytes() == (project / "data/raw/model/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("preset", ["kfac", "pairs-pivot"])

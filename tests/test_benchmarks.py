@@ -55,7 +55,16 @@ def test_flops_of_passes_by_hand():
 
 @pytest.mark.parametrize(
     "script",
-    ["ratio_sweep", "first_run", "covariance_overhead", "linear_cost", "output_order", "pivot_layer", "memory"],
+    [
+        "ratio_sweep",
+        "first_run",
+        "covariance_overhead",
+        "linear_cost",
+        "output_order",
+        "pivot_layer",
+        "memory",
+        "vllm_speed",
+    ],
 )
 def test_scripts_explain_themselves(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])

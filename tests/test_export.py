@@ -1,7 +1,11 @@
 """drank export: plain folders that predict what the compressed ones predict, and whatever their weights' files are."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -9,10 +13,13 @@ from stages import compression, release
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from drank.audit import audit
-from drank.cli.export import ExportError, export
+from drank.audit.exported import parse_metadata
+from drank.cli.export import GgufType, export
 from drank.project.files import FileError, file_sha256, read_json, weights_sha256
 from drank.project.sources import SourceError
-from drank.steps.release import CHECKSUMS
+from drank.serving.export import EXPORT, FORMS, ExportError, describe
+from drank.serving.gguf import CONVERTER
+from drank.steps.release import CHECKSUMS, STATEMENT
 from tests import compressed, tiny
 
 IDS = torch.arange(2, 50).view(2, 24)
@@ -78,7 +85,8 @@ def test_a_released_folder_becomes_a_plain_one_with_the_same_bytes_each_time(pro
     base = project / "data/raw/model"
     size = (base / "model.safetensors").stat().st_size / 1e6
     assert f"{tmp_path / 'first'}: {size:.1f} MB, plain; nothing is saved in size" in capsys.readouterr().out
-    assert {f.name for f in (tmp_path / "first").iterdir()} == {f.name for f in base.iterdir()} | {"README.md"}
+    papers = {"README.md", "allocation.json", STATEMENT, EXPORT, CHECKSUMS}
+    assert {f.name for f in (tmp_path / "first").iterdir()} == {f.name for f in base.iterdir()} | papers
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
     # In float32 arithmetic, where the rounding of the products to bfloat16 is all that differs: 2^-9 of a weight.
@@ -148,7 +156,7 @@ SPOILT = {
         edit(quant_method="gptq"), FileError,
         "config.json: quantization_config.quant_method: Input should be 'drank'",
     ),
-    "without --dense": (lambda f: None, ExportError, r"`import drank`, so copy it as it is .* --dense writes a plain"),
+    "without --dense": (lambda f: None, ExportError, "`import drank`, so copy it as it is .* exactly one of --dense, "),
     "there already": (lambda f: (f.parent / "plain").mkdir(), ExportError, "plain: exists already"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ExportError, "no weights"),
     "no tokenizer": (without_tokenizer, SourceError, "its tokenizer cannot be loaded; copy that of the base"),
@@ -165,3 +173,73 @@ def test_what_cannot_be_exported_is_explained_and_nothing_is_written(llama, tmp_
     with pytest.raises(error, match=message):
         export(tmp_path / "model", tmp_path / "plain", dense=case != "without --dense")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_forms_and_options_that_do_not_fit_are_refused_by_name(llama, tmp_path, monkeypatch):
+    monkeypatch.delenv(CONVERTER, raising=False)
+    for asked, message in (
+        ({"dense": True, "remote_code": True}, "exactly one of --dense, --onnx, --openvino, --gguf, --remote-code"),
+        ({"dense": True, "int8": True}, "int8 True: --dense takes no option"),
+        ({"gguf": GgufType.BF16}, r"no convert_hf_to_gguf\.py there; DRANK_GGUF_CONVERTER must name the folder"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export(llama, tmp_path / "plain", **asked)
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form].extra])
+def test_a_missing_package_is_named_with_its_extra_before_anything_is_loaded(form, llama, monkeypatch):
+    def installed(name):
+        if name == "onnx":
+            raise PackageNotFoundError(name)
+        return version("drank")
+
+    monkeypatch.setattr("drank.serving.export.version", installed)
+    with pytest.raises(ExportError, match=rf"--{form} needs the package onnx: pip install 'drank\[{form}\]'"):
+        describe(llama, form, {})
+
+
+@pytest.mark.skipif(not os.environ.get(CONVERTER), reason=f"{CONVERTER} names no folder of llama.cpp's converter")
+@pytest.mark.parametrize(("kind", "least", "most"), [("f32", 0, 1e-6), ("bf16", 1e-3, 1e-2), ("q8_0", 1e-3, 5e-2)])
+def test_a_gguf_file_predicts_what_the_plain_folder_predicts(kind, least, most, llama, tmp_path):
+    """But for the rounding of this folder's numbers of 32 bits; twice the same bytes."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(model)
+    export(model, tmp_path / "plain", dense=True)
+    for name in ("first", "second"):
+        export(model, tmp_path / name, gguf=GgufType(kind))
+    assert tiny.folder_sha256(tmp_path / "first") == tiny.folder_sha256(tmp_path / "second")
+    options = {"gguf_file": "model.gguf", "dtype": torch.float32}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "first", **options)(input_ids=IDS).logits
+    expected = logits(tmp_path / "plain")
+    distance = ((found - expected).square().mean().sqrt() / expected.std()).item()
+    assert least <= distance < most
+    papers = read_json(tmp_path / "first" / EXPORT)
+    assert (papers["form"], papers["options"], papers["variant"]) == ("gguf", {"type": kind}, VARIANT)
+    assert parse_metadata(tmp_path / "first/model.gguf").model_dump(exclude_none=True) == papers
+
+
+@pytest.mark.skipif(not os.environ.get(CONVERTER), reason=f"{CONVERTER} names no folder of llama.cpp's converter")
+def test_what_llama_cpps_converter_refuses_is_told_in_its_words(llama, tmp_path):
+    with pytest.raises(ExportError, match="failed with status 1: (.|\n)*BPE pre-tokenizer was not recognized"):
+        export(llama, tmp_path / "gguf", gguf=GgufType.BF16)
+    assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_remote_code_loads_in_a_process_that_never_imported_drank_and_only_where_it_is_trusted(
+    architecture, folders, tmp_path
+):
+    export(folders[architecture], tmp_path / "model", remote_code=True)
+    load = "import sys; from transformers import AutoModelForCausalLM as A; assert 'drank' not in sys.modules; "
+    load += f"print(A.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code={{}}).config.quantization_config)"
+    home = {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", load.format(trust)], env=os.environ | home, capture_output=True, text=True
+        )
+        for trust in (True, False)
+    ]
+    assert "DrankConfig" in done[0].stdout, done[0].stderr
+    assert "Unknown quantization type, got drank" in done[1].stderr
+    assert torch.equal(logits(tmp_path / "model"), logits(folders[architecture]))

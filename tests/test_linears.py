@@ -163,11 +163,13 @@ def test_modules_that_are_more_than_a_matrix_are_left():
 
 ROLES_OF = {
     "bloom codegen gpt2 gpt_bigcode gpt_neox mpt persimmon": "query_key_value output up down",
+    "deepseek_v2 deepseek_v3":
+        "query_latent query_of_latent key_value_latent key_value_of_latent output gate up down",
     "gptj opt phi": "query key value output up down",
     "lfm2": "query key value output gate up down",
     "modernbert-decoder": "query key value output gate_up down",
     "phi3": "query_key_value output gate_up down",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("architectures", "roles"), ROLES_OF.items())

@@ -3,7 +3,11 @@
 import functools
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from transformers import (
     pipeline,
 )
 
+from drank.cli.export import export
 from tests import compressed, tiny
 from tests.conftest import REPOSITORY
 
@@ -97,6 +102,56 @@ def test_the_command_line_of_lm_eval_scores_a_folder_as_its_logits_do(tmp_path, 
     (written,) = Path(tmp_path / "out").rglob("*.json")
     scored = json.loads(written.read_text())["results"]["my_text"]["bits_per_byte,none"]
     assert scored == pytest.approx(bits_per_byte(folder, texts), rel=1e-4)
+
+
+def test_the_command_line_of_lm_eval_takes_a_folder_with_remote_code_as_it_is(tmp_path):
+    """A process that nobody told to import drank."""
+    folder = tmp_path / "model"
+    export(compressed.write(tiny.llama(), compressed.LLAMA, tmp_path / "compressed"), folder, remote_code=True)
+    texts = [text[:120] for text in tiny.documents(3, 5)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "my_text.yaml").write_text(TASK.format(documents=tmp_path / "texts.jsonl"))
+    options = f"--model hf --model_args pretrained={folder},trust_remote_code=True --tasks {tmp_path}/my_text.yaml"
+    command = [sys.executable, "-m", "lm_eval", *options.split(), "--device", "cpu", "--output_path", f"{tmp_path}/out"]
+    own = {"HF_HOME": f"{tmp_path}/hf", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (written,) = Path(tmp_path / "out").rglob("*.json")
+    scored = json.loads(written.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    assert scored == pytest.approx(bits_per_byte(folder, texts), rel=1e-4)
+
+
+def test_drank_autoload_registers_the_format_when_python_starts_and_not_when_it_is_uninstalled(tmp_path):
+    """Built and installed as by anybody, without an index, into an environment that sees this one's packages."""
+    source = shutil.copytree(REPOSITORY / "src/autoload", tmp_path / "source")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ("--no-index", "--no-deps")
+    subprocess.run([*pip, "wheel", "--no-build-isolation", *offline, "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env/bin/python"
+    (site,) = tmp_path.glob("env/lib/python*/site-packages")
+    (site / "packages.pth").write_text("\n".join(path for path in sys.path if path))
+    folder = compressed.write(tiny.llama(), compressed.LLAMA, tmp_path / "model")
+    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+    start = "import sys; assert 'drank' in sys.modules and not {'torch', 'transformers'} & sys.modules.keys()"
+
+    def run(code):
+        return subprocess.run([python, "-c", code], env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+
+    assert "Unknown quantization type, got drank" in run(load).stderr
+    subprocess.run([*pip, "--python", python, "install", *offline, wheel], check=True)
+    assert {file.name for file in site.glob("drank_autoload.*")} == {
+        f"drank_autoload.{s}" for s in ("py", "pth", "start")
+    }
+    for code in (start, load):
+        done = run(code)
+        assert done.returncode == 0, done.stderr
+    name, _, function = (site / "drank_autoload.start").read_text().strip().partition(":")  # Python 3.15 reads it so
+    assert run(f"import {name}; {name}.{function}()").returncode == 0
+    subprocess.run([*pip, "--python", python, "uninstall", "--yes", "drank-autoload"], check=True)
+    assert not list(site.glob("drank*"))
+    assert "Unknown quantization type, got drank" in run(load).stderr
 
 
 @torch.no_grad()

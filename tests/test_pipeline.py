@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_everything_is_there_and_up_to_date(project):
     assert [row.split(",")[0] for row in table] == ["variant", *VARIANTS]
     names = ("budget", "losses", "perplexity", "ranks", "spectra-input", "spectra-kfac")
     assert {f.name for f in (project / "results/figures").iterdir()} == {f"{name}.png" for name in names}
+
+
+def test_the_ranks_of_all_compressed_variants_are_one_chart_of_dvc(project):
+    spec = json.loads(run(project, sys.executable, "-m", "dvc", "plots", "show", "ranks", "--show-vega").stdout)
+    drawn = {point["filename"] for point in spec["data"]["values"]}
+    assert drawn == {f"{name}.csv" for name in VARIANTS if name != "dense"}
+    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    assert drawn == {f"{name}.csv" for name, variant in params["variants"].items() if variant["preset"] != "dense"}
 
 
 def test_a_new_ratio_runs_that_variant_alone_and_the_old_one_runs_nothing(project):
@@ -190,9 +199,9 @@ LAYERS = {
     "planning": {"planning", "project", "model", "steps", "method"},
     "preflight": {"preflight", "planning", "project", "tracking"},
     "tracking": {"tracking", "project", "views"},
-    "audit": {"audit", "project", "model", "steps", "tracking"},
-    "serving": {"serving", "model", "project"},
-    "cli": {"cli", "serving", "audit", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
+    "serving": {"serving", "project", "model", "steps"},
+    "audit": {"audit", "serving", "project", "model", "steps", "tracking"},
+    "cli": {"cli", "audit", "serving", "tracking", "planning", "preflight", "project", "model", "steps", "views"},
 }
 
 

@@ -67,6 +67,13 @@ HEALING = {
 GPTQ = {"quant_method": "gptq", "bits": 4}
 LLAVA = {"text_config": {"max_position_embeddings": 32, "rope_theta": 1.0}}
 
+MIXTURE = {"num_local_experts": 256, "num_experts_per_tok": 2}
+
+
+def mixture_offloaded(root):
+    edit(root, "config.json", **MIXTURE)
+    change(root, covariance={"offload": True})
+
 
 def pointer(root, name):
     (root / "source" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -114,6 +121,9 @@ def only_an_adapter(root):
         (lambda root: edit(root, "config.json", pad_token_id=320), "error", "pad_token_id = 320 is no token"),
         (gpt2, "error", "sampling.window_length = 300: the model has 256 positions, and it has no others"),
         (lambda root: edit(root, "config.json", **LLAVA), "warning", "sampling.window_length = 64: the model has 32"),
+        (lambda root: edit(root, "config.json", **MIXTURE), "warning", "n_windows = 8: an expert of the model sees 4 "),
+        (lambda root: edit(root, "config.json", **MIXTURE), "warning", "the average is that at 128 windows"),
+        (mixture_offloaded, "remark", "covariance.offload is set: the model's 256 experts per layer stay dense"),
         (lambda root: change(root, covariance={"device": "cuda"}), "error", "device = cuda, and there is no GPU"),
         (large, "error", "covariance.offload: true"),
         (large, "error", "will be written (half of it DVC's copy: "),

@@ -16,12 +16,14 @@ import yaml
 from typer.testing import CliRunner
 
 from drank.cli import commands
-from drank.cli.promote import UncommittedError
+from drank.cli.promote import TagError, UncommittedError
+from drank.cli.promote import promote as command
 from drank.project.dvc import LockError
 from drank.project.files import read_json
 from drank.project.git import GitError
 from drank.project.params import ParamsError
 from drank.tracking import PromotionError, TrackingError, VariantRun, find_runs, track
+from tests import conftest
 from tests.toy import Runs, commit, edit_params, repro, run
 
 
@@ -31,8 +33,11 @@ def project(toy_project):
 
 
 def promote(root: Path, variant: str) -> str:
-    """Output of the command; its error, if it has one, is raised."""
+    """Output of the command, after a commit where dvc.yaml had another champion; an error is raised."""
     result = CliRunner().invoke(commands, ["promote", variant, "--root", str(root)])
+    if isinstance(result.exception, UncommittedError) and "then promote again" in str(result.exception):
+        commit(root)
+        result = CliRunner().invoke(commands, ["promote", variant, "--root", str(root)])
     if result.exception:
         raise result.exception
     return result.stdout
@@ -72,7 +77,7 @@ def test_git_mlflow_and_the_folder_give_one_answer(project):
     (subject,) = read_json(project / "data/models/d-rank-80/provenance.json")["subject"]
     assert subject["digest"]["sha256"] == expected
     assert tag["variant"] == "d-rank-80"
-    lock = yaml.safe_load(run(project, "git", "show", "champion:dvc.lock"))
+    lock = yaml.safe_load(run(project, "git", "show", "champion@v1.0.0:dvc.lock"))
     assert tag["model_dvc_md5"] == lock["stages"]["release@d-rank-80"]["outs"][0]["md5"]
     # The version points to its run and holds no weights.
     (version,), source = versions(project), Runs(project).one_state()[1]["d-rank-80"]
@@ -86,11 +91,13 @@ def test_git_mlflow_and_the_folder_give_one_answer(project):
 
 
 def test_a_folder_is_one_version_whatever_is_promoted_when_and_the_tag_follows_the_lock(project):
-    for variant, version in (("d-rank-80", 1), ("dense", 2), ("d-rank-80", 1)):
+    for tagged, (variant, version) in enumerate((("d-rank-80", 1), ("dense", 2), ("d-rank-80", 1)), start=1):
         promote(project, variant)
         champion = Runs(project).client.get_model_version_by_alias("drank", "champion")
         assert (champion.tags["drank.variant"], int(champion.version)) == (variant, version)
-        assert f"variant: {variant}\n" in run(project, "git", "tag", "-l", "--format=%(contents)", "champion")
+        assert f"variant: {variant}\n" in run(
+            project, "git", "tag", "-l", "--format=%(contents)", f"champion@v{tagged}.*"
+        )
 
     def seen():
         return run(project, "git", "for-each-ref", "refs/tags"), [dict(version) for version in versions(project)]
@@ -107,7 +114,7 @@ def test_a_folder_is_one_version_whatever_is_promoted_when_and_the_tag_follows_t
     another = commit(project)
     promote(project, "dense")  # the same folder, in another state
     assert len(versions(project)) == 2
-    assert run(project, "git", "rev-parse", "champion^{commit}").strip() == another
+    assert run(project, "git", "rev-parse", "champion@v4.0.0^{commit}^").strip() == another
     promote(project, "d-rank-80")  # the same name, another folder
     assert sorted(version.tags["drank.variant"] for version in versions(project)) == ["d-rank-80", "d-rank-80", "dense"]
     assert len({version.tags["allocation.sha256"] for version in versions(project)}) == 3
@@ -216,3 +223,46 @@ def test_variants_of_experiments_are_tracked_and_compared_by_dvc_alike(project):
     perplexity = metrics["results/d-rank-80.json"]["token_perplexity/news"]
     assert perplexity["old"] == half.metrics["token_perplexity/news"]
     assert perplexity["new"] == whole.metrics["token_perplexity/news"]
+
+
+def test_dvc_gets_the_champion_from_a_repository_by_version_and_stage(project, tmp_path):
+    """`dvc artifacts get` as somebody without drank runs it, from another folder; the remote alone has the weights."""
+
+    def got(*options: str) -> str:
+        here = tmp_path / "-".join(("got", *options)).replace("/", "-")
+        here.mkdir()
+        conftest.run(here, sys.executable, "-m", "dvc", "artifacts", "get", str(project), "champion", *options)
+        (folder,) = here.iterdir()
+        assert folder.name in ("dense", "d-rank-80")
+        assert (folder / "model.safetensors").read_text() == f"weights of {folder.name}"
+        return folder.name
+
+    dvc(project, "remote", "add", "--default", "store", str(tmp_path / "store"))
+    for variant in ("d-rank-80", "dense"):
+        commit(project)
+        promote(project, variant)
+    dvc(project, "push")
+    shutil.rmtree(project / ".dvc/cache")
+    assert got() == got("--rev", "v2.0.0") == "dense"
+    assert got("--rev", "v1.0.0") == "d-rank-80"
+    gto = [str(Path(sys.executable).with_name("gto"))]
+    run(project, *gto, "assign", "champion", "--version", "v1.0.0", "--stage", "prod")
+    assert got("--stage", "prod") == "d-rank-80"
+    assert "v2.0.0" in run(project, *gto, "show", "champion")
+
+
+def test_a_new_champion_is_written_into_dvc_yaml_in_one_line_and_must_be_committed(project):
+    before = (project / "dvc.yaml").read_text()
+    for said in (r"is data/models/dense now, .* `git commit -m 'Champion: dense'", "not committed as they are"):
+        with pytest.raises(UncommittedError, match=said):
+            command("dense", project)
+    assert (project / "dvc.yaml").read_text() == before.replace(
+        "path: data/models/d-rank-80", "path: data/models/dense"
+    )
+    assert not run(project, "git", "tag")
+    (project / "dvc.yaml").write_text(before[: before.index("artifacts:")])
+    commit(project)
+    with pytest.raises(
+        TagError, match="(?s)no artifact `champion` .* add it, and commit it:.* path: data/models/dense"
+    ):
+        command("dense", project)

@@ -62,7 +62,7 @@ def test_links_and_pictures_of_a_page_are_there(page):
 
 def test_the_map_has_a_short_line_for_every_file_and_no_other():
     lines = re.findall(r"^\* `(\S+\.py)`: (.+)$", (DOCS / "map.md").read_text(), re.MULTILINE)
-    folders = ("src/drank", "stages", "experiments/tools")
+    folders = ("src", "stages", "experiments/tools")
     files = [
         file.relative_to(REPOSITORY).as_posix() for folder in folders for file in (REPOSITORY / folder).rglob("*.py")
     ]

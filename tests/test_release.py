@@ -52,6 +52,17 @@ def test_the_card_is_read_by_the_hubs_own_parser_with_its_results():
     assert "`local:source/model`" in elsewhere.text
 
 
+def test_the_card_has_licence_language_and_origins_where_they_are_known_and_none_else():
+    known = {"license": "apache-2.0", "language": "en", "base_model": "org/original"}
+    texts = {"news": {"source": "hub:org/texts@0123"}, "commons": {"source": "hub:org/tested-on"}}
+    parameters = PARAMETERS | {"model": {"source": "local:source/model"} | known, "text": texts}
+    told = ModelCard(release.card(parameters, ALLOCATION, RESULTS)).data
+    origins = {"base_model_relation": "quantized", "datasets": "org/texts"}
+    assert (known | origins).items() <= told.to_dict().items()
+    unknown = PARAMETERS | {"model": {"source": "local:source/model"}}
+    assert not {*known, *origins} & ModelCard(release.card(unknown, ALLOCATION, RESULTS)).data.to_dict().keys()
+
+
 def test_the_card_tells_method_size_results_protocol_and_limits():
     text = release.card(PARAMETERS, ALLOCATION, RESULTS)
     for told in (
@@ -99,10 +110,11 @@ def test_the_statement_is_one_of_in_toto():
     assert [subject["name"] for subject in document["subject"]] == ["config.json", "model.safetensors"]
 
 
-def test_a_released_folder_is_the_compressed_one_and_three_files_more(project):
+def test_a_released_folder_is_the_compressed_one_and_four_files_more(project):
     source, released = (project / f"data/{step}/kfac-80" for step in ("compression", "models"))
     names = {file.name for file in released.iterdir()}
-    assert names - {file.name for file in source.iterdir()} == {release.CARD, release.STATEMENT, release.CHECKSUMS}
+    added = {release.CARD, release.STATEMENT, release.CHECKSUMS, release.SERVED}
+    assert names - {file.name for file in source.iterdir()} == added
     for file in source.iterdir():
         assert file.read_bytes() == (released / file.name).read_bytes()
     command = ["sha256sum", *sorted(names - {release.CHECKSUMS})]

@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from drank.cli import commands
-from drank.cli.promote import TagError
+from drank.cli.promote import TagError, UncommittedError, declare
 from drank.cli.promote import promote as command
 from drank.preflight import preflight
 from drank.project import git
@@ -28,7 +28,7 @@ from drank.tracking.names import LONGEST_NAME, LONGEST_PARAM, name_of, named
 from drank.tracking.store import Store, sqlite_file, sqlite_uri
 from tests import conftest
 from tests.test_promote import promote
-from tests.toy import REPOSITORY, VARIANTS, Runs, run, serving
+from tests.toy import REPOSITORY, VARIANTS, Runs, commit, run, serving
 
 SOURCE = REPOSITORY / "src"
 
@@ -128,7 +128,7 @@ def test_no_secret_of_an_address_is_said(toy_project, monkeypatch, capfd, addres
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(NOBODY))
     assert WORD not in "".join(finding.text for finding in preflight(toy_project))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for asked in (["track"], ["promote", "dense"]):
+    for asked in (["track"], ["promote", "d-rank-80"]):
         monkeypatch.setattr("sys.argv", ["drank", *asked, "--root", str(toy_project)])
         with pytest.raises(SystemExit) as end:
             run_app(commands)
@@ -235,8 +235,8 @@ def test_git_that_cannot_say_is_not_taken_for_no_git_and_is_asked_again(toy_proj
 def champions(root: Path, client: MlflowClient | None = None) -> tuple[str, str]:
     """The champion by MLflow, and by git."""
     version = (client or Runs(root).client).get_model_version_by_alias("drank", "champion")
-    tag = run(root, "git", "tag", "-l", "--format=%(contents)", "champion")
-    return version.tags["drank.variant"], re.search("^variant: (.*)$", tag, re.MULTILINE)[1]
+    tags = run(root, "git", "tag", "-l", "--sort=-version:refname", "--format=%(contents)", "champion@*")
+    return version.tags["drank.variant"], re.search("^variant: (.*)$", tags, re.MULTILINE)[1]
 
 
 def config(*pairs):
@@ -255,12 +255,15 @@ def with_hook(root):
 
 def test_where_git_refuses_nothing_moves(toy_project):
     promote(toy_project, "dense")
+    with pytest.raises(UncommittedError):
+        declare(toy_project, "d-rank-80")
+    commit(toy_project)
     kept = shutil.copytree(toy_project / ".git", toy_project.parent / "kept")
     for refuse in (
         config(("tag.gpgSign", "true"), ("gpg.program", "/nowhere/gpg")),
         config(("user.name", ""), ("user.useConfigOnly", "true")),
         with_hook,
-        lambda root: (root / ".git/refs/tags/champion.lock").touch(),
+        lambda root: (root / ".git/refs/tags/champion@v2.0.0.lock").touch(),
     ):
         refuse(toy_project)
         with pytest.raises(GitError, match="git .* says"):
@@ -272,12 +275,14 @@ def test_where_git_refuses_nothing_moves(toy_project):
     assert champions(toy_project) == ("d-rank-80", "d-rank-80")
 
 
-def test_a_tag_that_drank_did_not_make_is_left_where_it_is(toy_project):
-    run(toy_project, "git", "tag", "--force", "champion", "HEAD")
-    with pytest.raises(TagError, match=r"a tag champion that drank did not make \(results\); rename or delete it"):
-        promote(toy_project, "dense")
-    assert not (toy_project / "mlartifacts").exists()
-    assert run(toy_project, "git", "rev-parse", "champion") == run(toy_project, "git", "rev-parse", "HEAD")
+def test_tags_that_drank_did_not_make_are_left_where_they_are(toy_project):
+    others = ("champion", "champion@v4.1.0", "champion@newest", "champion@v7.0.0-rc.1")
+    for tag in others:
+        run(toy_project, "git", "tag", tag, "HEAD")
+    before = run(toy_project, "git", "for-each-ref", "refs/tags").splitlines()
+    promote(toy_project, "d-rank-80")
+    (made,) = set(run(toy_project, "git", "for-each-ref", "refs/tags").splitlines()).difference(before)
+    assert made.endswith(" tag\trefs/tags/champion@v5.0.0")
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen makes the key")
@@ -285,10 +290,10 @@ def test_a_signed_tag_is_known_again_beside_a_branch_of_its_name(toy_project):
     key = toy_project.parent / "key"
     run(toy_project, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
     config(("tag.gpgSign", "true"), ("gpg.format", "ssh"), ("user.signingKey", str(key)))(toy_project)
-    run(toy_project, "git", "branch", "champion")
     promote(toy_project, "dense")
+    run(toy_project, "git", "branch", "champion@v1.0.0")
     before = run(toy_project, "git", "for-each-ref", "refs/tags")
-    assert "BEGIN SSH SIGNATURE" in run(toy_project, "git", "cat-file", "tag", "refs/tags/champion")
+    assert "BEGIN SSH SIGNATURE" in run(toy_project, "git", "cat-file", "tag", "refs/tags/champion@v1.0.0")
     promote(toy_project, "dense")
     assert run(toy_project, "git", "for-each-ref", "refs/tags") == before
 
@@ -300,10 +305,10 @@ def test_what_ends_between_the_two_moves_is_undone(toy_project, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("drank.tracking.set_champion", ends)
         with pytest.raises(KeyboardInterrupt):
-            command("dense", toy_project)
+            command("d-rank-80", toy_project)
     assert run(toy_project, "git", "tag") == ""
-    promote(toy_project, "dense")
-    assert champions(toy_project) == ("dense", "dense")
+    promote(toy_project, "d-rank-80")
+    assert champions(toy_project) == ("d-rank-80", "d-rank-80")
 
 
 def test_what_a_kill_left_between_the_two_moves_is_finished_by_the_next_call(toy_project):

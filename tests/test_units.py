@@ -32,6 +32,13 @@ def test_grouped_key_value_heads_keep_single_matrices_unless_asked():
     assert [len(group) for group in find_groups(gap, 2, even_with_grouped_heads=True)] == [1, 1]
 
 
+def test_latents_are_read_within_a_layer_and_made_of_what_layers_share():
+    linears = find_linears(tiny.decoder("deepseek_v3"), ["re:.*self_attn"])
+    assert not has_grouped_heads(linears), "every query head has keys and values of its own"
+    shared = [group[0].kind for group in find_groups(linears, 2) if len(group) == 2]
+    assert shared == ["q_a_proj", "kv_a_proj_with_mqa"]
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "grouped"),
     [
@@ -62,6 +69,10 @@ def test_mlps_with_and_without_a_gate():
     assert first.name == "model.layers.0.mlp"
     assert [linear.kind for linear in first.before] == ["gate_proj", "up_proj"]
     assert (first.down.kind, first.n_channels, second.down.layer) == ("down_proj", 64, 1)
+    fused = mlps(tiny.decoder("phi3"), ["re:.*"])[0]
+    assert [linear.kind for linear in fused.before] == ["gate_up_proj"]
+    assert fused.rows(fused.before[0], torch.tensor([0, 5])).tolist() == [0, 5, 64, 69]
+    assert first.rows(first.before[1], torch.tensor([0, 5])).tolist() == [0, 5]
     gpt2 = mlps(tiny.gpt2(), ["re:.*"])
     assert [[linear.kind for linear in mlp.before] for mlp in gpt2] == [["c_fc"], ["c_fc"]]
 

@@ -38,6 +38,21 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")
 
 
+def byte_tokenizer():
+    """A BPE of 320 tokens that falls back to bytes, as Llama 2 has one: llama.cpp's converter knows it by its form."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(documents(200, 0), trainer)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+
+
 def llama(**changes):
     """A random two-layer Llama with grouped key/value heads, 4 over 2."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,9 +91,12 @@ SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "num_local_experts": 4,
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "ffn_dim": 64, "word_embed_proj_dim": 32,
-    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+    "shared_expert_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+UNGROUPED = {"deepseek_v2": {"num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4}}
 
 
 def decoder(architecture, **changes):
@@ -89,7 +107,7 @@ def decoder(architecture, **changes):
     own = {
         name for name in SIZES if hasattr(known, name) and not isinstance(getattr(type(known), name, None), property)
     }
-    sizes = {name: size for name, size in SIZES.items() if name in own}
+    sizes = {name: size for name, size in SIZES.items() if name in own} | UNGROUPED.get(architecture, {})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | changes)).eval()
 

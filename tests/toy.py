@@ -72,6 +72,8 @@ if step == "release":
     for file in source.iterdir():
         write(f"{target}/{file.name}", file.read_text())
     digest = hashlib.sha256((source / "allocation.json").read_bytes()).hexdigest()
+    write(f"{target}/MLmodel", {"flavors": {"python_function": {"data": ".", "loader_module": "drank.serving.mlflow"}}})
+    write(f"{target}/SHA256SUMS", f"{digest}  allocation.json\\n")
     write(f"{target}/provenance.json", {"subject": [{"name": "allocation.json", "digest": {"sha256": digest}}]})
 if step == "report":
     rows = [json.loads(Path(f"results/{name}.json").read_text()) for name in params["variants"]]
@@ -128,6 +130,10 @@ stages:
     plots:
       - results/summary.csv: {cache: false, x: bytes, y: token_perplexity/news}
       - results/figures: {cache: false}
+artifacts:
+  champion:
+    path: data/models/d-rank-80
+    type: model
 """
 
 

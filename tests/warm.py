@@ -150,7 +150,8 @@ def import_all() -> None:
     import drank
 
     for module in pkgutil.walk_packages(drank.__path__, "drank."):
-        importlib.import_module(module.name)
+        if module.name != "drank.serving.vllm":  # which needs an environment that has vLLM
+            importlib.import_module(module.name)
     for name in HEAVY:
         importlib.import_module(name)
 

@@ -1,7 +1,8 @@
 """Which allocation produced this model? The chain from a folder of weights back to its sources, link by link.
 
 ``folder`` checks what the folder says of itself, ``repository`` what git, dvc.lock and DVC's cache say of it,
-``rebuilt`` compares it with one that was built again. Each link holds, does not hold, or cannot be checked here.
+``rebuilt`` compares it with one that was built again, ``exported`` leads from an export to the folder it was made of.
+Each link holds, does not hold, or cannot be checked here.
 """
 
 import shlex
@@ -9,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drank.audit.exported import check_exported, check_weights, exported_at
 from drank.audit.folder import Folder, check_folder
 from drank.audit.ledger import BrokenLinkError, Ledger, Link, Source, UncheckableError
-from drank.audit.repository import Record, check_repository
+from drank.audit.repository import Record, check_repository, find_record
 from drank.project.files import FileError, check_plain
 from drank.project.git import origin
 
@@ -57,33 +59,44 @@ def audit(path: Path, root: Path | None, rebuilt: Path | None = None, without: t
     """Check a model folder against itself and, where ``root`` is a drank repository, against what that knows.
 
     Args:
-        path: the folder, at any place.
+        path: the folder, at any place; or an export of it, a folder or a file.
         root: the folder of dvc.lock; None where there is none.
-        rebuilt: a folder that was built again, to compare with.
+        rebuilt: a folder that was built again, to compare with; for an export, the released folder.
         without: sources whose links may stay unchecked; MLflow is then not asked at all.
 
     Raises:
-        FileError: ``path`` is no folder with files, or holds what is no file.
+        FileError: ``path`` is no file and no folder with files, or holds what is no file.
     """
-    if not path.is_dir() or not any(path.iterdir()):
+    exported, ledger = exported_at(path), Ledger()
+    if exported is None and not (path.is_dir() and any(path.iterdir())):
         raise FileError(f"{path}: no folder with files in it; give a model folder, such as data/models/kfac-80")
-    check_plain(path)
-    folder, ledger = Folder(path), Ledger()
-    check_folder(ledger, folder)
+    folder = exported or Folder(path)
+    if folder.path.is_dir():
+        check_plain(folder.path)
+    if exported:
+        check_exported(ledger, exported)
+    else:
+        check_folder(ledger, folder)
     record = None
     runs: list[VariantRun] = []
     if root is None:
         ledger.check("dvc.lock", _no_repository, source="git")
     else:
-        record = check_repository(ledger, folder, root)
+        record = find_record(ledger, folder, root, "export" if exported else "files")
+        if record and not (exported and exported.file):
+            check_repository(ledger, folder, root, record)
         if "mlflow" not in without:
             ledger.check("MLflow", lambda: _mlflow(folder, root, runs), needs=("allocation",), source="mlflow")
-    if rebuilt is not None:
+    if exported:
+        check_weights(ledger, exported, record, root, rebuilt)
+    elif rebuilt is not None:
         from drank.audit.rebuilt import check_rebuilt
 
         windows = root / "data/sampling/test.safetensors" if root else None
         ledger.check("rebuilt", lambda: check_rebuilt(folder, Folder(rebuilt), windows), ("allocation",), "rebuilt")
     chain = _chain(folder) if ledger.holds("allocation") else {}
+    if chain and exported:
+        chain["export"] = exported.papers.model_dump(exclude_none=True)
     if chain and record and root:
         chain |= _made_by(record, root)
     if runs:

@@ -32,20 +32,29 @@ class Record:
     commit: Commit | None
 
 
-def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | None:
-    """Every link from the folder into a repository; what was found of it in the history."""
+def find_record(ledger: Ledger, folder: Folder, root: Path, needs: str) -> Record | None:
+    """The links ``dvc.lock``, which rests on another, and ``chain``: what was found of the folder in the history."""
     found: list[Record] = []
-    try:
-        present = read_lock(root / "dvc.lock")
-    except LockError:  # which says nothing of the folder
-        present = {}
-    ledger.check("dvc.lock", lambda: _find(folder.md5, root, present, found), ("files",), "git")
-    if not found and ledger.links["dvc.lock"].finding == "cannot be checked here":
+    present = present_stages(root)
+    ledger.check("dvc.lock", lambda: _find(folder.md5, root, present, found), (needs,), "git")
+    if not found and ledger.holds(needs) and ledger.links["dvc.lock"].finding == "cannot be checked here":
         found += _records(present, folder.md5, None)
     if not found:
         return None
-    record = found[0]
-    ledger.check("chain", lambda: _chain(record), (), "git")
+    ledger.check("chain", lambda: _chain(found[0]), (), "git")
+    return found[0]
+
+
+def present_stages(root: Path) -> Stages:
+    try:
+        return read_lock(root / "dvc.lock")
+    except LockError:  # which says nothing of the folder
+        return {}
+
+
+def check_repository(ledger: Ledger, folder: Folder, root: Path, record: Record) -> None:
+    """Every link from the folder to what made it."""
+    present = present_stages(root)
     ledger.check("recorded parameters", lambda: _recorded_parameters(folder, record, root), ("parameters",), "git")
     located: dict[str, Artefact] = {}
     commit = record.commit.sha if record.commit else None
@@ -56,7 +65,6 @@ def check_repository(ledger: Ledger, folder: Folder, root: Path) -> Record | Non
             ledger.check(path, check, (), "artefacts")
     ledger.check("loss", lambda: _loss(folder.allocation, located), ("ranks",), "artefacts")
     ledger.check("results", lambda: _results(folder, located), ("allocation",), "artefacts")
-    return record
 
 
 def _find(md5: str, root: Path, present: Stages, found: list[Record]) -> str:

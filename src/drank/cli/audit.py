@@ -46,7 +46,7 @@ class Missing(StrEnum):
 
 def audit(
     model_dir: Annotated[
-        Path, typer.Argument(help="A folder of weights, such as data/models/kfac-80 or a copy of it.")
+        Path, typer.Argument(help="A folder such as data/models/kfac-80, a copy of it, or an export, folder or file.")
     ],
     root: Annotated[
         Path | None,
@@ -54,7 +54,7 @@ def audit(
     ] = None,
     rebuilt: Annotated[
         Path | None,
-        typer.Option(help="The same variant built again: are the bytes the same, or how far apart are they?"),
+        typer.Option(help="The same variant built again, to compare with; of an export, the released folder."),
     ] = None,
     without: Annotated[
         list[Missing] | None, typer.Option(help="What need not be at hand, so that its links may stay unchecked.")
@@ -110,6 +110,8 @@ def told(chain: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Lines about the chain, from the model to its sources."""
     from drank.project.params import asked
 
+    if "export" in chain:
+        yield "export", "{form}, by drank {versions[drank]}, of the model below".format(**chain["export"])
     results = chain["results"]
     listed = {section: _listed(values) for section, values in chain["parameters"].items()}
     for line in LINES.splitlines():

@@ -1,122 +1,70 @@
-"""``drank export``: a compressed model as a plain one, for tools that know no factors."""
+"""``drank export``: a model in the form of another program, with the papers that an audit follows."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from drank.cli.options import weights_bytes
 
-if TYPE_CHECKING:
-    from drank.project.documents import Provenance
+class GgufType(StrEnum):
+    """Numbers of a GGUF file, as llama.cpp's converter names them."""
 
-
-class ExportError(ValueError):
-    """A folder that cannot be exported, or a place where it cannot be written; the message says why and what to do."""
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+    Q8_0 = "q8_0"
 
 
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder of a compressed model.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder of a model.")],
     destination: Annotated[Path, typer.Argument(help="The folder to write; there must be nothing yet.")],
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Plain, multiplied out, for tools without factors.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX with its factors, for ONNX Runtime.")] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="OpenVINO with its factors.")] = False,
+    gguf: Annotated[GgufType | None, typer.Option(help="GGUF, multiplied out, for llama.cpp.")] = None,
+    remote_code: Annotated[
+        bool, typer.Option("--remote-code", help="The compressed folder, with two lines for trust_remote_code=True.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights in 8 bits (--onnx, --openvino).")] = False,
 ) -> None:
-    """Write a compressed model as a plain Hugging Face folder, as large as its base model.
+    """Write a model in exactly one other form.
 
-    For programs that cannot `import drank`; others take MODEL_DIR as it is.
+    Programs that can `import drank` take MODEL_DIR as it is. `drank audit DESTINATION` leads back to MODEL_DIR.
     """
-    provenance = check(model, destination, dense)
-    from drank import __version__
-    from drank.project.files import file_sha256, replacing_folder, write_text
-    from drank.steps.release import CHECKSUMS
+    asked = {"dense": dense, "onnx": onnx, "openvino": openvino, "gguf": gguf, "remote-code": remote_code}
+    form = check(model, destination, [name for name, value in asked.items() if value])
+    from drank.project.files import replacing_folder
+    from drank.serving.export import FORMS, describe, write
 
+    options = {name: value for name, value in {"int8": int8, "type": gguf and gguf.value}.items() if value}
+    papers = describe(model, form, options)
     with replacing_folder(destination) as folder:
-        save_dense(model, folder)
-        before, after = weights_bytes(model) / 1e6, weights_bytes(folder) / 1e6
-        sums = model / CHECKSUMS
-        card = CARD.format(
-            provenance=provenance,
-            before=before,
-            after=after,
-            sums=f"`{file_sha256(sums)}`" if sums.is_file() else "none: not a released folder",
-            version=__version__,
-        )
-        write_text(folder / "README.md", card)
-    typer.echo(f"{model}: {before:.1f} MB, compressed")
-    typer.echo(f"{destination}: {after:.1f} MB, plain; nothing is saved in size")
+        write(model, folder, papers)
+    made = FORMS[form]
+    for place, pattern, told in ((model, "*.safetensors", "as it is"), (destination, made.weights, made.told)):
+        typer.echo(f"{place}: {sum(file.stat().st_size for file in place.glob(pattern)) / 1e6:.1f} MB, {told}")
 
 
-def check(model: Path, destination: Path, dense: bool) -> "Provenance":
-    """Refuse what cannot be exported before anything is loaded, and say what the folder was made of.
+def check(model: Path, destination: Path, forms: list[str]) -> str:
+    """Refuse what cannot be exported before anything is loaded; the form that was asked for.
 
     Raises:
-        ExportError: the folder is no model's, or plain, or the destination is taken or inside it, or `dense` is
-            not asked.
+        ExportError: the folder is no model's, or the destination is taken or inside it, or not one form is asked.
         FileError: a file of the folder is damaged, or another program's.
     """
     from drank.audit.folder import Folder
+    from drank.serving.export import FORMS, ExportError
 
-    folder = Folder(model)
     if not (model / "config.json").is_file():
         raise ExportError(f"{model}: no config.json, so not the folder of a model")
-    if folder.quantization is None:
-        raise ExportError(f"{model}: not compressed, so plain already: copy it as it is")
-    if not folder.stored:
+    if not Folder(model).stored:
         raise ExportError(f"{model}: no weights (*.safetensors); copy it again")
-    if not dense:
+    if len(forms) != 1:
         raise ExportError(
             f"{model}: loads with plain from_pretrained after `import drank`, so copy it as it is (docs/loading.md); "
-            f"for tools that know no factors --dense writes a plain model, as large as the base model"
+            f"for other programs ask for exactly one of {', '.join(f'--{form}' for form in FORMS)}"
         )
     if destination.exists() or destination.resolve().is_relative_to(model.resolve()):
         raise ExportError(f"{destination}: exists already, or is inside the folder that is exported; name another")
-    return folder.quantization.provenance
-
-
-def save_dense(model: Path, folder: Path) -> None:
-    """Write config, weights, tokenizer and generation config; equal folders give equal bytes.
-
-    A weight is the product of its factors, formed in float32 and rounded once to the dtype of the factors. Channels
-    that an MLP lost come back as zeros. Weights in shards give shards, none larger than the largest of them.
-
-    Raises:
-        FormatError: config.json is that of a newer drank, or does not fit the weights.
-        SourceError: there is no tokenizer that can be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from drank.project.sources import told
-
-    shards = [file.stat().st_size for file in model.glob("*.safetensors")]
-    plain = {"local_files_only": True, "trust_remote_code": False}  # False does not ask, and runs nothing of the folder
-    with told(f"{model}: its tokenizer cannot be loaded; copy that of the base model into it"):
-        tokenizer = AutoTokenizer.from_pretrained(model, **plain)
-    loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, **plain)
-    loaded.dequantize()
-    loaded.save_pretrained(folder, **({"max_shard_size": max(shards)} if len(shards) > 1 else {}))
-    tokenizer.save_pretrained(folder)
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- drank
-- low-rank
-- svd
----
-# {provenance.variant}, multiplied out
-
-The plain form of a model that was compressed by truncated SVD with drank, for tools that know no factors. It predicts
-what the compressed one predicts, but for the rounding of weights to bfloat16. It **saves nothing**: {after:.1f} MB of
-weights where the compressed folder has {before:.1f} MB, and as much arithmetic as the base model. Channels that were
-removed from MLPs are zeros here.
-
-| made of | sha256 |
-|---|---|
-| the released folder, by its `SHA256SUMS` | {sums} |
-| `allocation.json`, the rank of every matrix | `{provenance.allocation_sha256}` |
-| weights of the base model | `{provenance.base_model_sha256}` |
-
-Written by `drank export --dense` (drank {version}). Results, limits, licence and `drank audit` belong to the compressed
-folder: ask for it by the hashes above.
-"""
+    return forms[0]

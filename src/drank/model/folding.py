@@ -60,7 +60,8 @@ def fold_channel_order(model: nn.Module, stored: Iterable[Stored]) -> list[Store
     """The same modules, with one `places` less in each MLP that has any; modules left as they are change in place.
 
     MLPs with a basis shared between layers, which would have to follow two orders, are left alone. So are those with
-    parameters per channel besides, which :func:`find_mlps` does not give.
+    parameters per channel besides, which :func:`find_mlps` does not give, and those with a fused gate and up
+    projection, whose halves have to keep one order.
     """
     by_name = {module.name: module for module in stored}
     for mlp in find_mlps(model, find_linears(model, ["re:.*"])):
@@ -83,7 +84,8 @@ def _tensors(name: str, by_name: dict[str, Stored]) -> Tensors:
 
 def _foldable(mlp: Mlp, by_name: dict[str, Stored]) -> bool:
     specs = [by_name[linear.name].spec for linear in (*mlp.before, mlp.down) if linear.name in by_name]
-    return all("basis" not in spec and all(_sides(spec["form"])) for spec in specs)
+    fused = any(linear.role == "gate_up" for linear in mlp.before)
+    return not fused and all("basis" not in spec and all(_sides(spec["form"])) for spec in specs)
 
 
 def _sides(form: str) -> tuple[str | None, str | None]:

@@ -3,18 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from drank.model.linears import Linear
+from drank.model.linears import PARTS, Linear, in_list
 
 # Matrices that read the residual stream; what they share across layers is a basis of their inputs. Output and down
-# projections read what is private to their layer (D-Rank, section 4; Basis Sharing, section 3).
-GROUPED_ROLES = ("query", "key", "value", "query_key_value", "gate", "up", "gate_up")
+# projections read what is private to their layer (D-Rank, section 4; Basis Sharing, section 3), and so do those that
+# read a latent.
+GROUPED_ROLES = (
+    "query",
+    "key",
+    "value",
+    "query_key_value",
+    "query_latent",
+    "key_value_latent",
+    "gate",
+    "up",
+    "gate_up",
+)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP whose channels are rows of ``before`` (gate and up, or up alone) and columns of ``down``."""
+    """An MLP whose channels are rows of ``before`` (gate and up, up alone, or both fused) and columns of ``down``."""
 
     name: str
     before: tuple[Linear, ...]
@@ -24,15 +36,19 @@ class Mlp:
     def n_channels(self) -> int:
         return self.down.in_features
 
+    def rows(self, linear: Linear, channels: Tensor) -> Tensor:
+        """Rows of a matrix of ``before`` that belong to these channels: of a fused one twice as many, gate first."""
+        return torch.cat([channels + start for start in range(0, linear.out_features, self.n_channels)])
+
 
 def find_groups(
     linears: Sequence[Linear], n_layers: int, even_with_grouped_heads: bool = False
 ) -> list[tuple[Linear, ...]]:
     """Tuples of up to ``n_layers`` linears of one kind and shape in consecutive layers; single ones where none is due.
 
-    Kinds outside GROUPED_ROLES stay single. So does everything where the model has grouped key/value heads (the paper's
-    rule for grouped-query attention), unless ``even_with_grouped_heads``. Tuples are in the order of their first
-    linears.
+    Kinds outside GROUPED_ROLES stay single, and so do experts, whose numbers say nothing across layers. So does
+    everything where the model has grouped key/value heads (the paper's rule for grouped-query attention), unless
+    ``even_with_grouped_heads``. Tuples are in the order of their first linears.
     """
     if has_grouped_heads(linears) and not even_with_grouped_heads:
         n_layers = 1
@@ -42,7 +58,7 @@ def find_groups(
         key = linear.kind, linear.out_features, linear.in_features
         group = last.get(key, [])
         follows = bool(group) and len(group) < n_layers and linear.layer == group[-1].layer + 1
-        if linear.role in GROUPED_ROLES and follows:
+        if linear.role in GROUPED_ROLES and follows and not in_list(linear.name):
             group.append(linear)
         else:
             last[key] = [linear]
@@ -68,10 +84,11 @@ def has_grouped_heads(linears: Sequence[Linear]) -> bool:
 
 
 def find_mlps(model: nn.Module, linears: Sequence[Linear]) -> list[Mlp]:
-    """MLPs that can lose channels: siblings in one module with roles up and down, perhaps gate, of fitting sizes.
+    """MLPs that can lose channels: siblings in one module with roles up and down, perhaps gate, or gate_up and down, of
+    fitting sizes.
 
-    Matrices stay single in MLPs with a fused gate and up projection, in those of which only a part is targeted, and in
-    those with parameters of another kind for each channel: a norm before the down projection, say.
+    Matrices stay single in MLPs of which only a part is targeted, and in those with parameters of another kind for each
+    channel: a norm before the down projection, say.
     """
     siblings: dict[str, list[Linear]] = {}
     for linear in linears:
@@ -80,9 +97,9 @@ def find_mlps(model: nn.Module, linears: Sequence[Linear]) -> list[Mlp]:
         Mlp(name, tuple(before), down[0])
         for name, members in siblings.items()
         if (down := [m for m in members if m.role == "down"])
-        and (before := [m for m in members if m.role in ("gate", "up")])
-        and any(m.role == "up" for m in before)
-        and all(m.out_features == down[0].in_features for m in before)
+        and (before := [m for m in members if m.role in PARTS])
+        and any(m.role in ("up", "gate_up") for m in before)
+        and all(m.out_features == PARTS[m.role or ""] * down[0].in_features for m in before)
         and not _others_with_channels(model, name, (*before, down[0]))
     ]
 

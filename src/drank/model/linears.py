@@ -17,12 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drank.model.experts import ExpertsAsLinears
+
 # Ends of modules' names by role. A linear that is not listed is compressed like any other; only rules that name a role
 # (query/key -> value rebalancing, groups, MLPs that lose channels) pass it by.
 ENDS = {
     "query": "q_proj Wq",
     "key": "k_proj Wk",
     "value": "v_proj Wv",
+    # Multi-head latent attention (DeepSeek): what makes a latent of the residual stream, and what reads one.
+    "query_latent": "q_a_proj",
+    "key_value_latent": "kv_a_proj_with_mqa",
+    "query_of_latent": "q_b_proj",
+    "key_value_of_latent": "kv_b_proj",
     "query_key_value": "qkv_proj query_key_value c_attn Wqkv",
     "output": "o_proj out_proj attn.Wo attention.dense self_attention.dense self_attn.dense attn.c_proj",
     "gate": "gate_proj feed_forward.w1",
@@ -30,6 +37,8 @@ ENDS = {
     "gate_up": "gate_up_proj mlp.Wi",
     "down": "down_proj fc2 fc_out dense_4h_to_h mlp.c_proj mlp.Wo feed_forward.w2",
 }
+# Rows per channel of the matrices before an MLP's nonlinearity.
+PARTS = {"gate": 1, "up": 1, "gate_up": 2}
 ROLES = {end: role for role, ends in ENDS.items() for end in ends.split()}
 
 
@@ -104,8 +113,8 @@ def survey(
 
     Never compressed, whatever the patterns: the output head, what is outside a numbered layer, weights of which
     another module has the same, modules that do more than W x + b, and matrices of one row or column. Weights that
-    belong to no linear are those of experts, as transformers keeps them (experts, out, in), of routers and
-    of convolutions.
+    belong to no linear are those of experts, as transformers keeps them (experts, out, in) and ``experts.unfuse`` has
+    not taken them apart, of routers and of convolutions.
 
     Args:
         targets: class names (``Linear``), module names or ends of them (``q_proj``, ``mlp.up_proj``), or regular
@@ -155,7 +164,8 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
     """For each linear the name of the first linear that reads the same tensor (itself, where it reads alone).
 
     Found by looking, not by name: one forward pass over ids (batch, tokens), comparing the very tensor objects. An
-    expert, a linear in a numbered list within its layer, may see none of these few tokens; it then reads alone.
+    expert, a linear in a numbered list within its layer, may see none of these few tokens; it then reads alone, but for
+    those of ``ExpertsAsLinears``, each of which is shown a token.
 
     Raises:
         UnreachedError: a linear that is no expert is not called in the forward pass.
@@ -169,11 +179,19 @@ def shared_inputs(model: nn.Module, linears: Sequence[Linear], ids: Tensor) -> d
         for linear in linears:
             hooks.enter_context(linear.module.register_forward_pre_hook(remember(linear.name)))
         model(input_ids=ids, use_cache=False)
-    missed = [x.name for x in linears if x.name not in seen and len(re.findall(r"\.\d+\.", x.name)) < 2]
+        for experts in model.modules():
+            if isinstance(experts, ExpertsAsLinears):
+                experts.show_all()
+    missed = [x.name for x in linears if x.name not in seen and not in_list(x.name)]
     if missed:
         raise unreached("no token went through", missed)
     owners: dict[int, str] = {}
     return {x.name: owners.setdefault(id(seen.get(x.name, x.module)), x.name) for x in linears}
+
+
+def in_list(name: str) -> bool:
+    """True for a linear in a numbered list within its layer, as experts are."""
+    return len(re.findall(r"\.\d+\.", name)) > 1
 
 
 def unreached(what: str, names: Sequence[str]) -> UnreachedError:
@@ -221,8 +239,8 @@ def _reasons(
         yield others and f"the same tensor as {_starred(others[0])}"
         yield kind in peculiar and f"{kind.__name__} computes something else than W x + b"
         yield min(_shape(module)) == 1 and "a single row or column: no rank is smaller"
-        yield not any(_matches(pattern, name, module) for pattern in targets) and "matches no target"
-        yield from (f"ignored: {pattern}" for pattern in ignore if _matches(pattern, name, module))
+        yield not any(matches(pattern, name, module) for pattern in targets) and "matches no target"
+        yield from (f"ignored: {pattern}" for pattern in ignore if matches(pattern, name, module))
 
     found = {name: next(filter(None, reasons(name, module)), None) for name, module in owners.items()}
     return {name: reason for name, reason in found.items() if reason}
@@ -282,7 +300,7 @@ def _starred(name: str) -> str:
 def _check_patterns(key: str, patterns: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
     for pattern in patterns:
         try:
-            found = any(_matches(pattern, name, module) for name, module in modules.items())
+            found = any(matches(pattern, name, module) for name, module in modules.items())
         except re.error as error:
             raise PatternError(f"covariance.{key}: {pattern!r} is no regular expression: {error}") from None
         if not found:
@@ -294,7 +312,8 @@ def _check_patterns(key: str, patterns: Iterable[str], modules: Mapping[str, nn.
             )
 
 
-def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+def matches(pattern: str, name: str, module: nn.Module) -> bool:
+    """True if a pattern of ``targets`` or ``ignore`` is of the module of that name."""
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     if name == pattern or name.endswith("." + pattern):

@@ -29,10 +29,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drank import __version__
 from drank.model.checksums import check_released
+from drank.model.experts import fuse, unfuse
 from drank.model.format import FORMAT_VERSION, SCALES, ZEROS, FormatError, Spec, parse
 from drank.model.forms import check_specs, class_of, grid_of, keys_of
 from drank.model.layers import LowRankLinear, RoundedEmbedding, RoundedHead
-from drank.model.linears import role_of
+from drank.model.linears import PARTS, role_of
 
 METHOD = "drank"
 # Keys that transformers looks for in any quantization_config, and would do to ours.
@@ -128,6 +129,7 @@ class DrankQuantizer(HfQuantizer):
         """
         with torch.device("meta"):
             original = type(model)(copy.deepcopy(model.config))
+        unfuse(original, self.quantization_config.specs)
         names = list(_names_in(model, self.quantization_config.specs).values())
         bases = {key for name in names for key in _basis_keys(model, name)}
         for name in names:
@@ -138,6 +140,7 @@ class DrankQuantizer(HfQuantizer):
                 plain = original.get_submodule(head)
                 plain.weight = model.get_submodule(name).weight
                 model.set_submodule(head, plain)
+        fuse(model)
         del model._weight_conversions  # a plain model again, which transformers saves in its own way
         model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
         model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
@@ -166,10 +169,17 @@ class DrankQuantizer(HfQuantizer):
 
 
 def _swap(model: nn.Module, specs: Mapping[str, Spec]) -> list[str]:
-    """Put the modules of the specs in place, uninitialised, and return their names in this model."""
-    names = _names_in(model, specs)
-    for name, inside in names.items():
-        _check_fit(model, inside, specs[name])
+    """Put the modules of the specs in place, uninitialised, and return their names in this model, and those of experts
+    that were taken apart for them."""
+    unfused = unfuse(model, specs)
+    try:
+        names = _names_in(model, specs)
+        for name, inside in names.items():
+            _check_fit(model, inside, specs[name])
+    except FormatError:
+        if unfused:
+            fuse(model)
+        raise
     ties: dict[str, str] = {}
     for name, inside in names.items():
         head = _tied_head(model, inside) if specs[name].form == "embedding" else None
@@ -183,7 +193,7 @@ def _swap(model: nn.Module, specs: Mapping[str, Spec]) -> list[str]:
             own, shared = (_basis_keys(model, names[module]) for module in (name, spec.basis))
             ties |= dict(zip(own, shared, strict=True))
     _share(model, ties)
-    return list(names.values())
+    return [*names.values(), *unfused]
 
 
 def _names_in(model: Any, specs: Mapping[str, Spec]) -> dict[str, str]:
@@ -396,7 +406,7 @@ def _dense(name: str, module: Any, original: Any) -> nn.Module:
         return new
     n_out, n_in = _sizes(original)
     # A fused gate and up projection is split in the middle: each half gets its own zeros.
-    parts = 2 if role_of(name) == "gate_up" else 1
+    parts = PARTS.get(role_of(name) or "", 1)
     weight = weight.T if isinstance(module, Conv1D) else weight
     weight = _padded(F.pad(weight, (0, n_in - weight.shape[1])), n_out, parts)
     new.weight.copy_(weight.T if isinstance(new, Conv1D) else weight)

@@ -11,14 +11,14 @@ from typing import get_args
 from drank.planning.facts import Facts
 from drank.preflight.finding import Finding, Level
 from drank.preflight.machine import devices, disk, memory
-from drank.preflight.model import rolling, sizes, sources, windows
+from drank.preflight.model import experts, rolling, sizes, sources, windows
 from drank.preflight.project import git, places, store
 from drank.preflight.tasks import tasks
 from drank.project.params import ParamsError
 from drank.project.redaction import redact
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    sources, tasks, rolling, windows, devices, sizes, disk, memory, git, store, places,
+    sources, tasks, rolling, windows, experts, devices, sizes, disk, memory, git, store, places,
 )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """The sources, and the model's files against what is asked of them."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from drank.planning.estimate import read_model
 from drank.planning.facts import Facts, cached_snapshot, offline
@@ -12,6 +14,7 @@ from drank.project.refusals import check_access
 from drank.project.sources import SourceError
 from drank.project.texts import check_beginning
 
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # names that architectures have for it
 
 
@@ -94,3 +97,27 @@ def windows(facts: Facts) -> Iterator[Finding]:
         for key, length in healed.items():
             if length > n_bytes:
                 yield Finding("error", f"{key} = {length}: {file} has {n_bytes} bytes, and so fewer tokens")
+
+
+def experts(facts: Facts) -> Iterator[Finding]:
+    """Experts of a mixture that will stay dense, having seen fewer tokens than their matrices are wide."""
+    config, on, drawn = facts.decoder, facts.params.covariance, facts.params.sampling
+    keys = EXPERTS, ("num_experts_per_tok",), ("hidden_size",), ("moe_intermediate_size", "intermediate_size")
+    sizes: list[Any] = [next((config[key] for key in names if config.get(key)), None) for names in keys]
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
+        return
+    n_experts, chosen, *widths = sizes
+    if on.offload or on.gradient_clip:
+        key = "offload" if on.offload else "gradient_clip"
+        yield Finding("remark", f"covariance.{key} is set: the model's {n_experts} experts per layer stay dense")
+        return
+    n_windows = drawn.n_windows if on.fisher == "none" else on.fisher_windows or drawn.n_windows
+    seen, needed = n_windows * drawn.window_length * chosen // n_experts, max(widths)
+    if seen < needed:
+        key = "sampling.n_windows" if n_windows == drawn.n_windows else "covariance.fisher_windows"
+        yield Finding(
+            "warning",
+            f"{key} = {n_windows}: an expert of the model sees {seen} tokens on average, and one that sees fewer than "
+            f"{needed}, the width of its matrices, stays dense; the average is that at "
+            f"{math.ceil(needed * n_experts / chosen / drawn.window_length)} windows, and rare experts need more",
+        )

@@ -11,7 +11,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 from drank.method.allocation.units import PIVOT_ROUNDING, PRICES
 from drank.method.precisions import FULL, bytes_of
 from drank.model import format
-from drank.project.files import FileError
+from drank.project.files import FileError, weights_sha256
 
 Sha256 = str
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # JSON's numbers are exact up to here
@@ -199,6 +199,30 @@ class StatementDocument(Document):
     def digests(self) -> dict[str, Sha256]:
         """SHA-256 of what went in, by name; sources of which none was asked are absent."""
         return {material.name: material.digest.sha256 for material in self.materials if material.digest}
+
+    @property
+    def base_model_sha256(self) -> Sha256:
+        """One hash for the base model's weights, as :func:`drank.project.files.weights_sha256`."""
+        base = "data/raw/model/"
+        return weights_sha256({k.removeprefix(base): d for k, d in self.digests.items() if k.startswith(base)})
+
+
+class ExportDocument(Document):
+    """export.json: the folder that a model was exported from, how, and by which versions.
+
+    ``sha256sums`` is the SHA-256 of the released folder's SHA256SUMS, ``model_md5`` the hash that DVC has for it; both
+    are absent where the folder was not a released one.
+    """
+
+    format_version: Literal[1]
+    form: str
+    options: dict[str, Any]
+    versions: dict[str, str]
+    variant: str
+    allocation_sha256: Sha256
+    base_model_sha256: Sha256
+    sha256sums: Sha256 | None = None
+    model_md5: str | None = None
 
 
 class VersionError(FileError):

@@ -195,6 +195,12 @@ class ModelSource(Section):
     untie_head: bool | None = None
     """With a rotation: a tied output head becomes a matrix of its own, so that all channels are mixed, and the model
     grows by the bytes of its embedding. Left out: a tied head stays tied, and only channels of equal gain are mixed."""
+    license: str | None = None
+    """The model's licence as the hub spells it, such as `apache-2.0`: model cards have it. Left out: they have none."""
+    language: str | None = None
+    """The model's language as a code, such as `en`: model cards have it. Left out: they have none."""
+    base_model: str | None = None
+    """Name of the model on the hub, `org/name`, for model cards. Left out: that of a `hub:` source, else none."""
 
     rules = {
         "`untie_head` goes with `rotation_seed`.":

@@ -12,9 +12,10 @@ from drank.method.pivot import pivot_rows, split_group
 from drank.method.precisions import FULL
 from drank.method.spectrum import factors
 from drank.method.threads import side_by_side
+from drank.model.experts import expert_of, unfuse
 from drank.model.folding import Origin, Stored, Tensors, fold_channel_order
 from drank.model.layers import places
-from drank.model.linears import is_conv1d
+from drank.model.linears import PARTS, is_conv1d
 from drank.model.quantizer import attach
 from drank.model.rounded import Rounding, rounded, rounded_embeddings
 
@@ -74,6 +75,7 @@ def compress(
     Raises:
         UnsafePivotError: see :data:`LARGEST_COEFFICIENT`.
     """
+    unfuse(model, [name for unit in units for name in unit["members"]])
     width = max((max(unit["out_features"], unit["in_features"]) for unit in units), default=0)
     of_units = side_by_side(lambda unit: list(_stored(model, unit, spectrum, rounding.group)), units, width)
     stored = [module for modules in of_units for module in modules]
@@ -134,7 +136,8 @@ def _stored(model: nn.Module, unit: Mapping[str, Any], spectrum: Factors, group:
         origins = [_origin(weight, **channels) for weight in weights]
     if form == "dense":
         for name, weight, origin in zip(members, weights, origins, strict=True):
-            if removed or origin:
+            # One that is dense is told too: by the names in config.json the loader knows which experts are linears.
+            if removed or origin or expert_of(model, name):
                 yield Stored(name, {"form": form, **sizes}, removed or {"weight": weight}, origin)
         return
     left, right = factors(torch.cat(weights), **spectrum.rows(f"factors/{unit['factors']}", unit["rank"]))
@@ -184,17 +187,20 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor, Sequence[str]], Laid]] = {"factors"
 
 
 def _removed_channels(module: Any, unit: Mapping[str, Any], spectrum: Factors) -> tuple[Tensors, Tensor | None]:
-    """Weight, and bias if any, of an MLP's matrix after the removal of channels, and the numbers of those kept; nothing
-    where none was removed."""
+    """Weight, and bias if any, of an MLP's matrix after the removal of channels, and the numbers of its rows that are
+    kept, or of the columns of down; nothing where none was removed."""
     weight = _weight(module)
     if weight.shape == (unit["out_features"], unit["in_features"]) or len(unit["members"]) > 1:
         return {}, None
-    down = unit["role"] == "down"
-    cut = spectrum[f"cuts/{unit['name'].rpartition('.')[0]}.{unit['in_features' if down else 'out_features']}"]
-    tensors = {"weight": cut["down"] if down else weight[cut["alive"]]}
-    if module.bias is not None and not down:
-        tensors["bias"] = module.bias[cut["alive"]]
-    return tensors, cut["alive"]
+    mlp, down, parts = unit["name"].rpartition(".")[0], unit["role"] == "down", PARTS.get(unit["role"], 1)
+    cut = spectrum[f"cuts/{mlp}.{unit['in_features'] if down else unit['out_features'] // parts}"]
+    if down:
+        return {"weight": cut["down"]}, cut["alive"]
+    rows = torch.cat([cut["alive"] + start for start in range(0, len(weight), len(weight) // parts)])
+    tensors = {"weight": weight[rows]}
+    if module.bias is not None:
+        tensors["bias"] = module.bias[rows]
+    return tensors, rows
 
 
 def _weight(module: Any) -> Tensor:

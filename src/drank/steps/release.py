@@ -4,10 +4,12 @@ Nothing here says when, where or by whom a model was made, so a rebuilt folder i
 it is found from the folder's hash instead (``drank audit``).
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from drank import __version__
@@ -16,6 +18,7 @@ from drank.project.params import asked
 STATEMENT = "provenance.json"
 CHECKSUMS = "SHA256SUMS"
 CARD = "README.md"
+SERVED = "MLmodel"
 BUILD_TYPE = "urn:drank:pipeline:1"
 LIBRARIES = ("datasets", "lm_eval", "numpy", "scipy", "torch", "transformers")  # whose versions decide numbers
 
@@ -98,6 +101,21 @@ def statement(
     }
 
 
+def mlmodel() -> str:
+    """MLflow's description of the folder as a model of flavour ``python_function``: texts in, continuations out.
+
+    Left out are MLflow's optional run id, time and uuid: the same folder gives the same bytes.
+    """
+    text = [{"type": "string", "required": True}]
+    length = [{"name": "max_new_tokens", "type": "long", "default": 20, "shape": None}]
+    signature = {"inputs": text, "outputs": text, "params": length}
+    document = {
+        "flavors": {"python_function": {"data": ".", "loader_module": "drank.serving.mlflow"}},
+        "signature": {name: json.dumps(columns) for name, columns in signature.items()},
+    }
+    return yaml.safe_dump(document)
+
+
 def checksums(digests: Mapping[str, str]) -> str:
     """The lines that ``sha256sum`` prints, sorted by name; ``sha256sum --check`` reads them."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -105,12 +123,19 @@ def checksums(digests: Mapping[str, str]) -> str:
 
 def card(parameters: Document, allocation: Document, results: Document) -> str:
     """A Hugging Face model card: metadata, method, size, results with their protocol, limits, and how to check it."""
-    source, protocol = parameters["model"]["source"], results["protocol"]
-    base = source.removeprefix("hub:").partition("@")[0]
+    model, protocol = parameters["model"], results["protocol"]
+    base = _hub_name(model["source"]) or model["source"]
     split = [(*key.partition("/"), value) for key, value in sorted(results.items()) if "/" in key]
     figures = [(metric, name, float(value)) for metric, _, name, value in split if not metric.endswith("_stderr")]
+    on_hub = model.get("base_model", _hub_name(model["source"]))
+    n_compressed, precision = sum(unit["form"] != "dense" for unit in allocation["units"]), _precision(allocation)
     data = ModelCardData(
-        base_model=base if source.startswith("hub:") else None,
+        license=model.get("license"),
+        language=model.get("language"),
+        base_model=on_hub,
+        # Of the hub's four relations the one that a compressed model has; dense weights are the model itself.
+        base_model_relation="quantized" if on_hub and (n_compressed or precision) else None,
+        datasets=_hub_name(parameters["text"][parameters["sampling"]["calibration_text"]]["source"]),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["drank", "compression", "low-rank", "svd"],
@@ -129,10 +154,10 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         results=results,
         metadata=data.to_yaml(),
         base=base,
-        n_compressed=sum(unit["form"] != "dense" for unit in allocation["units"]),
+        n_compressed=n_compressed,
         n_units=len(allocation["units"]),
         removed=f", {removed} channels of MLPs removed" if removed else "",
-        precision=_precision(allocation),
+        precision=precision,
         stored=STORED_ROUNDED if "precision" in allocation else "Weights are stored in bfloat16.",
         megabytes=results["bytes"] / 1e6,
         rows="".join(_row(*figure, results.get(f"{figure[0]}_stderr/{figure[1]}")) for figure in figures),
@@ -141,6 +166,12 @@ def card(parameters: Document, allocation: Document, results: Document) -> str:
         left=_left(allocation.get("left_dense", [])),
         outside=", ".join(outside) or "none",
     )
+
+
+def _hub_name(source: str) -> str | None:
+    """`org/name` of a source on the hub."""
+    scheme, _, name = source.partition(":")
+    return name.partition("@")[0] if scheme == "hub" else None
 
 
 CARD_TEMPLATE = """---

@@ -18,6 +18,7 @@ from drank.method.spectrum import Metric, effective_rank, gram_spectrum, whitene
 from drank.method.spectrum import Spectrum as Factored
 from drank.method.threads import side_by_side
 from drank.model.divergence import divergence_from
+from drank.model.experts import unfuse
 from drank.model.groups import Mlp, find_groups, find_mlps
 from drank.model.linears import Linear, find_linears
 from drank.model.perplexity import perplexity, window_nats
@@ -63,7 +64,10 @@ def factorise(
         sensitivity windows, by linear and ratio ``sensitivity``, the perplexity with that linear truncated, or
         ``divergence``, how far predictions move then.
     """
-    linears, work = find_linears(model, on.targets, on.ignore), _Work(asked, covariances, described, on.device, store)
+    work, owners = _Work(asked, covariances, described, on.device, store), described["owners"]
+    unfuse(model, owners)
+    # An expert that saw too few tokens has no covariance, and stays as it is.
+    linears = [linear for linear in find_linears(model, on.targets, on.ignore) if linear.name in owners]
     mlps = find_mlps(model, linears) if UNITS[asked.units].loses_channels else []
     of_mlps = [(*mlp.before, mlp.down) for mlp in mlps]
     in_mlps = {linear.name for matrices in of_mlps for linear in matrices}
@@ -75,7 +79,6 @@ def factorise(
         metrics = work.metrics()
         return [(i, work.unit(groups[i], metrics) if i < n else work.block(mlps[i - n], metrics)) for i in indices]
 
-    owners = described["owners"]
     inputs = [list(same) for _, same in groupby(_shared_out(members, group), lambda i: owners[members[i][0].name])]
     # A GPU has one matrix at a time.
     width = max(max(x.out_features, x.in_features) for x in linears) if on.device == "cpu" else math.inf
@@ -191,14 +194,18 @@ class _Work:
         kept = [round(mlp.n_channels * (1 - share)) for share in self.asked.cuts]
         offered = remove_channels(W[mlp.down.name], H_down.covariance, G_down, kept)
         alive = [cut.alive for cut in offered]
-        grams = {x.name: row_grams(W[x.name], sides[x.name][1].covariance, alive) for x in mlp.before}
+        grams = {
+            x.name: row_grams(W[x.name], sides[x.name][1].covariance, [mlp.rows(x, channels) for channels in alive])
+            for x in mlp.before
+        }
         rounded = {linear.name: self.rounded(W[linear.name].float(), H) for linear in mlp.before}
         cuts = []
-        for rows, down, loss, gram in offered:
-            suffix, matrices = "" if len(rows) == mlp.n_channels else f".{len(rows)}", []
+        for channels, down, loss, gram in offered:
+            suffix, matrices = "" if len(channels) == mlp.n_channels else f".{len(channels)}", []
             if suffix:
-                self.store[f"cuts/{mlp.name}{suffix}"] = {"alive": rows.cpu(), "down": down.float().cpu()}
+                self.store[f"cuts/{mlp.name}{suffix}"] = {"alive": channels.cpu(), "down": down.float().cpu()}
             for linear in mlp.before:
+                rows = mlp.rows(linear, channels)
                 of_rows, weight = next(grams[linear.name]), W[linear.name][rows]
                 G = sides[linear.name][1].covariance
                 if len(rows) > linear.in_features:
@@ -208,13 +215,13 @@ class _Work:
                 row = self.write(linear.name + suffix, (linear,), weight, spectrum)
                 by_row = [of_bits[rows] for of_bits in rounded[linear.name]]
                 matrices.append(row | self.rounding(by_row, G.diagonal()[rows]))
-            if len(down) <= len(rows):
+            if len(down) <= len(channels):
                 spectrum = gram_spectrum(gram, G_down)
             else:
-                spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[rows][:, rows]), G_down)
+                spectrum = whitened_spectrum(down.float(), Metric(H_down.covariance[channels][:, channels]), G_down)
             row = self.write(mlp.down.name + suffix, (mlp.down,), down, spectrum) | {"base_loss": loss}
-            row |= self.rounding(self.rounded(down.float(), H_down, rows), G_down.covariance.diagonal())
-            cuts.append({"channels": len(rows), "matrices": [*matrices, row]})
+            row |= self.rounding(self.rounded(down.float(), H_down, channels), G_down.covariance.diagonal())
+            cuts.append({"channels": len(channels), "matrices": [*matrices, row]})
         return {"name": mlp.name, "channels": mlp.n_channels, "cuts": cuts}
 
     def rounded(self, weight: Tensor, H: Metric, inputs: Tensor | slice = slice(None)) -> list[Tensor]:

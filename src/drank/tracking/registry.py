@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from drank.project.dvc import dvc_md5
+from drank.project.files import file_sha256
 from drank.project.state import State, outs_of
 from drank.tracking.projection import folder_of, project
 from drank.tracking.store import EXPERIMENT, Store, open_store
@@ -18,9 +21,9 @@ MODEL = "drank"
 CHAMPION = "champion"
 CARRIED = ("drank.variant", "allocation.sha256", "model.dvc_md5", "dvc.lock_sha256", "git.commit", "git.dirty")
 DESCRIPTION = (
-    "Variants that were promoted, a version per model folder. Versions hold no weights: tag `dvc.path` is the folder "
-    "in DVC's cache, `model.dvc_md5` its hash there, `allocation.sha256` what allocation made it, `git.commit` where "
-    "its `dvc.lock` is."
+    "Variants that were promoted, a version per model folder. Versions hold no weights: their `MLmodel` points to the "
+    "folder, tag `dvc.path` is its name in DVC, `model.dvc_md5` its hash there, `allocation.sha256` what allocation "
+    "made it, `git.commit` where its `dvc.lock` is."
 )
 
 
@@ -70,7 +73,7 @@ def prepare(store: Store, state: State, name: str, root: Path, git: Mapping[str,
         )
     run, versions = project(store, state, git).runs[name], _versions(store)
     if is_new := md5 not in versions:
-        versions[md5] = _register(store, run, folder)
+        versions[md5] = _register(store, run, root / folder, folder)
     return Promotion(_variant_run(store, run, versions[md5]), md5, is_new)
 
 
@@ -111,13 +114,26 @@ def _versions(store: Store) -> dict[str, "ModelVersion"]:
     return {version.tags["model.dvc_md5"]: version for version in found if "model.dvc_md5" in version.tags}
 
 
-def _register(store: Store, run: "Run", folder: str) -> "ModelVersion":
+def _register(store: Store, run: "Run", folder: Path, path: str) -> "ModelVersion":
+    if (folder / "MLmodel").is_file():  # which older releases have not
+        store.client.log_dict(run.info.run_id, _pointing_to(folder), "MLmodel")
     if not store.client.search_registered_models(f"name = '{MODEL}'"):
         store.client.create_registered_model(MODEL, description=DESCRIPTION)
     return store.client.create_model_version(
         MODEL,
         source=run.info.artifact_uri,
         run_id=run.info.run_id,
-        tags={key: run.data.tags[key] for key in CARRIED if key in run.data.tags} | {"dvc.path": folder},
+        tags={key: run.data.tags[key] for key in CARRIED if key in run.data.tags} | {"dvc.path": path},
         description=run.data.tags["mlflow.note.content"],
     )
+
+
+def _pointing_to(folder: Path) -> dict[str, Any]:
+    """The folder's MLmodel for a place outside it: MLflow writes beside what it loads, and servers take no such paths.
+
+    The path will hold other weights one day, which the loader tells by the hash of SHA256SUMS.
+    """
+    document: dict[str, Any] = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+    flavor = document["flavors"]["python_function"]
+    flavor |= {"data": str(folder.resolve()), "config": {"released": file_sha256(folder / "SHA256SUMS")}}
+    return document

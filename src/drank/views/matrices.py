@@ -17,7 +17,7 @@ def matrices(allocation: Allocation) -> pd.DataFrame:
     in its own row and in that of its last matrix. The other columns are those of the document.
     """
     units = pd.DataFrame(allocation["units"]).rename(columns={"name": "unit"})
-    mlp = units["unit"].str.rpartition(".")[0].where(units["role"].isin(["gate", "up", "down"]))
+    mlp = units["unit"].str.rpartition(".")[0].where(units["role"].isin(["gate", "up", "gate_up", "down"]))
     blocks = pd.DataFrame(allocation.get("blocks", ()), columns=["name", "channels", "full_channels", "loss"])
     blocks = blocks[blocks["name"].isin(mlp)]
     channels, full, loss = (mlp.map(blocks.set_index("name")[key]) for key in ("channels", "full_channels", "loss"))
