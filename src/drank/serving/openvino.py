@@ -41,6 +41,9 @@ def convert(graph: Path, folder: Path, *, int8: bool = False, provenance: Mappin
         import nncf
 
         converted = nncf.compress_weights(converted, mode=nncf.CompressWeightsMode.INT8_SYM)
+    for number, operation in enumerate(converted.get_ordered_ops()):  # OpenVINO counts all that a process has made
+        if operation.get_type_name() not in ("Parameter", "Result"):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{number}")
     for key, value in provenance.items():
         converted.set_rt_info(value, [PROVENANCE, key])
     openvino.save_model(converted, folder / GRAPH)
