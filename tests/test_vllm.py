@@ -214,7 +214,7 @@ def folders(tmp_path_factory):
 def answers(folders):
     champion = {CHAMPION: {}} if CHAMPION.is_dir() else {}
     tiny_ones = {folders / name: {} for name in SERVED}
-    # Last, since options of one engine stay behind in the process: after adapters vLLM fails with the next model.
+    # Last: in the process in which these were refused, vLLM failed with the next model.
     refused = {folders / name: row[2] for name, row in REFUSED.items()}
     return served(champion | tiny_ones | refused)
 
