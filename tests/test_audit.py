@@ -294,7 +294,7 @@ BYTE_CHANGES = {
 @pytest.mark.parametrize("change", BYTE_CHANGES)
 def test_every_change_of_a_file_breaks_the_link_files_and_names_the_file(folder, change):
     contents = {file: file.read_bytes() for file in folder.iterdir()}
-    assert len(contents) == 9
+    assert len(contents) == 10
     for file, content in contents.items():
         BYTE_CHANGES[change](file, random.Random(f"{file.name} {change}"))
         assert file.name in broken(folder, None).get("files", "")
@@ -530,7 +530,7 @@ def test_what_is_no_released_folder_of_a_model_is_refused(project, tmp_path):
 
 def test_a_rebuilt_folder_of_the_same_bytes_holds_and_one_of_another_variant_is_refused(project, folder):
     same, other = (link_of(audit(folder, project, project / "data/models" / v), "rebuilt") for v in (VARIANT, OTHER))
-    assert "the same bytes in all 8 files" in same.detail
+    assert "the same bytes in all 9 files" in same.detail
     assert (other.finding, "other parameters" in other.detail) == ("does not hold", True)
 
 
