@@ -142,8 +142,8 @@ class DrankQuantizer(HfQuantizer):
                 model.set_submodule(head, plain)
         fuse(model)
         del model._weight_conversions  # a plain model again, which transformers saves in its own way
-        model.all_tied_weights_keys = _without(model.all_tied_weights_keys, bases)
-        model._tied_weights_keys = _without(model._tied_weights_keys or {}, {_exactly(key) for key in bases})
+        model.all_tied_weights_keys = without(model.all_tied_weights_keys, bases)
+        model._tied_weights_keys = without(model._tied_weights_keys or {}, {exactly(key) for key in bases})
         return model
 
     def update_weight_conversions(self, *_: Any) -> list[Any]:
@@ -327,7 +327,7 @@ def _share(model: Any, ties: Mapping[str, str]) -> None:
     # Semi-private, but the only way: from_pretrained ties what the first lists, save_pretrained drops what the
     # second lists, whose keys and values are regular expressions.
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
-    exact = {_exactly(key): _exactly(value) for key, value in ties.items()}
+    exact = {exactly(key): exactly(value) for key, value in ties.items()}
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **exact}
 
 
@@ -343,11 +343,11 @@ def _tensors_of(matrix: str) -> tuple[str, ...]:
     return matrix, matrix + SCALES, matrix + ZEROS
 
 
-def _exactly(name: str) -> str:
+def exactly(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-def _without(mapping: Mapping[str, str], keys: set[str]) -> dict[str, str]:
+def without(mapping: Mapping[str, str], keys: set[str]) -> dict[str, str]:
     return {key: value for key, value in mapping.items() if key not in keys}
 
 

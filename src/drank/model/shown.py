@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drank.model.layers import FactorLinear, LowRankLinear, SharedPivotLinear
-from drank.model.quantizer import DrankQuantizer, _exactly, _without
+from drank.model.quantizer import DrankQuantizer, exactly, without
 
 Model = TypeVar("Model", bound=nn.Module)
 OF_TRANSFORMERS = ("hf_quantizer", "all_tied_weights_keys", "_tied_weights_keys")
@@ -38,11 +38,11 @@ class ShownLinear(nn.Module):
         factors = isinstance(layer, FactorLinear)
         spanning, combining = (layer.get_parameter(name) for name in (layer.spanning, layer.combining))
         if owner is None:
-            self.inner = _linear(spanning)
+            self.inner = linear(spanning)
         first = layer.first if isinstance(layer, SharedPivotLinear) else 0
         kept = layer.kept if isinstance(layer, SharedPivotLinear) else layer.rank
         self._kept = None if factors else slice(first, first + kept)
-        self.outer = _linear(combining, layer.bias if factors else None) if len(combining) else None
+        self.outer = linear(combining, layer.bias if factors else None) if len(combining) else None
         self.register_buffer("places", layer.places)
         self.register_parameter("bias", None if factors else layer.bias)
 
@@ -117,8 +117,8 @@ def as_linears(model: Model) -> Model:
     kept.hf_quantizer.held = held
     # Ties between names that are no longer there, which transformers would look up.
     ties = {key for key in kept.all_tied_weights_keys if key.startswith(tuple(f"{name}." for name, _ in layers))}
-    kept.all_tied_weights_keys = _without(kept.all_tied_weights_keys, ties)
-    kept._tied_weights_keys = _without(kept._tied_weights_keys or {}, {_exactly(key) for key in ties})
+    kept.all_tied_weights_keys = without(kept.all_tied_weights_keys, ties)
+    kept._tied_weights_keys = without(kept._tied_weights_keys or {}, {exactly(key) for key in ties})
     return model
 
 
@@ -148,12 +148,12 @@ def _shown(model: nn.Module) -> Iterator[tuple[str, ShownLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ShownLinear))
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
-    """A linear of these parameters themselves."""
+def linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+    """The linear of these parameters themselves, which other modules may have too."""
     with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
-    return linear
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight, made.bias = weight, bias  # type: ignore[assignment]
+    return made
 
 
 def _is_plain(module: Any, old: nn.Parameter) -> bool:

@@ -19,6 +19,7 @@ from drank.model.layers import (
     RoundedLinear,
     SharedPivotLinear,
 )
+from drank.model.shown import linear
 
 ATTENTION = "drank_graph"  # a name among transformers' ways to compute attention
 
@@ -142,14 +143,6 @@ def example(model: Any) -> tuple[Any, ...]:
             "of all; `drank export --dense` writes a plain folder for other programs"
         )
     return ids[:, :3], torch.ones(2, 8, dtype=torch.long), torch.arange(5, 8).expand(2, 3).contiguous(), past
-
-
-def linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
-    """The linear of these parameters themselves, which other modules may have too."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = weight
-    made.register_parameter("bias", bias)
-    return made
 
 
 def _matrix(module: Any, made: dict[int, nn.Parameter], key: str = "weight") -> nn.Parameter:
