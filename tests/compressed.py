@@ -71,3 +71,8 @@ def write(dense, specs, folder):
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_all(models, factory):
+    """A folder per name of (dense model's maker, specs); ``factory`` is pytest's tmp_path_factory."""
+    return {name: write(dense(), specs, factory.mktemp(name)) for name, (dense, specs) in models.items()}

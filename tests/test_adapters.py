@@ -21,9 +21,7 @@ MODELS = compressed.MODELS | {"llama": (tiny.llama, compressed.LLAMA | GROUP)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {
-        name: compressed.write(dense(), specs, tmp_path_factory.mktemp(name)) for name, (dense, specs) in MODELS.items()
-    }
+    return compressed.write_all(MODELS, tmp_path_factory)
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_experts_stay_fused_where_they_are_ignored_or_gradients_are_clipped(para
 
 
 def specs(n):
-    """Of the second layer's experts alone: one in factors, one with fewer channels, one told to be dense."""
+    """Three experts of the second layer: one in factors, one with fewer channels, one told to be dense."""
     return {
         f"{EXPERTS}.0.gate_proj": spec("factors", n, 32, 5),
         f"{EXPERTS}.0.down_proj": spec("pivot", 32, n, 7),

@@ -50,7 +50,7 @@ def asked(address, document):
 
 
 def continued(folder, prompt, max_new_tokens):
-    """What `generate` gives."""
+    """The continuation that `generate` gives."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype("auto", "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(prompt, return_tensors="pt")

@@ -20,7 +20,6 @@ N = 8
 
 @pytest.fixture(scope="module", params=graphs.MODELS)
 def folder(request, tmp_path_factory):
-    torch.manual_seed(0)
     return graphs.write(request.param, tmp_path_factory.mktemp("compressed"))
 
 
@@ -33,7 +32,6 @@ def graph(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    torch.manual_seed(0)
     return graphs.write("llama", tmp_path_factory.mktemp("llama"))
 
 

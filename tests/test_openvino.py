@@ -18,7 +18,6 @@ N = 8
 
 @pytest.fixture(scope="module", params=graphs.MODELS)
 def folder(request, tmp_path_factory):
-    torch.manual_seed(0)
     return graphs.write(request.param, tmp_path_factory.mktemp("compressed"))
 
 

@@ -42,7 +42,7 @@ def test_every_preset_is_there_at_every_size_and_the_headline_rows_with_three_dr
 
 
 def weights_of(model):
-    """What decides a model's weights; the other keys are for cards, which experiments do not write."""
+    """The keys that decide a model's weights; the others are for cards, which experiments do not write."""
     return model.model_dump(exclude={"license", "language", "base_model"})
 
 

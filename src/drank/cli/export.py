@@ -39,6 +39,7 @@ def export(
 
     options = {name: value for name, value in {"int8": int8, "type": gguf and gguf.value}.items() if value}
     papers = describe(model, form, options)
+    typer.echo(f"{model}: writing it as {form} into {destination} ...", err=True)
     with replacing_folder(destination) as folder:
         write(model, folder, papers)
     made = FORMS[form]
